@@ -1,0 +1,71 @@
+# `make help` lists the targets. Everything is installed into .venv; nothing needs root.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := outputs/demo
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo check test lint types clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed-dev ## make .venv with everything that development needs
+
+# The twelve captions are ones that the embedded model was trained on, in both of its languages.
+demo: export HF_HUB_OFFLINE := 1
+demo: $(VENV)/.installed ## draw "a cat" and a grid of twelve prompts with the embedded model
+	@rm -rf $(DEMO)
+	$(BIN)/latentdiff generate "a cat" --model emoji --steps 50 --seed 0 --out $(DEMO)/a-cat
+	$(BIN)/latentdiff generate "red heart" "red apple" "grinning face" "dog face" "sunflower" \
+	    "pizza" "rocket" "rainbow" "red car" "猫" "西瓜" "足球" \
+	    --model emoji --steps 50 --seed 0 --out $(DEMO)/grid --grid
+	@echo
+	@echo "The pictures:"
+	@printf '  %s\n' "$(CURDIR)/$(DEMO)"/a-cat/*.png "$(CURDIR)/$(DEMO)/grid/grid.png"
+
+check: lint types ## style, types, architecture and the quick tests: under a minute
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test: lint types ## every check and every test: at most 15 minutes on two cores
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: $(VENV)/.installed-dev ## style, formatting and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed-dev ## the type checker
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+clean: ## remove .venv, caches and build products; runs and outputs stay
+	rm -rf $(VENV) build dist .import_linter_cache .pytest_cache .ruff_cache
+
+# A stamp is written last, so that an interrupted install is taken up again. The stamps depend on
+# what decides an install, so that nothing is installed twice and a changed pin is installed once.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "latentdiff needs Python 3.11 or newer, and '$(PYTHON)' is none:" \
+	        "name one, as in 'make demo PYTHON=python3.12'." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "'$(PYTHON)' cannot make virtual environments: on Debian and Ubuntu, install the" \
+	        "package python3-venv (as root: apt-get install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing latentdiff into $(VENV): some minutes, 5 GB with torch's CUDA libraries ..."
+	@$(PIP_INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing latentdiff and its development tools into $(VENV): some minutes, 5 GB ..."
+	@$(PIP_INSTALL) '.[dev]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,71 @@
+"""Write captioned pictures as an image folder that `datasets` reads; whole, or not at all."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, NamedTuple, TextIO
+
+from PIL import Image
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+class Example(NamedTuple):
+    """A picture (RGB), the split and the file name that it gets, and what is known about it."""
+
+    split: Split
+    file_name: str
+    image: Image.Image
+    metadata: Mapping[str, object]
+
+
+def check_free(out: Path) -> None:
+    """Refuse a place that holds something: what exists is never overwritten.
+
+    Raises:
+        ValueError: `out` is a file, or a folder with something in it.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"out={str(out)!r} exists already: name a folder that is new or empty")
+
+
+def write_image_folder(out: Path, examples: Iterable[Example], *, card: Callable[[], str]) -> None:
+    """Write `<split>/<file_name>`, `<split>/metadata.jsonl` and `README.md` under `out`.
+
+    All of it is written beside `out` and renamed at the end: who finds `out` finds it complete,
+    and an interruption leaves nothing behind. `card` gives the text of README.md; it is called
+    when all the examples are written, so that it can tell their number.
+
+    Raises:
+        ValueError: `out` is a file, or a folder with something in it.
+    """
+    check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write_examples(staging, examples)
+        (staging / "README.md").write_text(card(), encoding="utf-8")
+        staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _write_examples(folder: Path, examples: Iterable[Example]) -> None:
+    metadata: dict[Split, TextIO] = {}
+    with ExitStack() as stack:
+        for split, file_name, image, fields in examples:
+            if split not in metadata:  # `datasets` refuses a split that has no picture
+                (folder / split).mkdir()
+                file = (folder / split / "metadata.jsonl").open("w", encoding="utf-8")
+                metadata[split] = stack.enter_context(file)
+            image.save(folder / split / file_name)
+            line = json.dumps({"file_name": file_name, **fields}, ensure_ascii=False)
+            metadata[split].write(line + "\n")

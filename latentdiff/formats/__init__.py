@@ -1,0 +1,1 @@
+"""Files that other tools read: safetensors weights and diffusers pipeline folders."""

@@ -1,0 +1,156 @@
+"""scheduler/scheduler_config.json: a `Diffusion`'s fields in diffusers' words, and back.
+
+Written with the class defaults of diffusers 0.42.1, the words of which are the format's.
+"""
+
+from typing import Any
+
+_COSINE = "squaredcos_cap_v2"
+
+# Our v is divided by alpha^2 + sigma^2 on reading; diffusers' v_prediction on a flow is not.
+_FLOW_V_PREDICTION = "normalized_v_prediction"
+
+# A published configuration may lack any key; its class's default is meant then.
+_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+}
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {"timestep_spacing": "leading"},
+    "DDPMScheduler": {"timestep_spacing": "leading"},
+    "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+    "DPMSolverMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "FlowMatchEulerDiscreteScheduler": {
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+    },
+}
+
+# Keys that change the noise levels or the network's output, and their supported values.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", _COSINE),
+    "trained_betas": (None,),
+    "thresholding": (None, False),
+    "rescale_betas_zero_snr": (None, False),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "timestep_type": (None, "discrete"),
+    "flow_shift": (1.0,),
+    "shift": (None, 1.0),
+    "shift_terminal": (None,),
+    "use_dynamic_shifting": (None, False),
+    "invert_sigmas": (None, False),
+}
+
+
+def to_config(
+    *,
+    schedule: str,
+    prediction: str,
+    num_timesteps: int,
+    beta_start: float | None,
+    beta_end: float | None,
+    timestep_spacing: str,
+    steps_offset: int,
+    set_alpha_to_one: bool,
+) -> dict[str, Any]:
+    """The configuration of the diffusers scheduler that samples from such a diffusion.
+
+    DDIMScheduler for beta schedules, DPMSolverMultistepScheduler for `flow` (its own
+    FlowMatchEulerDiscreteScheduler does not fit StableDiffusionPipeline). Every key is written,
+    since the classes' defaults are rarely what is meant. Three pairs have no word in diffusers:
+    `score`, `flow_prediction` on beta schedules, `v_prediction` on `flow`. They are written in
+    words of ours, at which diffusers stops in the first step rather than draw a wrong picture.
+    """
+    config: dict[str, Any] = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": num_timesteps,
+        "beta_start": _DEFAULTS["beta_start"] if beta_start is None else beta_start,
+        "beta_end": _DEFAULTS["beta_end"] if beta_end is None else beta_end,
+        "beta_schedule": _COSINE if schedule == "cosine" else schedule,
+        "trained_betas": None,
+        "prediction_type": prediction,
+        "timestep_spacing": timestep_spacing,
+        "steps_offset": steps_offset,
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+        "rescale_betas_zero_snr": False,
+    }
+    if schedule != "flow":
+        return config | {
+            "clip_sample": False,
+            "clip_sample_range": 1.0,
+            "set_alpha_to_one": set_alpha_to_one,
+        }
+    # lambda_min_clipped keeps its default, -infinity, which JSON cannot write.
+    return config | {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "beta_schedule": _DEFAULTS["beta_schedule"],  # unused, as use_flow_sigmas is true
+        "prediction_type": _FLOW_V_PREDICTION if prediction == "v_prediction" else prediction,
+        "use_flow_sigmas": True,
+        "flow_shift": 1.0,
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "final_sigmas_type": "zero",
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "use_lu_lambdas": False,
+        "use_dynamic_shifting": False,
+        "time_shift_type": "exponential",
+        "variance_type": None,
+    }
+
+
+def from_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the `Diffusion` that a diffusers scheduler was configured for.
+
+    What concerns only the way of sampling (solver, Karras levels, …) is left to whoever chooses a
+    sampler, and `clip_sample` is off, as in StableDiffusionPipeline. Raises ValueError for an
+    unknown scheduler class, and for a value that would change the noise levels or the meaning of
+    the network's output in a way that is not supported.
+    """
+    name = config.get("_class_name")
+    if name not in _CLASS_DEFAULTS:
+        known = ", ".join(_CLASS_DEFAULTS)
+        raise ValueError(f"scheduler _class_name={name} must be one of {known}")
+    values = _DEFAULTS | _CLASS_DEFAULTS[name] | config
+    for key, supported in _SUPPORTED.items():
+        if values.get(key) not in supported:
+            allowed = " or ".join(str(value) for value in supported if value is not None)
+            raise ValueError(
+                f"scheduler {key}={values[key]} is not supported, only {allowed or None}"
+            )
+    prediction = values["prediction_type"]
+    fields: dict[str, Any] = {
+        "prediction": prediction,
+        "num_timesteps": values["num_train_timesteps"],
+        "timestep_spacing": values["timestep_spacing"],
+        "steps_offset": values["steps_offset"],
+    }
+    if values["use_flow_sigmas"]:
+        if prediction == "v_prediction":
+            raise ValueError("scheduler prediction_type=v_prediction is not supported on a flow")
+        if prediction == _FLOW_V_PREDICTION:
+            fields["prediction"] = "v_prediction"
+        return fields | {"schedule": "flow"}
+    fields["set_alpha_to_one"] = values["set_alpha_to_one"]
+    if values["beta_schedule"] == _COSINE:
+        return fields | {"schedule": "cosine"}
+    betas = {"beta_start": values["beta_start"], "beta_end": values["beta_end"]}
+    return fields | betas | {"schedule": values["beta_schedule"]}

@@ -1,0 +1,1 @@
+"""The three networks: text encoder, autoencoder, denoising UNet."""

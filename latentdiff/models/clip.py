@@ -1,0 +1,56 @@
+"""Our two CLIP towers (Radford et al. 2021): transformers' `CLIPModel`, started from scratch."""
+
+from dataclasses import dataclass
+
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+
+@dataclass(frozen=True)
+class CLIPSize:
+    """The shapes of both towers; the text tower's width is the UNet's `cross_attention_dim`."""
+
+    text_width: int = 256
+    text_layers: int = 3
+    text_heads: int = 4
+    image_width: int = 192
+    image_layers: int = 4
+    image_heads: int = 4
+    patch_size: int = 8
+    projection_dim: int = 128
+    """Width of the space in which captions and pictures are compared."""
+
+
+def new_clip(size: CLIPSize, tokenizer: CLIPTokenizer, *, image_size: int) -> CLIPModel:
+    """Randomly initialised towers for the tokenizer's vocabulary and pictures of `image_size`.
+
+    Raises ValueError when the patches do not tile the picture.
+    """
+    if image_size % size.patch_size:
+        raise ValueError(f"image_size={image_size} must be divisible by patch_size={size.patch_size}")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.text_width,
+        intermediate_size=4 * size.text_width,
+        projection_dim=size.projection_dim,
+        num_hidden_layers=size.text_layers,
+        num_attention_heads=size.text_heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=size.image_width,
+        intermediate_size=4 * size.image_width,
+        projection_dim=size.projection_dim,
+        num_hidden_layers=size.image_layers,
+        num_attention_heads=size.image_heads,
+        image_size=image_size,
+        patch_size=size.patch_size,
+    )
+    config = CLIPConfig(
+        text_config=text.to_dict(),
+        vision_config=vision.to_dict(),
+        projection_dim=size.projection_dim,
+    )
+    return CLIPModel(config)

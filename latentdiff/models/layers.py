@@ -1,0 +1,224 @@
+"""The building blocks that UNet and VAE share: residual block, attention, resampling, time embedding.
+
+Parameter names are diffusers', so that weights move between the two libraries without a key map.
+Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L context tokens, D context width.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def timestep_embedding(
+    timestep: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0
+) -> Tensor:
+    """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5), (B,) -> (B, dim) in float32.
+
+    The frequencies are float32 in every precision, as in diffusers: a float64 network differs from
+    it by rounding only when both start from the same sinusoids.
+    """
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angles = timestep[:, None].float() * torch.exp(exponent / (half - freq_shift))  # (B, dim/2)
+    parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(parts, dim=1), (0, dim % 2))  # (B, dim)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two-layer perceptron on the sinusoids: (B, in_dim) -> (B, out_dim)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, with a skip; the time embedding joins in between.
+
+    (B, in_channels, H, W), (B, time_dim) -> (B, out_channels, H, W)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        eps: float,
+        time_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = (
+            None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            assert time is not None
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D) -> (B, N, C)."""
+
+    def __init__(
+        self, channels: int, *, heads: int, context_dim: int | None = None, bias: bool = False
+    ) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"attention heads={heads} must divide the {channels} channels")
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=bias)
+        # Index 0 of a list, because diffusers keeps a dropout at index 1.
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, C/h)
+        return self.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
+
+
+class SpatialAttention(Attention):
+    """The VAE's single-head self-attention over pixels, with norm and skip: (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        assert context is None
+        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with GELU (Shazeer 2020): (…, in_dim) -> (…, out_dim)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back: (…, C) -> (…, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # Identity stands where diffusers has dropout, so that the second linear keeps index 2.
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward: (B, N, C), (B, L, D) -> (B, N, C)."""
+
+    def __init__(self, channels: int, *, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads=heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads=heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, with a skip (LDM, section 3.3).
+
+    (B, C, H, W), (B, L, D) -> (B, C, H, W). `linear` projects tokens (SD 2.x) instead of 1×1
+    convolutions (SD 1.x); the arithmetic is the same, the weights' shapes differ.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        context_dim: int,
+        groups: int,
+        layers: int = 1,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads=heads, context_dim=context_dim) for _ in range(layers)
+        )
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height = x.shape[2]
+        h = self.norm(x)
+        if self.linear:
+            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
+        else:
+            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            h = block(h, context)  # (B, N, C)
+        if self.linear:
+            h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
+        else:
+            h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Convolution with stride 2: (B, C, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉); the VAE pads one side only."""
+
+    def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement, then a convolution: (B, C, H, W) -> (B, C, *size)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size if size is not None else (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,0 +1,352 @@
+"""The denoising UNet with cross-attention to the text (LDM, Rombach et al. 2022, section 3.3).
+
+Configuration keys and parameter names are those of diffusers' `UNet2DConditionModel`, for all that
+SD 1.x and 2.x use.
+Shapes: B batch, C latent channels, H/W latent size, L tokens, D context width, E time width.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.models.config import config_from_dict, load_network, save_network
+from latentdiff.models.layers import (
+    Downsample,
+    ResnetBlock,
+    SpatialTransformer,
+    TimestepEmbedding,
+    Upsample,
+    timestep_embedding,
+)
+
+ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+ATTENTION_UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What a `UNet2DConditionModel` configuration says; the defaults are those of SD 1.5."""
+
+    sample_size: int | None = 64
+    """Side of the latents that it was trained on; a pipeline's default picture size follows."""
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: Sequence[str] = (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    )
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: Sequence[str] = (
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    )
+    block_out_channels: Sequence[int] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    attention_head_dim: int | Sequence[int] = 8
+    """The NUMBER of heads, of all blocks or of each: diffusers' misnomer, which every file has."""
+    transformer_layers_per_block: int = 1
+    use_linear_projection: bool = False
+    upcast_attention: bool | None = False
+    """Read and written for SD 2.1; our attention accumulates its softmax in float32 anyway."""
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+
+    def __post_init__(self) -> None:
+        for name in ("down_block_types", "up_block_types", "block_out_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.attention_head_dim, int):
+            object.__setattr__(self, "attention_head_dim", tuple(self.attention_head_dim))
+        levels = len(self.block_out_channels)
+        for name, allowed in (
+            ("down_block_types", ATTENTION_BLOCKS),
+            ("up_block_types", ATTENTION_UP_BLOCKS),
+        ):
+            blocks = getattr(self, name)
+            if len(blocks) != levels or any(block not in allowed for block in blocks):
+                raise ValueError(
+                    f"{name}={list(blocks)} must be {levels} of {sorted(allowed)}, "
+                    f"one for each of block_out_channels={list(self.block_out_channels)}"
+                )
+        if self.mid_block_type not in MID_BLOCKS:
+            raise ValueError(f"mid_block_type={self.mid_block_type!r} must be one of {MID_BLOCKS}")
+        if len(self.heads) != levels:
+            raise ValueError(
+                f"attention_head_dim={self.attention_head_dim} must be one number or {levels}"
+            )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels={list(self.block_out_channels)}: each must be a multiple "
+                    f"of norm_num_groups={self.norm_num_groups}"
+                )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads at each level."""
+        if isinstance(self.attention_head_dim, int):
+            return (self.attention_head_dim,) * len(self.block_out_channels)
+        return tuple(self.attention_head_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in diffusers' words, every key of `UNet2DConditionModel`."""
+        return {"_class_name": "UNet2DConditionModel", **FIXED, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read a `UNet2DConditionModel` configuration.
+
+        Raises ValueError, naming the key, for what this network cannot do.
+        """
+        return config_from_dict(cls, values, fixed=FIXED, absent=ABSENT)
+
+
+# Keys of UNet2DConditionModel that SD 1.x and 2.x leave at one value.
+FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+}
+# What an absent key means to diffusers, where it is not SD 1.5's value.
+ABSENT: dict[str, Any] = {"sample_size": None, "cross_attention_dim": 1280}
+
+
+class Block(nn.Module):
+    """Residual blocks, each followed by a spatial transformer where the block has attention.
+
+    One class serves the way down and the way up; they differ in what the caller feeds and keeps.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        config: UNetConfig,
+        *,
+        heads: int | None,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        time_dim = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            resnet(channels, out_channels, config, time_dim) for channels in in_channels
+        )
+        self.has_attention = heads is not None
+        if heads is not None:
+            self.attentions = nn.ModuleList(
+                transformer(out_channels, config, heads) for _ in in_channels
+            )
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+
+    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """Residual block `i` and its transformer: (B, C, H, W), (B, E), (B, L, D) -> (B, C', H, W)."""
+        x = self.resnets[i](x, time)
+        return self.attentions[i](x, context) if self.has_attention else x
+
+
+class MidBlock(nn.Module):
+    """Residual block, then transformer and residual block if there is attention, at the bottom."""
+
+    def __init__(self, channels: int, config: UNetConfig, *, heads: int | None) -> None:
+        super().__init__()
+        time_dim = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            resnet(channels, channels, config, time_dim) for _ in range(1 if heads is None else 2)
+        )
+        self.attentions = nn.ModuleList(
+            [] if heads is None else [transformer(channels, config, heads)]
+        )
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[0](x, time)
+        for attention, block in zip(self.attentions, self.resnets[1:], strict=True):
+            x = block(attention(x, context), time)
+        return x
+
+
+def resnet(in_channels: int, out_channels: int, config: UNetConfig, time_dim: int) -> ResnetBlock:
+    """A residual block with this network's norms and time width."""
+    return ResnetBlock(
+        in_channels,
+        out_channels,
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        time_dim=time_dim,
+    )
+
+
+def transformer(channels: int, config: UNetConfig, heads: int) -> SpatialTransformer:
+    """A spatial transformer that attends to this network's context."""
+    return SpatialTransformer(
+        channels,
+        heads=heads,
+        context_dim=config.cross_attention_dim,
+        groups=config.norm_num_groups,
+        layers=config.transformer_layers_per_block,
+        linear=config.use_linear_projection,
+    )
+
+
+class UNet(nn.Module):
+    """ε, v, x0 or velocity from noisy latents, the timestep and the text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = tuple(config.block_out_channels)
+        levels = len(channels)
+        time_dim = 4 * channels[0]
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim)
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [channels[0]]  # channels of every map that the way up will read
+        for i, ch in enumerate(channels):
+            last = i == levels - 1
+            previous = channels[max(i - 1, 0)]
+            self.down_blocks.append(
+                Block(
+                    [previous] + [ch] * (config.layers_per_block - 1),
+                    ch,
+                    config,
+                    heads=config.heads[i] if ATTENTION_BLOCKS[config.down_block_types[i]] else None,
+                    downsample=not last,
+                )
+            )
+            skips += [ch] * (config.layers_per_block + (not last))
+
+        self.mid_block = None
+        if config.mid_block_type is not None:
+            attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+            self.mid_block = MidBlock(
+                channels[-1], config, heads=config.heads[-1] if attends else None
+            )
+
+        self.up_blocks = nn.ModuleList()
+        below = channels[-1]
+        for i, ch in enumerate(reversed(channels)):
+            inputs = []
+            for _ in range(config.layers_per_block + 1):
+                inputs.append(below + skips.pop())
+                below = ch
+            attends = ATTENTION_UP_BLOCKS[config.up_block_types[i]]
+            self.up_blocks.append(
+                Block(
+                    inputs,
+                    ch,
+                    config,
+                    heads=config.heads[levels - 1 - i] if attends else None,
+                    upsample=i < levels - 1,
+                )
+            )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """LDM's start from scratch: every residual branch and the output begin at zero.
+
+        The network then starts as the zero function with well-scaled gradients; diffusers leaves
+        these layers at PyTorch's default.
+        """
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                zero(module.conv2)
+            elif isinstance(module, SpatialTransformer):
+                zero(module.proj_out)
+        zero(self.conv_out)
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B,), (B, L, D) -> (B, C, H, W); any H and W.
+
+        `timestep` is on diffusers' scale: 0 … 999 for SD's weights (the least noise is 0).
+        """
+        config = self.config
+        time = timestep_embedding(
+            timestep,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        time = self.time_embedding(time.to(x.dtype))  # (B, E)
+
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                h = block.layer(i, h, time, context)
+                skips.append(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0](h)
+                skips.append(h)
+
+        if self.mid_block is not None:
+            h = self.mid_block(h, time, context)
+
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                h = block.layer(i, torch.cat([h, skips.pop()], dim=1), time, context)
+            if hasattr(block, "upsamplers"):
+                # To the size of the map that comes next, which is not twice this one when odd.
+                h = block.upsamplers[0](h, skips[-1].shape[-2:])
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """Read `config.json` and `diffusion_pytorch_model.safetensors`; ValueError if they differ."""
+        return load_network(cls, UNetConfig, Path(folder))
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        """Write the two files that `from_pretrained` and diffusers read."""
+        save_network(self, self.config.to_dict(), Path(folder), dtype=dtype)
+
+
+def zero(module: nn.Module) -> None:
+    """Set all parameters of a layer to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)

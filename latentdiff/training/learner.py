@@ -1,0 +1,111 @@
+"""Learner: a network with its optimizer, learning rate and exponential moving average (EMA)."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with warm-up and cool-down, and the EMA of the weights."""
+
+    learning_rate: float = 1e-4
+    max_steps: int = 1000
+    """Optimizer steps of the whole run."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate climbs from 0."""
+    cooldown_steps: int = 0
+    """Last steps of the run, in which the learning rate falls to 0 in a straight line."""
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm when it is longer."""
+    ema_decay: float = 0.999
+    """Half-life of about 0.69 / (1 - ema_decay) steps; less at the start of a run."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of update number `step`, counted from 0; a function of the step alone."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        cooldown = min(1.0, (self.max_steps - step) / max(1, self.cooldown_steps))
+        return self.learning_rate * warmup * cooldown
+
+
+class Learner:
+    """`model` is what a step calls (it may be wrapped for several processes); `ema` what is kept."""
+
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, accelerator: Accelerator
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        model = model.to(accelerator.device)
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type in ("cuda", "cpu"),
+        )
+        self.raw = model
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.num_updates = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next update."""
+        return self.config.learning_rate_at(min(self.num_updates, self.config.max_steps - 1))
+
+    def update(self, loss: Tensor) -> Tensor:
+        """One step down the gradient of `loss` (); returns the gradient's norm (), unclipped."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.accelerator.backward(loss)
+        grad_norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.config.max_grad_norm
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        # The early average forgets its random start; 10 as in the common TensorFlow recipe.
+        decay = min(self.config.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(
+            [p.data for p in self.ema.parameters()],
+            [p.data for p in self.raw.parameters()],
+            1.0 - decay,
+        )
+        assert grad_norm is not None
+        return grad_norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that resuming needs, by name: weights, EMA and both moments of AdamW."""
+        state = {f"model.{name}": tensor for name, tensor in self.raw.state_dict().items()}
+        state |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
+        for name, parameter in self.raw.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"optimizer.{name}.{key}"] = value
+        return state
+
+    def load_tensors(self, state: dict[str, Tensor], *, num_updates: int) -> None:
+        """Go on from what `tensors` gave after `num_updates` updates, bit for bit."""
+        for prefix, network in (("model.", self.raw), ("ema.", self.ema)):
+            network.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+        for name, parameter in self.raw.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (value := state.get(f"optimizer.{name}.{key}")) is not None:
+                    device = "cpu" if key == "step" else parameter.device
+                    self.optimizer.state[parameter][key] = value.to(device)
+        self.num_updates = num_updates

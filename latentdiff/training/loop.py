@@ -1,0 +1,159 @@
+"""fit(): the one training loop; it owns cadence, resume and logging, a script owns its step."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.learner import Learner
+from latentdiff.training.plots import plot_log
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how often, and where to."""
+
+    output_dir: Path = Path("run")
+    """The run folder; if it holds checkpoints, the run goes on from the newest."""
+    max_steps: int = 1000
+    batch_size: int = 32
+    """Examples of one step, of all processes together."""
+    seed: int = 0
+    log_every: int = 20
+    preview_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the processor computes in it, else no."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "log_every", "preview_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 1")
+
+
+def make_accelerator(config: LoopConfig) -> Accelerator:
+    """The accelerator of this run; ValueError if the processes cannot share the batch evenly."""
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16() else "no"
+    accelerator = Accelerator(mixed_precision=precision)
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be divisible by the "
+            f"{accelerator.num_processes} processes"
+        )
+    return accelerator
+
+
+def computes_bf16() -> bool:
+    """Whether the device that accelerate will choose has bfloat16 arithmetic of its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.backends.mps.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def fit(
+    step: Callable[[Any, int], Metrics],
+    data: Callable[[int], Iterator[Any]],
+    learners: Mapping[str, Learner],
+    config: LoopConfig,
+    accelerator: Accelerator,
+    *,
+    save: Callable[[Path], None],
+    preview: Callable[[Path], None] | None = None,
+) -> None:
+    """Train until `config.max_steps`, going on from the newest checkpoint of the run folder.
+
+    `step(batch, number)` updates the learners and returns scalar tensors, `loss` among them.
+    `data(number)` gives the batches from that step on. `save(folder)` writes the trained model
+    and `preview(path)` a picture grid; both are called on the main process alone.
+    """
+    folder = config.output_dir
+    start = load_checkpoint(folder / "checkpoints", learners)
+    main = accelerator.is_main_process
+    log = Log(folder / "log.jsonl", start) if main else None
+    progress = tqdm(
+        total=config.max_steps, initial=start, disable=not main, unit="step", dynamic_ncols=True
+    )
+    sums: Metrics = {}
+    since, clock = start, time.perf_counter()
+    batches = data(start)
+    for number in range(start, config.max_steps):
+        metrics = step(next(batches), number)
+        # Sums stay on the device: reading one here would wait for it in every step.
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        progress.update()
+        done = number + 1
+        last = done == config.max_steps
+        if done % config.log_every == 0 or last:
+            means = {name: accelerator.reduce(v, "mean") / (done - since) for name, v in sums.items()}
+            record = {"step": done, **{name: float(value) for name, value in means.items()}}
+            now = time.perf_counter()
+            record["learning_rate"] = next(iter(learners.values())).learning_rate
+            record["samples_per_second"] = config.batch_size * (done - since) / (now - clock)
+            progress.set_postfix_str(
+                f"loss={record['loss']:.4f}, {record['samples_per_second']:.1f} pictures/s"
+            )
+            if log is not None:
+                log.write(record)
+            sums, since, clock = {}, done, now
+        due = {
+            "preview": done % config.preview_every == 0 or last,
+            "checkpoint": done % config.checkpoint_every == 0 or last,
+        }
+        if main and preview is not None and due["preview"]:
+            (folder / "previews").mkdir(exist_ok=True)
+            preview(folder / "previews" / f"step-{done:07d}.png")
+        if main and due["checkpoint"]:
+            save_checkpoint(
+                folder / "checkpoints", done, learners, keep=config.keep_checkpoints
+            )
+            save(folder / "model")
+            plot_log(folder / "log.jsonl", folder / "loss.png")
+        if any(due.values()):
+            accelerator.wait_for_everyone()
+            clock += time.perf_counter() - now if since == done else 0.0
+    progress.close()
+    if main and start >= config.max_steps:
+        save(folder / "model")
+    accelerator.end_training()
+
+
+class Log:
+    """`log.jsonl`: one JSON object a logged step; what a crash left after the checkpoint goes."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= start]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.path = path
+
+    def write(self, record: dict[str, float]) -> None:
+        """Append one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a logged line; infinite for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")

@@ -1,0 +1,42 @@
+"""What every test runs under: no network, two threads, fixed seeds, deterministic operators."""
+
+import os
+
+# Before any test module imports the libraries that read them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a test's child processes deadlock
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test starts from the same seeds and default dtype, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global generator is the one that must not leak
+    torch.manual_seed(0)
+    # Also fills torch.empty with NaN, so that memory read before it is written cannot pass. Some
+    # CUDA kernels have no deterministic form, so that tests on a GPU compare within a tolerance.
+    torch.use_deterministic_algorithms(request.node.get_closest_marker("gpu") is None)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,116 @@
+"""The house rules that a program can check: imports, names, docstrings, sizes, unsafe loading."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path for top in ("latentdiff", "train") for path in (ROOT / top).rglob("*.py"))
+SOURCES = SHIPPED + sorted(
+    path for top in ("benchmarks", "tests") for path in (ROOT / top).rglob("*.py")
+)
+MAX_LINES = 400
+DRAWERS = {"common.py", "helpers.py", "misc.py", "util.py", "utils.py"}
+UNSAFE_LOADERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The top-level packages that a module imports, at its top or inside a function."""
+    packages = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            packages.add(node.module.partition(".")[0])
+    return packages
+
+
+def offenders(rule: str, paths: list[str]) -> None:
+    assert not paths, f"{rule}: {', '.join(paths)}"
+
+
+def test_import_contracts_of_pyproject_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Floors, no circles, accelerate in training alone, drawing without the training wing."""
+    monkeypatch.chdir(ROOT)
+    exit_code = lint_imports(config_filename="pyproject.toml", no_cache=True, no_logo=True)
+    assert exit_code == 0, capsys.readouterr().out
+
+
+def test_only_training_imports_accelerate() -> None:
+    """import-linter sees the package alone; this covers the scripts beside it as well."""
+    allowed = (ROOT / "latentdiff" / "training", ROOT / "train")
+    offenders(
+        "only latentdiff/training/ and train/ import accelerate",
+        [
+            name(path)
+            for path in SHIPPED
+            if "accelerate" in imported(parse(path))
+            and not any(path.is_relative_to(folder) for folder in allowed)
+        ],
+    )
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
+    offenders("name a module for its subject", [name(p) for p in SOURCES if p.name in DRAWERS])
+
+
+def test_every_module_opens_with_a_docstring() -> None:
+    offenders(
+        "a module opens with a sentence that says what it is",
+        [name(path) for path in SOURCES if not ast.get_docstring(parse(path))],
+    )
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    offenders(
+        f"split files of more than {MAX_LINES} lines by their reason to change",
+        [
+            f"{name(path)} ({lines})"
+            for path in SOURCES
+            if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+        ],
+    )
+
+
+def test_weights_are_never_unpickled() -> None:
+    """Unpickling runs the file's code; safetensors cannot. Training state is no exception."""
+    found = []
+    for path in SHIPPED:
+        tree = parse(path)
+        loads = any(
+            isinstance(node, ast.Attribute)
+            and node.attr == "load"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+            for node in ast.walk(tree)
+        )
+        from_torch = any(
+            isinstance(node, ast.ImportFrom)
+            and node.module in {"torch", "torch.serialization"}
+            and any(alias.name == "load" for alias in node.names)
+            for node in ast.walk(tree)
+        )
+        if loads or from_torch or UNSAFE_LOADERS & imported(tree):
+            found.append(name(path))
+    offenders("read weights and state with safetensors or JSON", found)
+
+
+def test_ignored_type_errors_name_their_rule() -> None:
+    bare = re.compile(r"#\s*(?:type|pyright): *ignore(?!\[)")
+    offenders(
+        "write `# pyright: ignore[rule]` and the reason",
+        [name(path) for path in SHIPPED if bare.search(path.read_text(encoding="utf-8"))],
+    )

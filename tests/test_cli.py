@@ -1,0 +1,214 @@
+"""The command line: what it writes, and one clear sentence for everything that is wrong."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import one_thread, tiny_pipeline
+
+from latentdiff.cli import labelled_grid, main
+
+__all__ = ["one_thread"]  # a fixture that pytest finds by being here
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline(folder / "tokens").save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments: str) -> int:
+    """The exit code, whether main returns it or argparse exits with it."""
+    with pytest.raises(SystemExit) as exit_:
+        sys.exit(main(arguments))
+    return int(exit_.value.code or 0)
+
+
+def generate(model: str, out: Path, *arguments: str) -> int:
+    return run("generate", "--model", model, "--steps", "2", "--out", str(out), *arguments)
+
+
+def test_pictures_are_named_by_index_and_seed_and_never_by_prompt(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(model, tmp_path, "--seed", "7", "../CON", "<b>猫") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000-7.png",
+        "0001-8.png",
+        "grid.png",
+    ]
+    printed = capsys.readouterr().out
+    assert all(str(path) in printed for path in tmp_path.iterdir())
+
+
+def test_one_picture_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> None:
+    assert generate(model, tmp_path / "one", "a cat", "--seed", "0") == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["0000-0.png"]
+    assert generate(model, tmp_path / "grid", "a cat", "--grid") == 0
+    assert (tmp_path / "grid" / "grid.png").is_file()
+    assert generate(model, tmp_path / "none", "a cat", "a dog", "--no-grid") == 0
+    assert not (tmp_path / "none" / "grid.png").exists()
+
+
+def test_earlier_pictures_are_never_overwritten(model: str, tmp_path: Path) -> None:
+    for prompt in ("a cat", "a dog"):
+        assert generate(model, tmp_path, prompt, "--seed", "0") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000-0.png", "0001-0.png"]
+
+
+def test_the_command_line_draws_what_the_pipeline_draws(model: str, tmp_path: Path) -> None:
+    from latentdiff import Pipeline
+
+    assert (
+        generate(
+            model,
+            tmp_path,
+            "a cat",
+            *("--seed", "3", "--sampler", "dpmpp_2m", "--guidance_scale", "2"),
+            *("--negative_prompt", "a dog", "--height", "16", "--width", "24"),
+            *("--num_images", "2", "--device", "cpu"),
+        )
+        == 0
+    )
+    expected = Pipeline.from_pretrained(model)(
+        "a cat",
+        steps=2,
+        seed=3,
+        sampler="dpmpp_2m",
+        guidance_scale=2,
+        negative_prompt="a dog",
+        height=16,
+        width=24,
+        num_images=2,
+        progress=False,
+    )
+    for name, image in zip(("0000-3.png", "0001-4.png"), expected.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name)), np.asarray(image))
+
+
+def test_the_terminal_shows_a_progress_bar_and_the_files_and_nothing_else(
+    model: str, tmp_path: Path
+) -> None:
+    """In a fresh process, as loading libraries say things once."""
+    command = [sys.executable, "-m", "latentdiff.cli", "generate", "a cat", "--model", model]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--seed", "0", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert done.stdout == f"{tmp_path / 'out' / '0000-0.png'}  a cat\n"
+    assert "2/2" in done.stderr
+    assert all(
+        "it/s" in line or "s/it" in line for line in re.split(r"[\r\n]+", done.stderr.strip())
+    )
+
+
+def test_help_and_version_need_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\nfrom latentdiff.cli import main\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["a", "--sampler", "dpmpp2m"], r"sampler=dpmpp2m is unknown; did you mean dpmpp_2m\?"),
+        (["a", "--steps", "0"], r"steps=0 must be a whole number of at least 1"),
+        (["a", "--steps", "two"], r"--steps: invalid int value: 'two'"),
+        (["a", "--height", "17"], r"height=17 must be divisible by 2"),
+        (["a", "--guidance_scale", "nan"], r"guidance_scale=nan must be a finite number"),
+        (["a", "--num_images", "0"], r"num_images=0 must be"),
+        (["a", "--seed", "-1"], r"seed=-1 must be"),
+        (["a", "--device", "gpu"], r"device='gpu' cannot be used on this machine"),
+        (["a", "--model", "no/such/folder"], r"neither a folder nor a hub id.*allowed are emoji"),
+        (["a", "--step", "3"], r"unknown argument --step; did you mean --steps\?"),
+        ([], r"required: PROMPT"),
+    ],
+)
+def test_a_wrong_option_gets_one_sentence_and_no_traceback(
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    assert generate(model, tmp_path, *arguments) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"latentdiff generate: .*{sentence}.*\n", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_pipeline_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(str(tmp_path), tmp_path, "a cat") == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"latentdiff generate: .* missing: model_index\.json, unet/.*\n", error)
+
+
+def test_damaged_weights_are_named(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from latentdiff import Pipeline
+
+    Pipeline.from_pretrained(model).save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    assert generate(str(tmp_path / "model"), tmp_path, "a cat") == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"latentdiff generate: {weights}: is not a whole .*\n", error)
+
+
+def test_a_font_that_is_not_there_names_the_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, font = str(tmp_path / "emoji"), str(tmp_path / "no.ttf")
+    assert run("data", "emoji", "--out", out, "--font", font) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"latentdiff data emoji: .*fonts-noto-color-emoji.*\n", error)
+
+
+def test_data_shapes_makes_a_data_set_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shapes"
+    assert run("data", "shapes", "--out", str(out), "--count", "5", "--size", "32") == 0
+    assert capsys.readouterr().out.startswith(f"{out}: ")
+    assert len(list(out.glob("*/*.png"))) == 5
+
+
+@pytest.mark.parametrize("arguments", [[], ["data"], ["draw"], ["--nonsense"]])
+def test_a_wrong_command_gets_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert re.fullmatch(r"latentdiff( data)?: .*--help\)\n", capsys.readouterr().err)
+
+
+def test_env_names_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("env") == 0
+    printed = capsys.readouterr().out
+    for word in ("latentdiff ", "Python ", "torch ", "transformers ", "CPU: ", "accelerator: "):
+        assert f"\n{word}" in f"\n{printed}"
+
+
+def test_labels_in_any_script_and_of_any_length_are_drawn_without_a_crash() -> None:
+    labels = ["red heart", "éclair", "猫", "\0\n", "", "word " * 1000, "x" * 5000, "👩‍🚀"]
+    images = [Image.new("RGB", (64, 64), "red") for _ in labels]
+    grid = labelled_grid(images, labels, plain=[f"{i}.png" for i in range(len(labels))])
+    assert grid.width >= 3 * 128
+    assert grid.height >= 3 * 128

@@ -1,0 +1,526 @@
+"""Samplers against diffusers' schedulers, step for step, and by the laws of Gaussian data."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion import Denoise, Diffusion, NoiseLevel, NoiseLevels
+from latentdiff.samplers import (
+    SAMPLERS,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    euler_ancestral,
+    find_sampler,
+    heun,
+)
+
+# diffusers hands tensors to numpy in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SHAPE = (2, 3, 4, 4)
+WORDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+# Every prediction type on every schedule, and every spacing and offset.
+CASES = [
+    (schedule, prediction, "trailing", 0)
+    for schedule in WORDS
+    for prediction in ("epsilon", "sample", "v_prediction")
+] + [
+    (schedule, prediction, spacing, offset)
+    for schedule, prediction in (("linear", "epsilon"), ("scaled_linear", "v_prediction"))
+    for spacing, offset in (("leading", 0), ("leading", 1), ("linspace", 0))
+]
+
+
+def normal(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def noise_from(seed: int, dtype: torch.dtype = torch.float64) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(SHAPE, generator=generator, dtype=dtype)
+
+
+# Parity. The network must see the same inputs at every step, and the last sample be the same.
+
+
+def network(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    """Smooth, not linear, and different at every timestep."""
+    shift = context + torch.sin(timestep.double() / 150).reshape(-1, 1, 1, 1)
+    return torch.tanh(x + shift.to(x.dtype))
+
+
+def our_path(
+    diffusion: Diffusion,
+    sampler: Callable[..., Iterator[Tensor]],
+    x: Tensor,
+    levels: NoiseLevels,
+    **options: Any,
+) -> list[Tensor]:
+    inputs = []
+
+    def recorded(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        inputs.append(x)
+        return network(x, timestep, context)
+
+    denoise = diffusion.denoiser(recorded, normal(7), None, 1.0)
+    samples = list(sampler(denoise, x, levels, **options))
+    assert len(samples) == len(levels)
+    return [*inputs, samples[-1]]
+
+
+def their_path(
+    scheduler: Any, steps: int, x: Tensor, *, levels: NoiseLevels | None = None, **options: Any
+) -> list[Tensor]:
+    scheduler.set_timesteps(steps)
+    if levels is not None:  # the same levels as theirs, but not rounded to float32
+        ratio = levels.sigma / levels.alpha
+        if scheduler.order == 2:  # Heun's list holds the inner ones twice
+            ratio = torch.cat([ratio[:1], ratio[1:-1].repeat_interleave(2), ratio[-1:]])
+        torch.testing.assert_close(scheduler.sigmas, ratio.float(), atol=0, rtol=1e-5)
+        scheduler.sigmas = ratio
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    x, inputs = x * scheduler.init_noise_sigma, []
+    for timestep in scheduler.timesteps:
+        inputs.append(scheduler.scale_model_input(x, timestep))
+        output = network(inputs[-1], timestep, normal(7))
+        x = scheduler.step(output, timestep, x, **options).prev_sample
+    return [*inputs, x]
+
+
+def processes(
+    scheduler: type,
+    schedule: str,
+    prediction: str,
+    spacing: str,
+    offset: int,
+    *,
+    set_alpha_to_one: bool | None = None,
+    as_it_comes: bool = False,
+    **options: Any,
+) -> tuple[Diffusion, Any]:
+    """Ours and theirs, with our table of alpha_bar; theirs as it comes is rounded to float32."""
+    keywords: dict[str, Any] = {"timestep_spacing": spacing, "steps_offset": offset}
+    if set_alpha_to_one is not None:
+        keywords["set_alpha_to_one"] = set_alpha_to_one
+    diffusion = Diffusion(schedule, prediction, **keywords)
+    if scheduler in (diffusers.DDIMScheduler, diffusers.DDPMScheduler):
+        keywords["clip_sample"] = False
+    start, end = diffusion.beta_start or 1e-4, diffusion.beta_end or 0.02
+    keywords["prediction_type"] = prediction
+    theirs = scheduler(1000, start, end, WORDS[schedule], **keywords, **options)
+    if not as_it_comes:
+        table = diffusion.alphas_cumprod
+        torch.testing.assert_close(theirs.alphas_cumprod, table.float(), atol=1e-7, rtol=1e-4)
+        theirs.alphas_cumprod = table
+        if set_alpha_to_one is False:
+            theirs.final_alpha_cumprod = table[0]
+    return diffusion, theirs
+
+
+def assert_same_path(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Within 1e-5 of the largest value: what predicts noise badly makes pictures of hundreds."""
+    assert len(ours) == len(theirs)
+    largest = max(1.0, *(float(x.abs().max()) for x in theirs))
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        difference = float((a - b).abs().max())
+        assert difference < 1e-5 * largest, f"step {step}: {difference} of {largest}"
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("case", CASES)
+def test_ddpm_takes_the_steps_of_diffusers(case, variance):
+    diffusion, scheduler = processes(
+        diffusers.DDPMScheduler, *case, variance_type=f"fixed_{variance}"
+    )
+    generator = torch.Generator().manual_seed(5)
+    theirs = their_path(scheduler, 10, normal(1), generator=generator)
+    levels = diffusion.levels(10, grid="ddpm")
+    ours = our_path(diffusion, ddpm, normal(1), levels, variance=variance, noise=noise_from(5))
+    if variance == "large" and levels.timestep[-2] > 0:
+        # diffusers adds noise to the finished sample unless it comes from timestep 0.
+        ours, theirs = ours[:-1], theirs[:-1]
+    assert_same_path(ours, theirs)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] != "linspace"])
+def test_ddim_takes_the_steps_of_diffusers(case, eta, set_alpha_to_one):
+    """Not with linspace, nor numbers of steps that do not divide 1000.
+
+    There diffusers' DDIM steps to levels other than those that it then tells the network.
+    """
+    diffusion, scheduler = processes(
+        diffusers.DDIMScheduler, *case, set_alpha_to_one=set_alpha_to_one
+    )
+    generator = torch.Generator().manual_seed(5)
+    theirs = their_path(scheduler, 10, normal(1), eta=eta, generator=generator)
+    levels = diffusion.levels(10)
+    ours = our_path(diffusion, ddim, normal(1), levels, eta=eta, noise=noise_from(5))
+    assert_same_path(ours, theirs)
+
+
+@pytest.mark.parametrize("steps", [10, 17])
+# EulerAncestralDiscreteScheduler does not implement "sample".
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] != "sample"])
+def test_euler_ancestral_takes_the_steps_of_diffusers(case, steps):
+    diffusion, scheduler = processes(diffusers.EulerAncestralDiscreteScheduler, *case)
+    levels = diffusion.levels(steps, grid="euler")
+    generator = torch.Generator().manual_seed(5)
+    theirs = their_path(scheduler, steps, normal(1), levels=levels, generator=generator)
+    ours = our_path(diffusion, euler_ancestral, theirs[0], levels, noise=noise_from(5))
+    assert_same_path(ours, theirs)
+
+
+@pytest.mark.parametrize("steps", [10, 17])
+@pytest.mark.parametrize("case", CASES)
+def test_heun_takes_the_steps_of_diffusers(case, steps):
+    diffusion, scheduler = processes(diffusers.HeunDiscreteScheduler, *case)
+    levels = diffusion.levels(steps, grid="euler")
+    theirs = their_path(scheduler, steps, normal(1), levels=levels)
+    assert_same_path(our_path(diffusion, heun, theirs[0], levels), theirs)
+
+
+@pytest.mark.parametrize("steps", [2, 20])
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_dpmpp_2m_takes_the_steps_of_diffusers(case, karras, steps):
+    diffusion, scheduler = processes(
+        diffusers.DPMSolverMultistepScheduler, *case, use_karras_sigmas=karras
+    )
+    levels = diffusion.levels(steps, grid="dpm", karras=karras)
+    theirs = their_path(scheduler, steps, normal(1), levels=levels)
+    assert_same_path(our_path(diffusion, dpmpp_2m, normal(1), levels), theirs)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_dpmpp_2m_that_ends_above_data_takes_the_steps_of_diffusers(steps):
+    case = ("scaled_linear", "epsilon", "trailing", 0)
+    _, scheduler = processes(
+        diffusers.DPMSolverMultistepScheduler, *case, final_sigmas_type="sigma_min"
+    )
+    diffusion = Diffusion(*case[:2], set_alpha_to_one=False)
+    levels = diffusion.levels(steps)
+    theirs = their_path(scheduler, steps, normal(1), levels=levels)
+    assert_same_path(our_path(diffusion, dpmpp_2m, normal(1), levels), theirs)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "scheduler", "spacing"),
+    [
+        ("ddpm", diffusers.DDPMScheduler, "leading"),
+        ("ddim", diffusers.DDIMScheduler, "leading"),
+        ("euler_ancestral", diffusers.EulerAncestralDiscreteScheduler, "linspace"),
+        ("heun", diffusers.HeunDiscreteScheduler, "linspace"),
+        ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler, "linspace"),
+        ("dpmpp_2m_karras", diffusers.DPMSolverMultistepScheduler, "linspace"),
+    ],
+)
+def test_on_stable_diffusions_schedule_diffusers_as_it_comes_agrees(
+    name, scheduler, spacing, prediction
+):
+    """In float32, with its own tables: what a user sees who changes from one to the other."""
+    options = {"use_karras_sigmas": True} if name.endswith("_karras") else {}
+    diffusion, theirs = processes(
+        scheduler, "scaled_linear", prediction, spacing, 1, as_it_comes=True, **options
+    )
+    sampler, step_options = SAMPLERS[name], {}
+    if sampler.takes_noise:
+        step_options["generator"] = torch.Generator().manual_seed(5)
+    expected = their_path(theirs, 50, normal(1, torch.float32), **step_options)
+    levels = sampler.levels(diffusion, 50)
+    noise = noise_from(5, torch.float32)
+    assert_same_path(our_path(diffusion, sampler, expected[0], levels, noise=noise), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])
+@pytest.mark.parametrize("prediction", ["flow_prediction", "sample"])
+def test_dpmpp_2m_on_a_flow_takes_the_steps_of_diffusers(prediction, steps):
+    diffusion = Diffusion("flow", prediction)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type=prediction, use_flow_sigmas=True
+    )
+    theirs = their_path(scheduler, steps, normal(1))
+    levels = find_sampler("dpmpp_2m").levels(diffusion, steps)
+    assert_same_path(our_path(diffusion, dpmpp_2m, normal(1), levels), theirs)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddim_on_a_flow_takes_the_steps_of_diffusers(steps):
+    """Euler's method on the flow's ODE, as FlowMatchEulerDiscreteScheduler has it."""
+    diffusion = Diffusion("flow", "flow_prediction")
+    levels = diffusion.levels(steps)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=levels.sigma[:-1].tolist())
+    x, theirs = normal(1), []
+    for i, timestep in enumerate(scheduler.timesteps):
+        theirs.append(x)
+        output = network(x, levels.timestep[i], normal(7))
+        x = scheduler.step(output, timestep, x).prev_sample
+    assert_same_path(our_path(diffusion, ddim, normal(1), levels), [*theirs, x])
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_heun_on_a_flow_takes_the_steps_of_diffusers(steps):
+    """FlowMatchHeunDiscreteScheduler, which is Heun's method in x and sigma."""
+    diffusion = Diffusion("flow", "flow_prediction")
+    levels = diffusion.levels(steps)
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    inner = levels.sigma[1:-1].repeat_interleave(2)
+    scheduler.sigmas = torch.cat([levels.sigma[:1], inner, levels.sigma[-1:]])
+    told = torch.cat([levels.timestep[:1], levels.timestep[1:-1].repeat_interleave(2)])
+    x, theirs = normal(1), []
+    for mine, timestep in zip(told, scheduler.timesteps, strict=True):
+        theirs.append(x)
+        x = scheduler.step(network(x, mine, normal(7)), timestep, x).prev_sample
+    assert_same_path(our_path(diffusion, heun, normal(1), levels), [*theirs, x])
+
+
+# Laws. On data N(mu, s^2) the best denoiser is linear and everything is known exactly.
+
+
+def gaussian_denoiser(mu: float, s: float) -> Denoise:
+    def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+        gain = level.alpha * s**2 / ((level.alpha * s) ** 2 + level.sigma**2)
+        return mu + gain * (x - level.alpha * mu)
+
+    return denoise
+
+
+def log_snr_levels(steps: int, path: str, *, ends_on_data: bool = False) -> NoiseLevels:
+    """alpha / sigma from e^-4 to e^4 in even steps of its logarithm."""
+    ratio = torch.linspace(4, -4, steps + 1, dtype=torch.float64).exp()
+    alpha = 1 / (1 + ratio) if path == "flow" else 1 / (1 + ratio**2).sqrt()
+    return NoiseLevels(torch.zeros(steps + 1), alpha, ratio * alpha)
+
+
+def deviation(level: NoiseLevel, s: float) -> Tensor:
+    return ((level.alpha * s) ** 2 + level.sigma**2).sqrt()
+
+
+def ode_error(sampler: Callable[..., Iterator[Tensor]], steps: int, path: str) -> float:
+    """How far the sampler ends from the probability-flow ODE's exact solution."""
+    mu, s, levels = 0.7, 0.5, log_snr_levels(steps, path)
+    first, last, x = levels[0], levels[steps], normal(3)
+    scale = deviation(last, s) / deviation(first, s)
+    exact = last.alpha * mu + scale * (x - first.alpha * mu)
+    *_, sample = sampler(gaussian_denoiser(mu, s), x, levels)
+    return float((sample - exact).abs().max())
+
+
+@pytest.mark.parametrize("path", ["variance preserving", "flow"])
+@pytest.mark.parametrize(("sampler", "factor"), [(ddim, 2.0), (dpmpp_2m, 4.0), (heun, 4.0)])
+def test_ode_error_falls_by_the_order_when_steps_double(sampler, factor, path):
+    errors = [ode_error(sampler, steps, path) for steps in (128, 256, 512)]
+    assert errors[0] / errors[1] == pytest.approx(factor, rel=0.06)
+    assert errors[1] / errors[2] == pytest.approx(factor, rel=0.03)
+
+
+def chain_mean_and_variance(
+    sampler: Callable[..., Iterator[Tensor]],
+    levels: NoiseLevels,
+    mu: float,
+    s: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of the samples of N(0, 1), without chance.
+
+    The sample is affine in the first x and in each step's noise: the first of a batch of chains
+    gets none of them and each of the others one.
+    """
+    sources = torch.eye(len(levels) + 2, dtype=torch.float64)[:, 1:].reshape(len(levels) + 2, -1)
+    columns = iter(sources.T.reshape(-1, len(levels) + 2, 1, 1, 1))
+    x = next(columns)
+    *_, sample = sampler(
+        gaussian_denoiser(mu, s), x, levels, noise=lambda: next(columns), **options
+    )
+    return sample[0].squeeze(), (sample[1:] - sample[0]).square().sum()
+
+
+CHAINS = [
+    pytest.param(ddpm, {"variance": "small"}, id="ddpm small"),
+    pytest.param(ddpm, {"variance": "large"}, id="ddpm large"),
+    pytest.param(ddim, {"eta": 1.0}, id="ddim"),
+    pytest.param(euler_ancestral, {}, id="euler_ancestral"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "options"), CHAINS)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "flow"])
+def test_the_chain_ends_on_the_mean_and_variance_of_the_data(schedule, sampler, options):
+    """Up to the noise that the schedule leaves, and the size of a step."""
+    diffusion, errors = Diffusion(schedule, "sample"), []
+    for steps in (125, 250, 500):
+        levels = diffusion.levels(steps, grid="ddpm")
+        mean, variance = chain_mean_and_variance(sampler, levels, 0.7, 0.5, **options)
+        assert mean == pytest.approx(0.7, abs=0.01)
+        errors.append(abs(float(variance) - 0.25))
+    assert errors[2] < 0.01
+    assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "flow"])
+def test_each_ddpm_variance_is_exact_for_its_data_at_any_number_of_steps(schedule, steps):
+    """DDPM, section 3.2: "large" for N(0, 1), "small" for a single point."""
+    diffusion = Diffusion(schedule, "sample")
+    levels = diffusion.levels(steps, grid="ddpm")
+    before = NoiseLevels(levels.timestep[:-1], levels.alpha[:-1], levels.sigma[:-1])
+    mean, variance = chain_mean_and_variance(ddpm, levels, 0.3, 0.0, variance="small")
+    torch.testing.assert_close(torch.stack([mean, variance]), torch.tensor([0.3, 0.0]).double())
+    if steps > 1:  # the chain up to its last step, which by definition adds no noise
+        trail: list[Tensor] = []
+
+        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+            trail.append(x)
+            return gaussian_denoiser(0.0, 1.0)(x, level)
+
+        sources = torch.eye(steps, dtype=torch.float64)
+        sources[:, 0] *= deviation(levels[0], 1.0)
+        columns = iter(sources.T.reshape(steps, steps, 1, 1, 1))
+        x = next(columns)
+        list(ddpm(denoise, x, levels, variance="large", noise=lambda: next(columns)))
+        for x, level in zip(trail, map(before.__getitem__, range(steps)), strict=True):
+            torch.testing.assert_close(x.square().sum(), deviation(level, 1.0) ** 2)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "flow"])
+def test_ddim_with_eta_1_and_euler_ancestral_are_ddpm_with_the_small_variance(schedule):
+    diffusion = Diffusion(schedule, "sample")
+    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    levels = diffusion.levels(20, grid="ddpm")
+    expected = list(ddpm(denoise, normal(1), levels, noise=noise_from(2)))
+    for others in (
+        ddim(denoise, normal(1), levels, eta=1.0, noise=noise_from(2)),
+        euler_ancestral(denoise, normal(1), levels, noise=noise_from(2)),
+    ):
+        for one, other in zip(expected, others, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("sampler", [ddim, heun, dpmpp_2m])
+def test_samplers_are_exact_when_the_data_are_one_point(sampler):
+    """Then x0 is known from the first step on."""
+    point = normal(4)
+    for schedule in ("linear", "flow"):
+        levels = Diffusion(schedule, "sample").levels(7)
+        for preview in sampler(lambda x, level: point, normal(1), levels):
+            torch.testing.assert_close(preview, point)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pure_noise_where_alpha_is_0_makes_no_nan(name):
+    """A flow's t = T: sigma / alpha is infinite there."""
+    sigma = torch.linspace(1, 0, 6, dtype=torch.float64)
+    levels = NoiseLevels(1000 * sigma, 1 - sigma, sigma)
+    point = normal(4)
+    *_, sample = SAMPLERS[name](lambda x, _: point, normal(1), levels, noise=noise_from(2))
+    torch.testing.assert_close(sample, point)
+    denoise = Diffusion("flow", "flow_prediction").denoiser(network, normal(7), None, 1.0)
+    for preview in SAMPLERS[name](denoise, normal(1), levels, noise=noise_from(2)):
+        assert preview.isfinite().all()
+        assert preview.abs().max() < 20
+
+
+# Every sampler by name.
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_yields_as_many_previews_as_steps_and_calls_nothing_it_need_not(name, schedule):
+    diffusion, sampler = Diffusion(schedule, "v_prediction"), SAMPLERS[name]
+    for steps in (1, 2, 3, 20):
+        calls = []
+
+        def counted(x: Tensor, timestep: Tensor, context: Tensor, calls: list = calls) -> Tensor:
+            calls.append(float(timestep[0]))
+            return network(x, timestep, context)
+
+        levels = sampler.levels(diffusion, steps)
+        denoise = diffusion.denoiser(counted, normal(7), None, 1.0)
+        previews = list(sampler(denoise, normal(1), levels, noise=noise_from(2)))
+        assert len(previews) == steps
+        assert len(calls) == (2 * steps - 1 if name == "heun" else steps)
+        assert min(calls) >= 0
+        assert all(preview.isfinite().all() for preview in previews)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_same_seed_gives_the_same_sample(name):
+    diffusion, sampler = Diffusion("scaled_linear", "epsilon"), SAMPLERS[name]
+    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    levels = sampler.levels(diffusion, 8)
+    samples = [
+        list(sampler(denoise, normal(1), levels, noise=noise_from(seed)))[-1] for seed in (3, 3, 4)
+    ]
+    assert torch.equal(samples[0], samples[1])
+    assert torch.equal(samples[1], samples[2]) is not sampler.takes_noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_have_the_dtype_of_x(name, dtype):
+    diffusion, sampler = Diffusion("flow", "flow_prediction"), SAMPLERS[name]
+    denoise = diffusion.denoiser(lambda x, *_: x.tanh(), normal(7), None, 1.0)
+    levels = sampler.levels(diffusion, 4)
+    for preview in sampler(denoise, normal(1, dtype), levels, noise=noise_from(2, dtype)):
+        assert preview.dtype == dtype
+
+
+@pytest.mark.parametrize("schedule", ["scaled_linear", "flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampling_never_reads_a_value_back(name, schedule):
+    """Tensors on the meta device have no values: any host synchronisation would raise."""
+    diffusion, sampler = Diffusion(schedule, "v_prediction"), SAMPLERS[name]
+    x = torch.empty(SHAPE, device="meta")
+    denoise = diffusion.denoiser(lambda x, *_: x.tanh(), x, x, 3.0)
+    levels = sampler.levels(diffusion, 5, device="meta")
+    previews = list(sampler(denoise, x, levels, noise=lambda: torch.empty_like(x)))
+    assert {preview.shape for preview in previews} == {x.shape}
+
+
+def test_ddpm_without_its_noise_is_another_thing():
+    """Why fresh noise is added: without it the chain's samples have far too little variance."""
+    levels = Diffusion("linear", "sample").levels(1000, grid="ddpm")
+    noise = iter(torch.randn(1000, 4096, 1, 1, 1, generator=torch.Generator().manual_seed(0)))
+    x, denoise = next(noise), gaussian_denoiser(0.0, 0.5)
+    *_, without = ddpm(denoise, x, levels, noise=lambda: torch.zeros_like(x))
+    *_, with_noise = ddpm(denoise, x, levels, noise=lambda: next(noise))
+    assert with_noise.var() == pytest.approx(0.25, rel=5 * (2 / 4096) ** 0.5)
+    assert without.var() < 0.05
+
+
+def test_an_unknown_sampler_is_refused_with_the_nearest_name():
+    assert find_sampler("heun") is SAMPLERS["heun"]
+    with pytest.raises(ValueError, match=r"sampler=dpmpp2m is unknown; did you mean dpmpp_2m\?"):
+        find_sampler("dpmpp2m")
+    with pytest.raises(ValueError, match=r"did you mean euler_ancestral\?"):
+        find_sampler("Euler_A")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eta": 1.5}, "eta=1.5 must be from 0 to 1"),
+        ({"eta": -0.1}, "eta=-0.1 must be from 0 to 1"),
+        ({"eta": 0.5}, "eta=0.5 needs noise"),
+    ],
+)
+def test_ddim_refuses_what_it_cannot_do(options, message):
+    levels = Diffusion("linear", "sample").levels(3)
+    with pytest.raises(ValueError, match=message):
+        next(ddim(lambda x, level: x, normal(1), levels, **options))
+
+
+def test_ddpm_refuses_an_unknown_variance():
+    levels = Diffusion("linear", "sample").levels(3)
+    with pytest.raises(ValueError, match="variance=learned must be small or large"):
+        next(ddpm(lambda x, level: x, normal(1), levels, variance="learned", noise=noise_from(1)))

@@ -1,0 +1,151 @@
+"""Train a tokenizer and both CLIP towers from scratch: accelerate launch train/train_clip.py."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import ClipLoss
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel
+
+from latentdiff.data.batches import batches, shard
+from latentdiff.data.images import CaptionedImages, DataConfig, collate, save_grid, to_floats
+from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.text import TextEncoder
+from latentdiff.training.config import parse_config, run_script, write_config
+from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
+from latentdiff.training.randomness import choose, generator
+from latentdiff.training.tokenizer import train_tokenizer
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5: clipped to keep training stable
+
+
+@dataclass(frozen=True)
+class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
+    """Train a tokenizer on the captions, then text and image tower contrastively on the pairs."""
+
+    output_dir: Path = Path("runs/shapes/clip")
+    max_steps: int = 600
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    cooldown_steps: int = 200
+    clip: CLIPSize = field(default_factory=CLIPSize)
+    vocab_size: int = 3072
+    """Tokens at most, of them 514 fixed: bytes, start and end."""
+    max_tokens: int = 24
+    """Tokens of a prompt, start and end among them; what is longer is cut off with a warning."""
+    crop_scale: float = 0.8
+    """Training sees random squares whose side is this share of the picture's, or more."""
+
+
+def main() -> None:
+    config, text = parse_config(TrainCLIP)
+    accelerator = make_accelerator(config)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    if accelerator.is_main_process:
+        write_config(text, config.output_dir)
+    with accelerator.main_process_first():
+        dataset = CaptionedImages(config)
+    captions = [caption for texts in dataset.captions for caption in texts]
+    tokenizer = train_tokenizer(captions, vocab_size=config.vocab_size, length=config.max_tokens)
+    torch.manual_seed(config.seed)
+    learner = Learner(
+        new_clip(config.clip, tokenizer, image_size=config.image_size), config, accelerator
+    )
+    raw, ema = learner.raw, learner.ema
+    assert isinstance(raw, CLIPModel) and isinstance(ema, CLIPModel)
+    contrastive = ClipLoss(
+        local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size
+    )
+
+    def tokenize(prompts: list[str]) -> Tensor:
+        """(B, L) token ids; training captions may be cut, so here nobody is warned."""
+        encoded = tokenizer(
+            prompts, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        return encoded.input_ids.to(accelerator.device)
+
+    def step(batch: dict[str, Any], number: int) -> Metrics:
+        draw = generator(config.seed, number, "crop")
+        places = shard(torch.rand(config.batch_size, 3, generator=draw), rank, world_size)
+        images = to_floats(batch["images"].to(accelerator.device))
+        images = crop(images, places.to(images), scale=config.crop_scale)
+        words = choose(batch["captions"], generator(config.seed, number, f"caption {rank}"))
+        output = learner.model(input_ids=tokenize(words), pixel_values=images)
+        image, text = output.image_embeds, output.text_embeds  # (B, D), of length 1
+        loss = contrastive(image, text, raw.logit_scale.exp())
+        with torch.no_grad():
+            own = torch.arange(len(image), device=image.device)
+            accuracy = (image @ text.T).argmax(dim=1).eq(own).float().mean()
+        grad_norm = learner.update(loss)
+        raw.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+        return {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
+
+    def data(start: int) -> Iterator[dict[str, Any]]:
+        return batches(
+            dataset,
+            start,
+            num_samples=len(dataset),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            stop=config.max_steps,
+            rank=rank,
+            world_size=world_size,
+            num_workers=config.num_workers,
+            collate=collate,
+        )
+
+    @torch.no_grad()
+    def preview(path: Path) -> None:
+        """For eight captions a row each: the true picture, then the seven nearest of up to 1,024."""
+        count = min(len(dataset), 1024)
+        ids = [i * len(dataset) // count for i in range(count)]
+        images = torch.stack([dataset.image(i) for i in ids])
+        pixels = to_floats(images.to(accelerator.device))
+        asked = [i * count // 8 for i in range(8)]
+        words = tokenize([dataset.captions[ids[i]][0] for i in asked])
+        output = ema(input_ids=words, pixel_values=pixels)
+        nearest = (output.text_embeds @ output.image_embeds.T).topk(min(7, count)).indices
+        rows = [[i, *row.tolist()] for i, row in zip(asked, nearest, strict=True)]
+        shown = torch.stack([pixels[i] for row in rows for i in row])
+        save_grid(shown, path, columns=1 + nearest.shape[1])
+
+    def save(folder: Path) -> None:
+        """`text_encoder/` and `tokenizer/` for the UNet; `clip/` has both towers, for evaluation."""
+        tower = CLIPTextModel(ema.config.text_config)
+        names = tower.state_dict().keys()
+        weights = {name.removeprefix("text_model."): v for name, v in ema.state_dict().items()}
+        tower.load_state_dict(
+            {name: weights[name.removeprefix("text_model.")] for name in names}
+        )
+        TextEncoder(tower, tokenizer).save_pretrained(folder)
+        ema.save_pretrained(folder / "clip")
+        side = {"height": config.image_size, "width": config.image_size}
+        CLIPImageProcessor(
+            size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ).save_pretrained(folder / "clip")
+
+    fit(step, data, {"clip": learner}, config, accelerator, save=save, preview=preview)
+
+
+def crop(images: Tensor, places: Tensor, *, scale: float) -> Tensor:
+    """Cut random squares and enlarge them to the picture's size (open_clip trains on such).
+
+    `places` (B, 3) is uniform in [0, 1): side, from `scale` to 1, and where it lies in x and y.
+    """
+    side = scale + (1 - scale) * places[:, 0]
+    shift = (2 * places[:, 1:] - 1) * (1 - side[:, None])  # keeps the square inside
+    maps = torch.zeros(len(images), 2, 3, device=images.device)
+    maps[:, 0, 0] = maps[:, 1, 1] = side
+    maps[:, :, 2] = shift
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+if __name__ == "__main__":
+    run_script(main)
