@@ -6,11 +6,9 @@ transformers are imported inside the commands, so that `latentdiff --help` answe
 
 import argparse
 import difflib
-import math
 import os
 import platform
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,6 @@ import latentdiff
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image, ImageFont
 
 USER_ERROR = 2  # argparse's exit code for a wrong command line
 PACKAGES = (
@@ -36,19 +33,6 @@ PACKAGES = (
     "datasets",
     "diffusers",
     "open_clip_torch",
-)
-# Where labels find their letters: Pillow's own font (None) has English, the others have more.
-SYSTEM_FONTS = (
-    None,
-    "DejaVuSans.ttf",
-    "NotoSans-Regular.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "PingFang.ttc",  # macOS
-    "Arial Unicode.ttf",  # macOS
-    "msyh.ttc",  # Windows
 )
 
 
@@ -167,6 +151,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     device = _device(arguments.device)
     folder = find_model(arguments.model)  # before bars are turned off: a download shows its own
     _quiet_transformers()
+    from latentdiff.pictures import picture_grid
     from latentdiff.pipeline import Pipeline
 
     output = Pipeline.from_pretrained(folder, device=device)(
@@ -187,7 +172,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(f"{path}  {prompt}")
     if arguments.grid or (arguments.grid is None and len(paths) > 1):
         path = arguments.out / "grid.png"
-        labelled_grid(output.images, prompts, plain=[path.name for path in paths]).save(path)
+        picture_grid(output.images, prompts, plain=[path.name for path in paths]).save(path)
         print(path)
 
 
@@ -220,56 +205,6 @@ def _free_paths(folder: Path, seeds: Sequence[int]) -> list[Path]:
     taken = [path.name.split("-")[0] for path in folder.glob("*-*.png")]
     first = 1 + max((int(index) for index in taken if index.isdecimal()), default=-1)
     return [folder / f"{first + i:04d}-{seed}.png" for i, seed in enumerate(seeds)]
-
-
-def labelled_grid(
-    images: Sequence["Image.Image"], labels: Sequence[str], *, plain: Sequence[str]
-) -> "Image.Image":
-    """Lay pictures out in rows, about as many as columns, with a label under each.
-
-    `plain` are ASCII labels, for those that no font of this machine can draw.
-    """
-    from PIL import Image, ImageDraw
-
-    margin, lines, font_size = 8, 2, 14
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    width = max(128, *(image.width for image in images))  # a label needs room
-    height = width * max(image.height for image in images) // max(image.width for image in images)
-    cell = (width + margin, height + margin + lines * (font_size + 4))
-    grid = Image.new("RGB", (columns * cell[0] + margin, rows * cell[1] + margin), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = margin + i % columns * cell[0], margin + i // columns * cell[1]
-        grid.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        font = _font_for(label, font_size)
-        if font is None:
-            label = plain[i]
-            font = _font_for(label, font_size)
-        per_line = max(1, int(len(label) * width / max(1.0, draw.textlength(label, font))))
-        text = textwrap.wrap(label, per_line, max_lines=lines, placeholder="…")
-        draw.multiline_text((x, y + height + 2), "\n".join(text), fill="black", font=font)
-    return grid
-
-
-def _font_for(text: str, size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont | None":
-    """Pillow's own font or a common system font, whichever has all the characters; else None."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    def drawn(character: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> bytes:
-        image = Image.new("L", (2 * size, 2 * size))
-        ImageDraw.Draw(image).text((0, 0), character, fill=255, font=font)
-        return image.tobytes()
-
-    for name in SYSTEM_FONTS:
-        try:
-            font = ImageFont.load_default(size) if name is None else ImageFont.truetype(name, size)
-        except OSError:
-            continue  # not on this machine
-        absent = drawn("\U0010ffff", font)  # the box that stands for what the font does not have
-        if all(character.isspace() or drawn(character, font) != absent for character in set(text)):
-            return font
-    return None
 
 
 def _data_emoji(arguments: argparse.Namespace) -> None:

@@ -10,21 +10,26 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
 
-from latentdiff.formats import scheduler
+from latentdiff.formats import scheduler, timesteps
+from latentdiff.formats.timesteps import Grid, Spacing
 
 Schedule = Literal["linear", "scaled_linear", "cosine", "flow"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
-Spacing = Literal["leading", "trailing", "linspace"]
-Grid = Literal["ddim", "ddpm", "euler", "dpm"]
 
 # What is left of the picture's variance at t = T. Stable Diffusion's own schedule leaves 0.0047.
 LARGEST_FINAL_ALPHA_BAR = 0.01
 
+_WORDS = {
+    "schedule": get_args(Schedule),
+    "prediction": get_args(Prediction),
+    "timestep_spacing": get_args(Spacing),
+}
 _BETA_RANGES = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
@@ -37,6 +42,7 @@ class NoiseLevel(NamedTuple):
 
 
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # x_t (B, C, H, W), level -> estimate of x0
+Level = tuple[Tensor, Tensor]  # alpha, sigma
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep (B,), context
 
 
@@ -44,20 +50,17 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timest
 class NoiseLevels:
     """The N + 1 noise levels of a sampling run of N steps, noisiest first; the last is data.
 
-    `timestep`, `alpha` and `sigma` are (N + 1,). `len` is the number of steps N, and an index from
-    0 to N gives one level.
+    `len` is N; index i from 0 to N gives one level.
     """
 
     timestep: Tensor
     alpha: Tensor
-    sigma: Tensor
+    sigma: Tensor  # each (N + 1,)
 
     def __len__(self) -> int:
-        """The number of steps."""
         return len(self.sigma) - 1
 
     def __getitem__(self, i: int) -> NoiseLevel:
-        """Level i, of scalars."""
         return NoiseLevel(self.timestep[i], self.alpha[i], self.sigma[i])
 
 
@@ -87,10 +90,10 @@ class Diffusion:
     set_alpha_to_one: bool = True
 
     def __post_init__(self) -> None:
-        """Check the fields and fill in the schedule's own betas."""
-        _check_choice("schedule", self.schedule, get_args(Schedule))
-        _check_choice("prediction", self.prediction, get_args(Prediction))
-        _check_choice("timestep_spacing", self.timestep_spacing, get_args(Spacing))
+        for field, words in _WORDS.items():
+            if getattr(self, field) not in words:
+                allowed = ", ".join(words)
+                raise ValueError(f"{field}={getattr(self, field)} must be one of {allowed}")
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps={self.num_timesteps} must be at least 2")
         if self.steps_offset < 0:
@@ -98,12 +101,21 @@ class Diffusion:
         if self.schedule == "flow":
             if self.prediction in ("epsilon", "score"):
                 raise ValueError(
-                    f"prediction={self.prediction} cannot be used with schedule=flow, where alpha "
-                    "is 0 at t=T: choose flow_prediction, v_prediction or sample"
+                    f"prediction={self.prediction} says nothing of x0 where alpha=0: for "
+                    "schedule=flow choose flow_prediction, v_prediction or sample"
                 )
             if not self.set_alpha_to_one:
                 raise ValueError("set_alpha_to_one=False is for beta schedules, not schedule=flow")
-        self._fill_betas()
+        if self.schedule in _BETA_RANGES:
+            start, end = _BETA_RANGES[self.schedule]
+            start = start if self.beta_start is None else self.beta_start
+            end = end if self.beta_end is None else self.beta_end
+            if not 0 < start <= end < 1:
+                raise ValueError(f"beta_start={start}, beta_end={end} must be 0 < start <= end < 1")
+            object.__setattr__(self, "beta_start", start)  # the dataclass is frozen
+            object.__setattr__(self, "beta_end", end)
+        elif self.beta_start is not None or self.beta_end is not None:
+            raise ValueError(f"schedule={self.schedule} has no beta_start or beta_end")
         # Cached tensors made in inference mode could not be trained with later.
         with torch.inference_mode(False):
             left = 0.0 if self.schedule == "flow" else float(self.alphas_cumprod[-1])
@@ -113,21 +125,6 @@ class Diffusion:
                 f"{LARGEST_FINAL_ALPHA_BAR}; raise num_timesteps or beta_end",
                 stacklevel=3,
             )
-
-    def _fill_betas(self) -> None:
-        if self.schedule not in _BETA_RANGES:
-            if self.beta_start is not None or self.beta_end is not None:
-                raise ValueError(f"schedule={self.schedule} has no beta_start or beta_end")
-            return
-        start, end = _BETA_RANGES[self.schedule]
-        start = start if self.beta_start is None else self.beta_start
-        end = end if self.beta_end is None else self.beta_end
-        if not 0 < start <= end < 1:
-            raise ValueError(
-                f"beta_start={start} and beta_end={end} must satisfy 0 < start <= end < 1"
-            )
-        object.__setattr__(self, "beta_start", start)  # the dataclass is frozen
-        object.__setattr__(self, "beta_end", end)
 
     # Buffers of the beta schedules, (T,) float64, t = 1 first: index t - 1 belongs to t.
 
@@ -174,8 +171,6 @@ class Diffusion:
         bars = torch.cat([self.betas.new_ones(1), self.alphas_cumprod])
         return (self.betas * (1 - bars[:-1]) / (1 - bars[1:])).sqrt()
 
-    # The forward process.
-
     def timestep(self, t: Tensor) -> Tensor:
         """What the network is told at time t: t - 1 for beta schedules, t itself for `flow`.
 
@@ -198,7 +193,7 @@ class Diffusion:
 
     def forward_step(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t from x = x_{t-1}: a sample of q(x_t | x_{t-1}), DDPM eq. 2. t >= 1 is (B,) or ()."""
-        alpha, variance = transition(*self.alpha_sigma(t - 1), *self.alpha_sigma(t))
+        alpha, variance = transition(self.alpha_sigma(t - 1), self.alpha_sigma(t))
         return _fit(alpha, x) * x + _fit(variance.sqrt(), x) * eps
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,9 +201,8 @@ class Diffusion:
 
         DDPM eq. 6 and 7. t >= 1 is (B,) or ().
         """
-        before, now = self.alpha_sigma(t - 1), self.alpha_sigma(t)
-        from_x0, from_x, variance = posterior_coefficients(*before, *now)
-        return _fit(from_x0, x0) * x0 + _fit(from_x, x_t) * x_t, variance
+        a, b, variance = posterior_coefficients(self.alpha_sigma(t - 1), self.alpha_sigma(t))
+        return _fit(a, x0) * x0 + _fit(b, x_t) * x_t, variance
 
     # What the network predicts. Salimans & Ho 2022 (arXiv:2202.00512) for v, Song et al. 2021
     # (arXiv:2011.13456) for the score.
@@ -243,8 +237,6 @@ class Diffusion:
             case "score":
                 return (x_t + sigma**2 * output) / alpha
 
-    # Training.
-
     def sample_t(self, n: int, *, generator: torch.Generator) -> Tensor:
         """n times to train at, (n,), on the generator's device.
 
@@ -274,8 +266,6 @@ class Diffusion:
             error = _fit(sigma, x0) * error
         return error.square().flatten(1).mean(1)
 
-    # Sampling.
-
     def denoiser(
         self, unet: Network, context: Tensor, null_context: Tensor | None, guidance_scale: float
     ) -> Denoise:
@@ -286,25 +276,22 @@ class Diffusion:
         turns guidance off, needs no null_context and costs half. Guiding the output is guiding x0,
         because `to_x0` is affine.
         """
-        if guidance_scale == 1:
-
-            def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-                output = unet(x, level.timestep.expand(len(x)), context)
-                return self.to_x0(output, x, level.alpha, level.sigma)
-
-            return denoise
-
-        if null_context is None:
+        guided = guidance_scale != 1
+        if guided and null_context is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs a null_context; 1 does not")
-        both = torch.cat([null_context.expand_as(context), context])
+        halves = [context] if null_context is None else [null_context.expand_as(context), context]
+        both = torch.cat(halves)
 
-        def guided(x: Tensor, level: NoiseLevel) -> Tensor:
-            timestep = level.timestep.expand(len(x)).repeat(2)
-            null, conditional = unet(torch.cat([x, x]), timestep, both).chunk(2)
-            output = null + guidance_scale * (conditional - null)
+        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+            timestep = level.timestep.expand(len(x))
+            if guided:
+                null, conditional = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+                output = null + guidance_scale * (conditional - null)
+            else:
+                output = unet(x, timestep, context)
             return self.to_x0(output, x, level.alpha, level.sigma)
 
-        return guided
+        return denoise
 
     def levels(
         self,
@@ -316,86 +303,46 @@ class Diffusion:
     ) -> NoiseLevels:
         """The noise levels of a sampling run of `steps` steps, noisiest first.
 
-        diffusers' schedulers choose timesteps in different ways even where their configurations
-        agree; `grid` says whose: "ddim" (whole numbers; the only one in which the last level is
-        alpha_bar_1 instead of data if `set_alpha_to_one` is false), "ddpm", "euler" (also Heun;
-        `linspace` is not rounded) or "dpm" (of steps + 1 timesteps, the last gives way to data).
-        `flow` has one grid, that of DPMSolverMultistepScheduler with `use_flow_sigmas`, which
-        truncates the timesteps. `karras` spaces sigma / alpha by Karras et al. 2022
-        (arXiv:2206.00364, eq. 5, rho = 7) over the whole schedule instead.
+        `grid` says whose timesteps, of diffusers' schedulers: "ddim", where the last level is
+        alpha_bar_1 instead of data if `set_alpha_to_one` is false, "ddpm", "euler" (also Heun) or
+        "dpm": see `formats.timesteps`. A flow has but one, that of DPMSolverMultistepScheduler.
+        `karras` instead spaces sigma / alpha over the whole schedule by Karras et al. 2022.
 
-        Raises ValueError unless 1 <= steps <= T (T - 1 where "dpm" must leave a timestep out).
+        Raises ValueError unless 1 <= steps <= T (T - 1 where a grid leaves a timestep out).
         """
-        skips_one = (
-            grid == "dpm" and self.schedule != "flow" and self.timestep_spacing != "trailing"
-        )
-        most = self.num_timesteps - int(skips_one and not karras)
-        if not 1 <= steps <= most:
-            raise ValueError(f"steps={steps} must be from 1 to {most}")
+        n = self.num_timesteps
         if karras:
-            timestep, alpha, sigma = self._karras(steps)
+            ratios, position = timesteps.karras(self._ratios, steps)
+            alpha, sigma = self._from_ratio(ratios)
+            # The nearest timestep; of cosine's the one below, as in diffusers.
+            timestep = position.trunc() if self.schedule == "cosine" else position.round()
+            if self.schedule == "flow":
+                timestep = n * sigma
         elif self.schedule == "flow":
-            sigma = (1 - _linspace(1.0, 1 / self.num_timesteps, steps + 1)).flip(0)[:-1]
-            timestep, alpha = (sigma * self.num_timesteps).trunc(), 1 - sigma
+            sigma = timesteps.flow_sigmas(n, steps)
+            timestep, alpha = (n * sigma).trunc(), 1 - sigma
         else:
-            timestep = self._timesteps(steps, grid)
-            alpha, sigma = self._from_ratio(_interpolate(self._ratios, timestep))
-        if grid == "ddim" and not karras and not self.set_alpha_to_one:
-            end = [0.0, float(self.sqrt_alphas_cumprod[0]), float(self._ratios[0])]
-            end[2] *= end[1]
-        else:
-            end = [float(self.timestep(torch.tensor(0))), 1.0, 0.0]
+            timestep = timesteps.spaced(
+                n, steps, spacing=self.timestep_spacing, offset=self.steps_offset, grid=grid
+            )
+            alpha, sigma = self._from_ratio(timesteps.interpolate(self._ratios, timestep))
+        ends_on_data = karras or grid != "ddim" or self.set_alpha_to_one
+        t = torch.tensor([0.0 if ends_on_data else 1.0], dtype=torch.float64)
+        end = self.timestep(t), *self._from_ratio(0 * t if ends_on_data else self._ratios[:1])
+        timestep, alpha, sigma = map(torch.cat, zip((timestep, alpha, sigma), end, strict=True))
         # Apple's GPUs have no float64.
         dtype = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
-        timestep, alpha, sigma = (
-            torch.cat([column, column.new_tensor([value])])
-            for column, value in zip((timestep, alpha, sigma), end, strict=True)
-        )
         return NoiseLevels(
             timestep.to(device, torch.float32), alpha.to(device, dtype), sigma.to(device, dtype)
         )
 
-    def _timesteps(self, steps: int, grid: Grid) -> Tensor:
-        """The beta schedules' timesteps, of 0 … T - 1, noisiest first (arXiv:2305.08891, Table 2).
-
-        The arithmetic is diffusers', down to the rounding.
-        """
-        last = self.num_timesteps - 1
-        points = steps + 1 if grid == "dpm" else steps
-        if self.timestep_spacing == "trailing":
-            stride = self.num_timesteps - (self.num_timesteps - self.num_timesteps / steps)
-            return (self.num_timesteps - torch.arange(steps).double() * stride).round() - 1
-        if self.timestep_spacing == "linspace":
-            timesteps = _linspace(0.0, last, points).flip(0)[:steps]
-            return timesteps if grid == "euler" else timesteps.round()
-        stride = self.num_timesteps // points
-        timesteps = (torch.arange(points) * stride).flip(0)[:steps]
-        # diffusers runs off the end of its table where an offset leads past T - 1.
-        return (timesteps + min(self.steps_offset, last - int(timesteps[0]))).double()
-
-    def _karras(self, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps, alphas and sigmas of Karras et al. 2022, eq. 5, without the final one."""
-        rho = 7.0
-        table = self._ratios
-        most, least = table[-1] ** (1 / rho), table[0] ** (1 / rho)
-        ratios = (most + _linspace(0.0, 1.0, steps) * (least - most)) ** rho
-        alpha, sigma = self._from_ratio(ratios)
-        if self.schedule == "flow":
-            return sigma * self.num_timesteps, alpha, sigma
-        # The nearest timestep in log(sigma / alpha); for cosine diffusers truncates instead.
-        logs, log = table.log(), ratios.log()
-        below = (torch.searchsorted(logs, log, right=True) - 1).clamp(0, len(logs) - 2)
-        weight = ((log - logs[below]) / (logs[below + 1] - logs[below])).clamp(0, 1)
-        position = below + weight
-        return position.trunc() if self.schedule == "cosine" else position.round(), alpha, sigma
-
     @cached_property
     def _ratios(self) -> Tensor:
-        """sigma / alpha at the T timesteps (T - 1 for `flow`, where the last is infinite)."""
-        if self.schedule == "flow":
-            sigma = torch.arange(1, self.num_timesteps).double() / self.num_timesteps
-            return sigma / (1 - sigma)
-        return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        """sigma / alpha at each timestep, rising; without a flow's last, where it is infinite."""
+        alpha, sigma = self.alpha_sigma(
+            torch.arange(1, self.num_timesteps + (self.schedule != "flow"))
+        )
+        return sigma / alpha
 
     def _from_ratio(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma on this path from sigma / alpha."""
@@ -408,34 +355,27 @@ class Diffusion:
 
     @classmethod
     def from_scheduler_config(cls, config: dict[str, Any]) -> Self:
-        """The diffusion that a diffusers scheduler was configured for: see `formats.scheduler`.
-
-        Raises ValueError for what is not supported.
-        """
+        """The diffusion of a diffusers scheduler; ValueError for what is not supported."""
         return cls(**scheduler.from_config(config))
 
 
-def transition(
-    alpha_s: Tensor, sigma_s: Tensor, alpha_t: Tensor, sigma_t: Tensor
-) -> tuple[Tensor, Tensor]:
-    """a and v of q(x_t | x_s) = N(a x_s, v I) for a level s less noisy than t.
+def transition(s: Level, t: Level) -> tuple[Tensor, Tensor]:
+    """a and v of q(x_t | x_s) = N(a x_s, v I), from (alpha, sigma) of t and of a less noisy s.
 
     Kingma et al. 2021 (arXiv:2107.00630), eq. 23; v is DDPM's beta_t if s = t - 1.
     """
-    alpha = alpha_t / alpha_s
-    return alpha, (sigma_t**2 - (alpha * sigma_s) ** 2).clamp(min=0)
+    alpha = t[0] / s[0]
+    return alpha, (t[1] ** 2 - (alpha * s[1]) ** 2).clamp(min=0)
 
 
-def posterior_coefficients(
-    alpha_s: Tensor, sigma_s: Tensor, alpha_t: Tensor, sigma_t: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and v of q(x_s | x_t, x_0) = N(a x_0 + b x_t, v I) for s less noisy than t.
+def posterior_coefficients(s: Level, t: Level) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and v of q(x_s | x_t, x_0) = N(a x_0 + b x_t, v I), levels as in `transition`.
 
     DDPM, eq. 7, for any two levels: v is beta_tilde_t if s = t - 1.
     """
-    alpha, variance = transition(alpha_s, sigma_s, alpha_t, sigma_t)
-    kept = (sigma_s / sigma_t) ** 2
-    return alpha_s * variance / sigma_t**2, alpha * kept, variance * kept
+    alpha, variance = transition(s, t)
+    kept = (s[1] / t[1]) ** 2
+    return s[0] * variance / t[1] ** 2, alpha * kept, variance * kept
 
 
 def _fit(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -455,28 +395,5 @@ def _alpha_bars(diffusion: Diffusion, device: torch.device) -> Tensor:
 
 def _cosine_betas(n: int) -> list[float]:
     """Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, but betas at most 0.999, as theirs."""
-
-    def alpha_bar(t: float) -> float:
-        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    return [min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)]
-
-
-def _linspace(start: float, end: float, n: int) -> Tensor:
-    """numpy's linspace, whose last digits torch's does not share."""
-    if n == 1:
-        return torch.tensor([start], dtype=torch.float64)
-    points = torch.arange(n).double() * ((end - start) / (n - 1)) + start
-    points[-1] = end
-    return points
-
-
-def _interpolate(table: Tensor, position: Tensor) -> Tensor:
-    """The table's values at real positions from 0 to its length - 1, linear between them."""
-    below = position.long().clamp(max=len(table) - 2)
-    return torch.lerp(table[below], table[below + 1], position - below)
-
-
-def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field}={value} must be one of {', '.join(allowed)}")
+    bars = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+    return [min(1 - after / before, 0.999) for before, after in pairwise(bars)]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,6 +28,7 @@ from latentdiff.formats.diffusers import (
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
+from latentdiff.pictures import to_pil
 from latentdiff.samplers import Sampler, find_sampler
 
 
@@ -333,17 +333,6 @@ class PictureNoise:
         """The next noise of every picture, (B, C, H, W)."""
         noise = torch.cat([torch.randn((1, *self.size), generator=g) for g in self.generators])
         return noise.to(device=self.device, dtype=self.dtype)
-
-
-def to_pil(picture: Tensor) -> Image.Image:
-    """(3, fH, fW) in [-1, 1] -> RGB; rounded, since truncation darkens by half a level."""
-    if not picture.isfinite().all():
-        raise ValueError(
-            "the picture has values that are not finite: half precision overflows in some VAEs; "
-            "load with dtype=torch.float32 or torch.bfloat16"
-        )
-    pixels = ((picture + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").cpu().numpy())
 
 
 def _prompts(field: str, value: str | Sequence[str]) -> list[str]:

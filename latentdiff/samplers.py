@@ -43,10 +43,10 @@ def ddpm(
     if variance not in ("small", "large"):
         raise ValueError(f"variance={variance} must be small or large")
     now, after = _pairs(levels)
-    from_x0, from_x, posterior = posterior_coefficients(*after, *now)
+    from_x0, from_x, posterior = posterior_coefficients(after, now)
     if variance == "large":
         # Var(x_s | x_t) of unit Gaussian data; the fraction is 1 wherever alpha^2 + sigma^2 = 1.
-        forward = transition(*after, *now)[1]
+        forward = transition(after, now)[1]
         posterior = forward * (after[0] ** 2 + after[1] ** 2) / (now[0] ** 2 + now[1] ** 2)
     std = posterior.sqrt()
     last = len(levels) - 1
@@ -76,7 +76,7 @@ def ddim(
     if eta > 0 and noise is None:
         raise ValueError(f"eta={eta} needs noise")
     now, after = _pairs(levels)
-    forward = transition(*after, *now)[1] / now[1] ** 2
+    forward = transition(after, now)[1] / now[1] ** 2
     std = eta * after[1] * forward.sqrt()
     from_eps = after[1] * (1 - eta**2 * forward).clamp(min=0).sqrt()
     last = len(levels) - 1
@@ -120,18 +120,18 @@ def euler_ancestral(
 def heun(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
     """Heun's second-order method: Karras et al. 2022 (arXiv:2206.00364), Algorithm 1.
 
-    x (B, C, H, W) is N(0, I). 2N - 1 calls of the denoiser if the last level is data. The path is
-    taken in the coordinates in which the noise grows evenly: x / alpha and sigma / alpha for
-    variance-preserving levels, x and sigma for `flow`, where alpha may be 0.
+    x (B, C, H, W) is N(0, I). 2N - 1 calls of the denoiser: the last step is Euler's. The slope is
+    averaged in the coordinates in which the noise grows evenly: x / alpha and sigma / alpha on
+    variance-preserving levels, x and sigma on a flow, where alpha may be 0.
     """
     now, after = _pairs(levels)
+    # alpha + sigma = 1 is a flow's mark; it cannot be asked for without waiting for the device.
     flow = (levels.alpha + levels.sigma - 1).abs() < 8 * torch.finfo(levels.sigma.dtype).eps
-    scale = torch.where(flow, 1.0, levels.alpha)[1:]
-    before = torch.where(flow, 1.0, levels.alpha)[:-1]
+    scale = torch.where(flow, 1.0, levels.alpha)
     ratio = after[1] / now[1]
     from_x0 = after[0] - now[0] * ratio  # Euler's step, which is DDIM's
     # Averaging the slopes at both ends moves Euler's end by this much times the change of x0.
-    change = 0.5 * (now[1] * scale**2 / (before * after[1]) - scale)
+    change = 0.5 * (now[1] * scale[1:] ** 2 / (scale[:-1] * after[1]) - scale[1:])
     last = len(levels) - 1
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
@@ -215,7 +215,7 @@ def find_sampler(name: str) -> Sampler:
     """The sampler of that name; ValueError names the nearest one."""
     if name in SAMPLERS:
         return SAMPLERS[name]
-    nearest = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0)[0]
+    nearest = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0)[0]
     raise ValueError(
         f"sampler={name} is unknown; did you mean {nearest}? (known: {', '.join(SAMPLERS)})"
     )

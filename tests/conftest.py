@@ -1,4 +1,4 @@
-"""What every test runs under: no network, two threads, fixed seeds, deterministic operators."""
+"""What every test runs under: no network, one thread, fixed seeds, deterministic operators."""
 
 import os
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

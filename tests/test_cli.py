@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import one_thread, tiny_pipeline
+from tiny import tiny_pipeline
 
-from latentdiff.cli import labelled_grid, main
-
-__all__ = ["one_thread"]  # a fixture that pytest finds by being here
+from latentdiff.cli import main
+from latentdiff.pictures import picture_grid
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,6 +208,6 @@ def test_env_names_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> N
 def test_labels_in_any_script_and_of_any_length_are_drawn_without_a_crash() -> None:
     labels = ["red heart", "éclair", "猫", "\0\n", "", "word " * 1000, "x" * 5000, "👩‍🚀"]
     images = [Image.new("RGB", (64, 64), "red") for _ in labels]
-    grid = labelled_grid(images, labels, plain=[f"{i}.png" for i in range(len(labels))])
+    grid = picture_grid(images, labels, plain=[f"{i}.png" for i in range(len(labels))])
     assert grid.width >= 3 * 128
     assert grid.height >= 3 * 128

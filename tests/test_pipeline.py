@@ -20,18 +20,17 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from tiny import CONTEXT_DIM, one_thread, tiny_pipeline, tiny_text_encoder
+from tiny import CONTEXT_DIM, tiny_pipeline, tiny_text_encoder
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import check_pipeline_folder, find_model
-from latentdiff.pipeline import PictureNoise, Pipeline, to_pil
+from latentdiff.pictures import to_pil
+from latentdiff.pipeline import PictureNoise, Pipeline
 from latentdiff.samplers import SAMPLERS
 
 # diffusers' own business, inside its DPMSolverMultistepScheduler.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-__all__ = ["one_thread"]  # a fixture that pytest finds by being here
 
 PROMPTS = ["a cat", "a dog", "red heart", "", "猫", "sunflower", "a", "rainbow"]
 DIFFUSIONS = {

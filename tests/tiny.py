@@ -1,10 +1,8 @@
 """A whole pipeline of random weights, small enough to draw with in a test."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -16,18 +14,6 @@ from latentdiff.pipeline import Pipeline
 
 CONTEXT_DIM = 16
 TOKENS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For modules that import it: networks so small gain nothing from a second thread.
-
-    On a busy machine each waits for the other, and tests of a second took twenty.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_tokenizer(folder: Path, *, length: int = TOKENS) -> CLIPTokenizer:

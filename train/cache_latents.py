@@ -21,6 +21,11 @@ class CacheLatents(DataConfig):
     """The VAE's folder, that of a pipeline, or "emoji", the embedded one."""
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
 
 def main() -> None:
     config, text = parse_config(CacheLatents)

@@ -10,12 +10,13 @@ import torch
 from open_clip import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from latentdiff.data.batches import batches, shard
-from latentdiff.data.images import CaptionedImages, DataConfig, collate, save_grid, to_floats
+from latentdiff.data.images import CaptionedImages, DataConfig, collate
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text import TextEncoder
+from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script, write_config
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
@@ -42,6 +43,10 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
     crop_scale: float = 0.8
     """Training sees random squares whose side is this share of the picture's, or more."""
 
+    def __post_init__(self) -> None:
+        for part in (DataConfig, LoopConfig, OptimizerConfig):
+            part.__post_init__(self)
+
 
 def main() -> None:
     config, text = parse_config(TrainCLIP)
@@ -52,36 +57,42 @@ def main() -> None:
     with accelerator.main_process_first():
         dataset = CaptionedImages(config)
     captions = [caption for texts in dataset.captions for caption in texts]
+    if not captions:
+        raise ValueError("caption_columns is empty: CLIP is trained on pictures with captions")
     tokenizer = train_tokenizer(captions, vocab_size=config.vocab_size, length=config.max_tokens)
     torch.manual_seed(config.seed)
     learner = Learner(
         new_clip(config.clip, tokenizer, image_size=config.image_size), config, accelerator
     )
     raw, ema = learner.raw, learner.ema
-    assert isinstance(raw, CLIPModel) and isinstance(ema, CLIPModel)
-    contrastive = ClipLoss(
-        local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size
-    )
+    assert isinstance(raw, CLIPModel)
+    assert isinstance(ema, CLIPModel)
+    if accelerator.device.type == "cpu":
+        # torch's fused attention is slower than plain products there, see models/layers.py.
+        raw.set_attn_implementation("eager")
+    contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
     def tokenize(prompts: list[str]) -> Tensor:
         """(B, L) token ids; training captions may be cut, so here nobody is warned."""
-        encoded = tokenizer(
-            prompts, padding="max_length", truncation=True, return_tensors="pt"
-        )
+        encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return encoded.input_ids.to(accelerator.device)
 
+    def draw(number: int, purpose: str, *shape: int) -> Tensor:
+        """This process's rows of a global batch that is uniform in [0, 1), (B, *shape)."""
+        source = generator(config.seed, number, purpose)
+        return shard(torch.rand(config.batch_size, *shape, generator=source), rank, world_size)
+
     def step(batch: dict[str, Any], number: int) -> Metrics:
-        draw = generator(config.seed, number, "crop")
-        places = shard(torch.rand(config.batch_size, 3, generator=draw), rank, world_size)
         images = to_floats(batch["images"].to(accelerator.device))
-        images = crop(images, places.to(images), scale=config.crop_scale)
-        words = choose(batch["captions"], generator(config.seed, number, f"caption {rank}"))
+        images = crop(images, draw(number, "crop", 3).to(images), scale=config.crop_scale)
+        words = choose(batch["captions"], draw(number, "caption").tolist())
         output = learner.model(input_ids=tokenize(words), pixel_values=images)
         image, text = output.image_embeds, output.text_embeds  # (B, D), of length 1
         loss = contrastive(image, text, raw.logit_scale.exp())
         with torch.no_grad():
-            own = torch.arange(len(image), device=image.device)
-            accuracy = (image @ text.T).argmax(dim=1).eq(own).float().mean()
+            own = torch.arange(len(image), device=image.device) + rank * len(image)
+            texts = accelerator.gather(text)
+            accuracy = (image @ texts.T).argmax(dim=1).eq(own).float().mean()
         grad_norm = learner.update(loss)
         raw.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         return {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
@@ -102,7 +113,7 @@ def main() -> None:
 
     @torch.no_grad()
     def preview(path: Path) -> None:
-        """For eight captions a row each: the true picture, then the seven nearest of up to 1,024."""
+        """A row for each of eight captions: the true picture, then the seven nearest of 1,024."""
         count = min(len(dataset), 1024)
         ids = [i * len(dataset) // count for i in range(count)]
         images = torch.stack([dataset.image(i) for i in ids])
@@ -112,17 +123,16 @@ def main() -> None:
         output = ema(input_ids=words, pixel_values=pixels)
         nearest = (output.text_embeds @ output.image_embeds.T).topk(min(7, count)).indices
         rows = [[i, *row.tolist()] for i, row in zip(asked, nearest, strict=True)]
-        shown = torch.stack([pixels[i] for row in rows for i in row])
-        save_grid(shown, path, columns=1 + nearest.shape[1])
+        shown = [to_pil(pixels[i]) for row in rows for i in row]
+        picture_grid(shown, columns=1 + nearest.shape[1]).save(path)
 
     def save(folder: Path) -> None:
-        """`text_encoder/` and `tokenizer/` for the UNet; `clip/` has both towers, for evaluation."""
+        """`text_encoder/` and `tokenizer/` for the UNet; `clip/`, both towers, for evaluation."""
+        assert isinstance(ema.config.text_config, CLIPTextConfig)
         tower = CLIPTextModel(ema.config.text_config)
         names = tower.state_dict().keys()
         weights = {name.removeprefix("text_model."): v for name, v in ema.state_dict().items()}
-        tower.load_state_dict(
-            {name: weights[name.removeprefix("text_model.")] for name in names}
-        )
+        tower.load_state_dict({name: weights[name.removeprefix("text_model.")] for name in names})
         TextEncoder(tower, tokenizer).save_pretrained(folder)
         ema.save_pretrained(folder / "clip")
         side = {"height": config.image_size, "width": config.image_size}

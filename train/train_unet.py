@@ -1,4 +1,4 @@
-"""Train the denoising UNet on cached latents: accelerate launch train/train_unet.py [--key value …]."""
+"""Train the denoising UNet on cached latents: accelerate launch train/train_unet.py."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from latentdiff.data.batches import batches, shard
 from latentdiff.data.cache import LatentCache, collate_moments, write_cache
@@ -14,8 +15,9 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
-from latentdiff.models.vae import VAE
-from latentdiff.pipeline import Pipeline, picture_grid
+from latentdiff.models.vae import VAE, Posterior
+from latentdiff.pictures import picture_grid
+from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import parse_config, run_script, write_config
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
@@ -54,6 +56,12 @@ class TrainUNet(DataConfig, LoopConfig, OptimizerConfig):
     preview_prompts: Sequence[str] = ()
     """Captions of the preview grid; by default eight of the training data's."""
 
+    def __post_init__(self) -> None:
+        for part in (DataConfig, LoopConfig, OptimizerConfig):
+            part.__post_init__(self)
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
+
 
 def main() -> None:
     config, text = parse_config(TrainUNet)
@@ -64,7 +72,7 @@ def main() -> None:
     vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
     text_encoder = TextEncoder.from_pretrained(find_part(config.text_encoder, "text_encoder"))
     text_encoder.to(accelerator.device)
-    cache = open_cache(config, vae, rank, world_size, accelerator.wait_for_everyone)
+    cache = open_cache(config, vae, accelerator)
     latent = (vae.config.latent_channels, *cache.moments.shape[2:])
     unet_config = replace(
         config.unet,
@@ -84,7 +92,8 @@ def main() -> None:
         return shard(whole, rank, world_size).to(accelerator.device)
 
     def step(batch: dict[str, Any], number: int) -> Metrics:
-        x0 = batch["posterior"].to(accelerator.device).sample(draw(number, "posterior", *latent))
+        posterior = Posterior.from_moments(batch["moments"].to(accelerator.device))
+        x0 = posterior.sample(draw(number, "posterior", *latent))
         context = text_encoder(captions(batch, number))
         t = diffusion.sample_t(config.batch_size, generator=generator(config.seed, number, "t"))
         t = shard(t, rank, world_size).to(accelerator.device)
@@ -95,9 +104,10 @@ def main() -> None:
 
     def captions(batch: dict[str, Any], number: int) -> list[str]:
         """One caption an example, or none: the same whatever the number of processes."""
-        keep = torch.rand(config.batch_size, generator=generator(config.seed, number, "dropout"))
-        words = choose(batch["captions"], generator(config.seed, number, f"caption {rank}"))
-        kept = shard(keep >= config.caption_dropout, rank, world_size).tolist()
+        source = generator(config.seed, number, "caption")
+        draws = shard(torch.rand(config.batch_size, 2, generator=source), rank, world_size).tolist()
+        words = choose(batch["captions"], [place for place, _ in draws])
+        kept = [dropout >= config.caption_dropout for _, dropout in draws]
         return [word if keep_it else "" for word, keep_it in zip(words, kept, strict=True)]
 
     def data(start: int) -> Iterator[dict[str, Any]]:
@@ -136,15 +146,22 @@ def main() -> None:
     )
 
 
-def open_cache(config: TrainUNet, vae: VAE, rank: int, world_size: int, wait: Any) -> LatentCache:
+def open_cache(config: TrainUNet, vae: VAE, accelerator: Accelerator) -> LatentCache:
     """The cache that the configuration names, or one made now from its data."""
-    folder = config.cache if config.cache is not None else config.output_dir / "cache"
-    if config.cache is None:
+    if config.cache is not None:
+        return LatentCache(config.cache, vae=vae)
+    with accelerator.main_process_first():
         dataset = CaptionedImages(config)
-        write_cache(
-            folder, dataset, vae, batch_size=64, rank=rank, world_size=world_size, wait=wait
-        )
-    return LatentCache(folder, vae=vae)
+    write_cache(
+        config.output_dir / "cache",
+        dataset,
+        vae,
+        batch_size=64,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+    return LatentCache(config.output_dir / "cache", vae=vae)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the autoencoder on pictures alone: accelerate launch train/train_vae.py [--key value …]."""
+"""Train the autoencoder on pictures alone: accelerate launch train/train_vae.py."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from latentdiff.data.batches import batches, shard
-from latentdiff.data.images import CaptionedImages, DataConfig, collate, save_grid, to_floats
+from latentdiff.data.images import CaptionedImages, DataConfig, collate
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
+from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script, write_config
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
@@ -39,6 +40,10 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
     reconstruction: Reconstruction = "l1"
     kl_weight: float = 1e-3
     """Weight of the KL in nats per pixel value."""
+
+    def __post_init__(self) -> None:
+        for part in (DataConfig, LoopConfig, OptimizerConfig):
+            part.__post_init__(self)
 
 
 def main() -> None:
@@ -94,7 +99,7 @@ def main() -> None:
         images = to_floats(shown.to(accelerator.device))
         decoded = ema.decode(ema.encode(images).mean)
         pairs = torch.cat([images[:8], decoded[:8], images[8:], decoded[8:]])
-        save_grid(pairs, path, columns=8)
+        picture_grid([to_pil(image) for image in pairs], columns=8).save(path)
 
     @torch.no_grad()
     def save(folder: Path) -> None:
@@ -109,7 +114,7 @@ def main() -> None:
 
 
 def latent_statistics(vae: VAE, dataset: CaptionedImages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each channel of latents over up to 2,048 pictures: (C,), (C,)."""
+    """Mean and deviation of each channel of the latents of up to 2,048 pictures: (C,), (C,)."""
     device = next(vae.parameters()).device
     count = min(len(dataset), 2048)
     ids = [i * len(dataset) // count for i in range(count)]

@@ -57,8 +57,8 @@ def batches(
     return iter(loader)
 
 
-def shard(rows: Sequence[Any], rank: int, world_size: int) -> Any:
-    """The rows of a global batch (a sequence or a tensor's first axis) that one process works on."""
+def shard(rows: Any, rank: int, world_size: int) -> Any:
+    """The rows of a global batch, a sequence or a tensor's first axis, that are one process's."""
     size = len(rows) // world_size
     return rows[rank * size : (rank + 1) * size]
 

@@ -7,7 +7,7 @@ Moments keep the VAE's randomness: each visit draws a new latent (LDM, section 3
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from latentdiff.data.images import CaptionedImages, DataConfig, to_floats
+from latentdiff.data.images import CaptionedImages, DataConfig
 from latentdiff.formats.weights import load_json, save_json
-from latentdiff.models.vae import VAE, Posterior
+from latentdiff.models.vae import VAE
+from latentdiff.pictures import to_floats
 
 
 class LatentCache(Dataset[dict[str, Any]]):
@@ -53,11 +54,10 @@ class LatentCache(Dataset[dict[str, Any]]):
         return {"moments": moments, "captions": self.captions[index]}
 
 
-def collate_moments(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Examples -> `{"posterior": Posterior of (B, C, H, W), "captions": [[str, …], …]}`."""
-    moments = torch.stack([example["moments"] for example in examples])
+def collate_moments(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Examples -> `{"moments": (B, 2C, H, W) float32, "captions": [[str, …], …]}`."""
     return {
-        "posterior": Posterior.from_moments(moments),
+        "moments": torch.stack([example["moments"] for example in examples]),
         "captions": [example["captions"] for example in examples],
     }
 
@@ -76,8 +76,10 @@ def write_cache(
     """Encode the data set into `folder`, each process its share; `wait` is a barrier for them all.
 
     A finished cache of the same VAE and data is kept. Raises ValueError when the folder holds
-    the cache of another VAE or other data.
+    the cache of another VAE or other data, and for data without captions.
     """
+    if not dataset.captions:
+        raise ValueError("caption_columns is empty: latents are for training on captions")
     header = {"vae": fingerprint(vae), "data": data_fingerprint(dataset)}
     if (folder / "header.json").is_file():
         found = load_json(folder / "header.json")

@@ -1,4 +1,4 @@
-"""Captioned pictures from a folder or a hub data set, as tensors in [-1, 1]; pictures to a grid.
+"""Captioned pictures from a folder or a hub data set, as uint8 tensors of one size.
 
 A folder is a `datasets` image folder: pictures beside a `metadata.jsonl` whose rows have
 `file_name` and the caption columns, with or without `train/` and `test/` folders.
@@ -42,6 +42,22 @@ class DataConfig:
     num_workers: int = 0
     """Processes that read pictures ahead."""
 
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        for name, forms in self.caption_templates.items():
+            if name not in self.caption_columns:
+                raise ValueError(
+                    f"caption_templates: {name!r} must be one of "
+                    f"caption_columns={list(self.caption_columns)}"
+                )
+            if not forms or any("{}" not in form for form in forms):
+                raise ValueError(
+                    f"caption_templates: {name!r} must have forms with {{}}, not {list(forms)}"
+                )
+
 
 class CaptionedImages(Dataset[dict[str, Any]]):
     """Examples `{"image": (3, S, S) uint8, "captions": [str, …]}`."""
@@ -60,6 +76,11 @@ class CaptionedImages(Dataset[dict[str, Any]]):
                 raise ValueError(
                     f"data={config.data!r} has no column {name!r}, only {self.rows.column_names}"
                 )
+        if not isinstance(self.rows.features[config.image_column], datasets.Image):
+            raise ValueError(
+                f"data={config.data!r}: the column {config.image_column!r} holds no pictures but "
+                f"{self.rows.features[config.image_column]}"
+            )
         for name, values in config.exclude.items():
             column = self.rows[name]
             kept = [i for i, value in enumerate(column) if value not in values]
@@ -82,10 +103,15 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def image(self, index: int) -> Tensor:
-        """The picture as (3, S, S) uint8."""
+        """The picture as (3, S, S) uint8. Raises ValueError when its file is damaged."""
         if self._images is not None and index in self._images:
             return self._images[index]
-        picture = self.rows[index][self.config.image_column]
+        try:
+            picture = self.rows[index][self.config.image_column]
+        except OSError as error:
+            raise ValueError(
+                f"data={self.config.data!r}: the picture of row {index} cannot be read: {error}"
+            ) from error
         pixels = torch.from_numpy(np.array(square(picture, self.config.image_size)))
         pixels = pixels.permute(2, 0, 1).contiguous()
         if self._images is not None:
@@ -116,29 +142,6 @@ def square(picture: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
 
 
-def to_floats(images: Tensor) -> Tensor:
-    """uint8 0 … 255 -> float32 -1 … 1, any shape."""
-    return images.float() / 127.5 - 1.0
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Floats -1 … 1 -> uint8, rounded, clipped where a decoder overshoots."""
-    return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_grid(images: Tensor, path: Path, *, columns: int) -> None:
-    """Write pictures (B, 3, H, W) in [-1, 1] as one PNG, row by row, with white gaps."""
-    pixels = to_pixels(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
-    count, height, width, _ = pixels.shape
-    rows, gap = -(-count // columns), 4
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for i, picture in enumerate(pixels):
-        x, y = i % columns * (width + gap) + gap, i // columns * (height + gap) + gap
-        sheet.paste(Image.fromarray(picture), (x, y))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
 def _load(config: DataConfig) -> datasets.Dataset:
     folder = Path(config.data)
     datasets.disable_progress_bars()
@@ -146,16 +149,16 @@ def _load(config: DataConfig) -> datasets.Dataset:
         folder = SHAPES_FOLDER
         if not folder.exists():
             build_shapes(folder, count=2000, seed=0, size=64)
-    if folder.is_dir():
-        _check_folder(folder)
-        loaded = datasets.load_dataset("imagefolder", data_dir=str(folder))
-    else:
-        try:
+    try:
+        if folder.is_dir():
+            _check_folder(folder, captions=bool(config.caption_columns))
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(folder))
+        else:
             loaded = datasets.load_dataset(config.data)
-        except (FileNotFoundError, ConnectionError, ValueError) as error:
-            raise ValueError(
-                f"data={config.data!r} is neither a folder nor a data set that the hub gives: {error}"
-            ) from error
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        what = "as an image folder" if folder.is_dir() else "as a folder or from the hub"
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data={config.data!r} cannot be read {what}: {reason}") from error
     assert isinstance(loaded, datasets.DatasetDict)
     if config.split not in loaded:
         raise ValueError(
@@ -164,28 +167,32 @@ def _load(config: DataConfig) -> datasets.Dataset:
     return loaded[config.split]
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, *, captions: bool) -> None:
     """Refuse a folder without captions, and captions without pictures, before `datasets` does."""
     metadata = sorted(folder.rglob("metadata.jsonl"))
-    if not metadata:
+    if captions and not metadata:
         raise ValueError(
-            f"data={str(folder)!r} has no metadata.jsonl; write one beside the pictures with rows "
-            'such as {"file_name": "1.png", "text": "a cat"}'
+            "it has no metadata.jsonl; write one beside the pictures with rows such as "
+            '{"file_name": "1.png", "text": "a cat"}'
         )
     for path in metadata:
         names = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                names.append(json.loads(line)["file_name"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object with file_name, got {line!r}"
-                ) from error
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    names.append(str(json.loads(line)["file_name"]))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number}: expected a JSON object with file_name, "
+                        f"got {line.strip()!r}"
+                    ) from error
         missing = [name for name in names if not (path.parent / name).is_file()]
-        if missing:
+        if missing or not names:
             raise ValueError(
                 f"{path} has captions without pictures: {len(missing)} of {len(names)}, "
                 f"the first is {missing[0]!r}"
+                if missing
+                else f"{path} has no rows"
             )
 
 

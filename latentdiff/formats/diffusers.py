@@ -9,6 +9,8 @@ from typing import Any
 
 from latentdiff.formats.weights import load_json, save_json
 
+# The release of diffusers whose form we write; it asks for the key when it reads.
+DIFFUSERS_VERSION = "0.42.1"
 EMBEDDED_MODELS = ("emoji",)  # shipped with the package under latentdiff/pretrained/
 
 # model_index.json names classes; a folder is read only if they are the ones that ours equal. The
@@ -120,7 +122,7 @@ def save_model_index(folder: Path, *, scheduler_class: str) -> None:
     """
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.42.1",  # the version whose form this is
+        "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

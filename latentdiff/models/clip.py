@@ -26,7 +26,10 @@ def new_clip(size: CLIPSize, tokenizer: CLIPTokenizer, *, image_size: int) -> CL
     Raises ValueError when the patches do not tile the picture.
     """
     if image_size % size.patch_size:
-        raise ValueError(f"image_size={image_size} must be divisible by patch_size={size.patch_size}")
+        raise ValueError(
+            f"image_size={image_size} must be divisible by patch_size={size.patch_size}"
+        )
+    ids = tokenizer.get_vocab()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.text_width,
@@ -35,9 +38,9 @@ def new_clip(size: CLIPSize, tokenizer: CLIPTokenizer, *, image_size: int) -> CL
         num_hidden_layers=size.text_layers,
         num_attention_heads=size.text_heads,
         max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=ids[str(tokenizer.bos_token)],
+        eos_token_id=ids[str(tokenizer.eos_token)],
+        pad_token_id=ids[str(tokenizer.pad_token)],
     )
     vision = CLIPVisionConfig(
         hidden_size=size.image_width,

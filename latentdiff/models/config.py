@@ -1,18 +1,18 @@
 """A network and its folder: configuration dataclass <-> `config.json`, weights <-> safetensors."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from latentdiff.formats.diffusers import DIFFUSERS_VERSION
 from latentdiff.formats.weights import load_json, load_safetensors, save_json, save_safetensors
 
 T = TypeVar("T")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# The release of diffusers whose configuration keys we write; it asks for the key when it reads.
-DIFFUSERS_VERSION = "0.42.1"
 
 
 def config_from_dict(
@@ -41,6 +41,32 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def check_counts(config: Any, *names: str) -> None:
+    """Raise ValueError, naming key and value, unless these keys are whole numbers from 1 up.
+
+    diffusers takes a list, one number a block, for some of them; SD 1.x and 2.x have none.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+
+
+def check_fit(path: Path, *, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first tensor, unless names and shapes in `path` are as expected."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    wrong = sorted(
+        name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
+    )
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit its config.json in {len(wrong)} tensors, first {wrong[0]}: "
+            f"{given.get(wrong[0], 'missing')} in the file, "
+            f"{wanted.get(wrong[0], 'none')} by the configuration"
+        )
+
+
 def load_network(cls: type[Any], config_cls: type[Any], folder: Path) -> Any:
     """Build a network from its folder, in float32 and eval mode.
 
@@ -50,18 +76,7 @@ def load_network(cls: type[Any], config_cls: type[Any], folder: Path) -> Any:
     tensors = load_safetensors(folder / WEIGHTS)
     with torch.device("meta"):
         network = cls(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        wrong = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
-        first = wrong[0]
-        raise ValueError(
-            f"{folder / WEIGHTS} does not fit its config.json in {len(wrong)} tensors, first "
-            f"{first}: {found.get(first, 'missing')} in the file, "
-            f"{expected.get(first, 'none')} by the configuration"
-        )
+    check_fit(folder / WEIGHTS, expected=network.state_dict(), found=tensors)
     floats = {name: tensor.float() for name, tensor in tensors.items()}
     network.load_state_dict(floats, assign=True)
     return network.eval()

@@ -3,14 +3,22 @@
 Shapes: B prompts, L tokens (the tokenizer's `model_max_length`), D width.
 """
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from latentdiff.formats.weights import load_safetensors, save_safetensors
+from latentdiff.models.config import check_fit
+
+# Begins every name in published files. The modules of transformers have it in some releases and
+# not in others, and those that do not have it write files that other tools cannot read.
+PREFIX = "text_model."
 
 
 class TextEncoder(nn.Module):
@@ -41,7 +49,7 @@ class TextEncoder(nn.Module):
             truncation=True,
             return_tensors="pt",
         ).input_ids  # (B, L)
-        whole = self.tokenizer(list(prompts)).input_ids
+        whole = self.tokenizer(list(prompts), verbose=False).input_ids
         for prompt, tokens in zip(prompts, whole, strict=True):
             if len(tokens) > length:
                 cut = self.tokenizer.decode(tokens[length - 1 : -1])
@@ -62,12 +70,23 @@ class TextEncoder(nn.Module):
     def from_pretrained(cls, folder: Path | str) -> Self:
         """Read `text_encoder/` and `tokenizer/` of a folder, in float32.
 
-        Raises ValueError when one of them is missing.
+        Raises ValueError when a file is missing or the weights are not those of the configuration.
         """
         folder = Path(folder)
-        for part in ("text_encoder/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"):
+        parts = ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
+        if not (folder / "tokenizer/tokenizer.json").is_file():  # the other form of the same
+            parts += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
+        for part in parts:
             if not (folder / part).is_file():
                 raise ValueError(f"{folder} holds no text encoder: {part} is missing")
+        # transformers would draw what is missing at random.
+        path = folder / "text_encoder" / "model.safetensors"
+        found = _without_prefix(load_safetensors(path))
+        with torch.device("meta"):
+            empty = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        expected = _without_prefix(empty.state_dict())
+        # Old files hold position_ids besides, which transformers passes over.
+        check_fit(path, expected=expected, found={n: t for n, t in found.items() if n in expected})
         model = CLIPTextModel.from_pretrained(
             folder / "text_encoder", use_safetensors=True, dtype=torch.float32
         )
@@ -76,9 +95,18 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
         """Write `text_encoder/` and `tokenizer/` as transformers and diffusers read them."""
         folder = Path(folder)
-        state = {name: tensor.to(dtype=dtype) for name, tensor in self.model.state_dict().items()}
-        self.model.save_pretrained(folder / "text_encoder", state_dict=state)
+        config = copy.deepcopy(self.model.config)
+        config.architectures = ["CLIPTextModel"]
+        config.dtype = torch.float32  # what to compute in, whatever the file holds
+        config.save_pretrained(folder / "text_encoder")
+        state = _without_prefix(self.model.state_dict())
+        tensors = {PREFIX + name: tensor.to("cpu", dtype) for name, tensor in state.items()}
+        save_safetensors(tensors, folder / "text_encoder" / "model.safetensors")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

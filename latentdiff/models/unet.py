@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.config import config_from_dict, load_network, save_network
+from latentdiff.models.config import check_counts, config_from_dict, load_network, save_network
 from latentdiff.models.layers import (
     Downsample,
     ResnetBlock,
@@ -70,6 +70,15 @@ class UNetConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.attention_head_dim, int):
             object.__setattr__(self, "attention_head_dim", tuple(self.attention_head_dim))
+        check_counts(
+            self,
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
+            "norm_num_groups",
+        )
         levels = len(self.block_out_channels)
         for name, allowed in (
             ("down_block_types", ATTENTION_BLOCKS),
@@ -152,11 +161,43 @@ FIXED: dict[str, Any] = {
 ABSENT: dict[str, Any] = {"sample_size": None, "cross_attention_dim": 1280}
 
 
-class Block(nn.Module):
-    """Residual blocks, each followed by a spatial transformer where the block has attention.
+class DownBlock(nn.Module):
+    """Residual blocks, each followed by a transformer if `heads` is given, then half the size."""
 
-    One class serves the way down and the way up; they differ in what the caller feeds and keeps.
-    """
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: UNetConfig,
+        *,
+        heads: int | None,
+        downsample: bool,
+    ) -> None:
+        super().__init__()
+        layers = range(config.layers_per_block)
+        self.resnets = nn.ModuleList(
+            resnet(out_channels if i else in_channels, out_channels, config) for i in layers
+        )
+        self.attentions = nn.ModuleList(
+            transformer(out_channels, config, heads) for _ in layers if heads is not None
+        )
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        """(B, C, H, W), (B, E), (B, L, D) -> every map made on the way; the last is the output."""
+        maps = []
+        for i, block in enumerate(self.resnets):
+            x = block(x, time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            maps.append(x)
+        for downsample in self.downsamplers:
+            maps.append(downsample(x))
+        return maps
+
+
+class UpBlock(nn.Module):
+    """Residual blocks that read the maps of the way down, transformers, then the next larger size."""
 
     def __init__(
         self,
@@ -165,28 +206,25 @@ class Block(nn.Module):
         config: UNetConfig,
         *,
         heads: int | None,
-        downsample: bool = False,
-        upsample: bool = False,
+        upsample: bool,
     ) -> None:
         super().__init__()
-        time_dim = 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            resnet(channels, out_channels, config, time_dim) for channels in in_channels
+        self.resnets = nn.ModuleList(resnet(ch, out_channels, config) for ch in in_channels)
+        self.attentions = nn.ModuleList(
+            transformer(out_channels, config, heads) for _ in in_channels if heads is not None
         )
-        self.has_attention = heads is not None
-        if heads is not None:
-            self.attentions = nn.ModuleList(
-                transformer(out_channels, config, heads) for _ in in_channels
-            )
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """Residual block `i` and its transformer: (B, C, H, W), (B, E), (B, L, D) -> (B, C', H, W)."""
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, context) if self.has_attention else x
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), maps of the way down (the last ones are taken off), … -> (B, C', H', W')."""
+        for i, block in enumerate(self.resnets):
+            x = block(torch.cat([x, skips.pop()], dim=1), time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            # To the size of the map that comes next, which is not twice this one when odd.
+            x = upsample(x, skips[-1].shape[-2:])
+        return x
 
 
 class MidBlock(nn.Module):
@@ -194,9 +232,8 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig, *, heads: int | None) -> None:
         super().__init__()
-        time_dim = 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(
-            resnet(channels, channels, config, time_dim) for _ in range(1 if heads is None else 2)
+            resnet(channels, channels, config) for _ in range(1 if heads is None else 2)
         )
         self.attentions = nn.ModuleList(
             [] if heads is None else [transformer(channels, config, heads)]
@@ -209,19 +246,24 @@ class MidBlock(nn.Module):
         return x
 
 
-def resnet(in_channels: int, out_channels: int, config: UNetConfig, time_dim: int) -> ResnetBlock:
+def resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlock:
     """A residual block with this network's norms and time width."""
     return ResnetBlock(
         in_channels,
         out_channels,
         groups=config.norm_num_groups,
         eps=config.norm_eps,
-        time_dim=time_dim,
+        time_dim=4 * config.block_out_channels[0],
     )
 
 
 def transformer(channels: int, config: UNetConfig, heads: int) -> SpatialTransformer:
     """A spatial transformer that attends to this network's context."""
+    if heads < 1 or channels % heads:
+        raise ValueError(
+            f"attention_head_dim={config.attention_head_dim!r}: {heads} heads must divide the "
+            f"{channels} channels of their block"
+        )
     return SpatialTransformer(
         channels,
         heads=heads,
@@ -250,8 +292,8 @@ class UNet(nn.Module):
             last = i == levels - 1
             previous = channels[max(i - 1, 0)]
             self.down_blocks.append(
-                Block(
-                    [previous] + [ch] * (config.layers_per_block - 1),
+                DownBlock(
+                    previous,
                     ch,
                     config,
                     heads=config.heads[i] if ATTENTION_BLOCKS[config.down_block_types[i]] else None,
@@ -276,7 +318,7 @@ class UNet(nn.Module):
                 below = ch
             attends = ATTENTION_UP_BLOCKS[config.up_block_types[i]]
             self.up_blocks.append(
-                Block(
+                UpBlock(
                     inputs,
                     ch,
                     config,
@@ -318,22 +360,12 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                h = block.layer(i, h, time, context)
-                skips.append(h)
-            if hasattr(block, "downsamplers"):
-                h = block.downsamplers[0](h)
-                skips.append(h)
-
+            skips += block(h, time, context)
+            h = skips[-1]
         if self.mid_block is not None:
             h = self.mid_block(h, time, context)
-
         for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                h = block.layer(i, torch.cat([h, skips.pop()], dim=1), time, context)
-            if hasattr(block, "upsamplers"):
-                # To the size of the map that comes next, which is not twice this one when odd.
-                h = block.upsamplers[0](h, skips[-1].shape[-2:])
+            h = block(h, skips, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     @classmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.config import config_from_dict, load_network, save_network
+from latentdiff.models.config import check_counts, config_from_dict, load_network, save_network
 from latentdiff.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 
 EPS = 1e-6  # of every GroupNorm, as in LDM
@@ -43,6 +43,14 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        check_counts(
+            self,
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "norm_num_groups",
+        )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(

@@ -10,9 +10,7 @@ from latentdiff.formats.weights import load_json, load_safetensors, save_json, s
 from latentdiff.training.learner import Learner
 
 
-def save_checkpoint(
-    folder: Path, step: int, learners: Mapping[str, Learner], *, keep: int
-) -> None:
+def save_checkpoint(folder: Path, step: int, learners: Mapping[str, Learner], *, keep: int) -> None:
     """Write `step-N/` beside its final name, rename it, then drop all but the newest `keep`."""
     staging = folder / f".step-{step}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
@@ -25,11 +23,15 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(staging, final)
     for _, old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        doomed = old.rename(folder / f".{old.name}.tmp")  # at no moment half there
+        shutil.rmtree(doomed)
 
 
 def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> int:
-    """Restore the newest checkpoint, if there is one; returns the step to go on from, else 0."""
+    """Restore the newest checkpoint, if there is one; returns the step to go on from, else 0.
+
+    Raises ValueError when it is damaged or of other networks than these.
+    """
     found = checkpoints(folder)
     if not found:
         return 0
@@ -37,7 +39,13 @@ def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> int:
     state = load_json(newest / "state.json")
     for name, learner in learners.items():
         tensors = load_safetensors(newest / f"{name}.safetensors")
-        learner.load_tensors(tensors, num_updates=state["num_updates"][name])
+        try:
+            learner.load_tensors(tensors, num_updates=state["num_updates"][name])
+        except ValueError as error:
+            raise ValueError(
+                f"{newest} was made with another configuration ({error}); "
+                "go back to that one or choose another output_dir"
+            ) from error
     return step
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 T = TypeVar("T")
 
@@ -13,17 +13,19 @@ T = TypeVar("T")
 def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, str]:
     """Read `--config file.yaml` and `--key value`; returns the configuration and its full YAML.
 
-    Unknown keys and wrong types end the program with one sentence and exit code 2, as do values
-    that the dataclass refuses.
+    Raises ValueError, in one sentence, for unknown keys, wrong types and values that the
+    dataclass refuses. `--help` and `--print_config` print and end the program.
     """
-    parser = ArgumentParser(description=(cls.__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(description=(cls.__doc__ or "").split("\n\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(cls)
-    namespace: Namespace = parser.parse_args(args)
+    try:
+        namespace: Namespace = parser.parse_args(args)
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
     text = parser.dump(namespace, skip_none=False)
     namespace.pop("config", None)
-    instances = parser.instantiate_classes(namespace)
-    return cls(**instances.as_dict()), text
+    return cls(**vars(parser.instantiate_classes(namespace))), text
 
 
 def write_config(text: str, folder: Path) -> None:
@@ -36,12 +38,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what its user got wrong ends in one sentence and exit code 2."""
     try:
         main()
-    except ValueError as error:
-        sys.exit(_fail(error))
+    except (ValueError, OSError) as error:  # OSError: a damaged picture, a full disk
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on from the newest checkpoint")
-
-
-def _fail(error: ValueError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2

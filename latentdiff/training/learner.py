@@ -27,12 +27,17 @@ class OptimizerConfig:
     """Half-life of about 0.69 / (1 - ema_decay) steps; less at the start of a run."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+        for name in ("warmup_steps", "cooldown_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of update number `step`, counted from 0; a function of the step alone."""
@@ -42,11 +47,9 @@ class OptimizerConfig:
 
 
 class Learner:
-    """`model` is what a step calls (it may be wrapped for several processes); `ema` what is kept."""
+    """`model` is what a step calls, wrapped where there are several processes; `ema` what is kept."""
 
-    def __init__(
-        self, model: nn.Module, config: OptimizerConfig, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
         model = model.to(accelerator.device)
@@ -62,15 +65,10 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.num_updates = 0
 
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the next update."""
-        return self.config.learning_rate_at(min(self.num_updates, self.config.max_steps - 1))
-
     def update(self, loss: Tensor) -> Tensor:
         """One step down the gradient of `loss` (); returns the gradient's norm (), unclipped."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.config.learning_rate_at(self.num_updates)
         self.accelerator.backward(loss)
         grad_norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.max_grad_norm
@@ -80,7 +78,7 @@ class Learner:
         self.num_updates += 1
         # The early average forgets its random start; 10 as in the common TensorFlow recipe.
         decay = min(self.config.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage] # EMAs everywhere use it
             [p.data for p in self.ema.parameters()],
             [p.data for p in self.raw.parameters()],
             1.0 - decay,
@@ -98,14 +96,26 @@ class Learner:
         return state
 
     def load_tensors(self, state: dict[str, Tensor], *, num_updates: int) -> None:
-        """Go on from what `tensors` gave after `num_updates` updates, bit for bit."""
+        """Go on from what `tensors` gave after `num_updates` updates, bit for bit.
+
+        Raises ValueError when that was of another network.
+        """
         for prefix, network in (("model.", self.raw), ("ema.", self.ema)):
-            network.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            )
-        for name, parameter in self.raw.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if (value := state.get(f"optimizer.{name}.{key}")) is not None:
-                    device = "cpu" if key == "step" else parameter.device
-                    self.optimizer.state[parameter][key] = value.to(device)
+            own = {prefix + name: tensor for name, tensor in network.state_dict().items()}
+            for name in own.keys() | {name for name in state if name.startswith(prefix)}:
+                shapes = [tuple(s[name].shape) if name in s else "none" for s in (state, own)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{name} is {shapes[0]} in the checkpoint, {shapes[1]} in the network"
+                    )
+            network.load_state_dict({name.removeprefix(prefix): state[name] for name in own})
+        names = [name for name, _ in self.raw.named_parameters()]
+        moments = {
+            i: {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for i, name in enumerate(names)
+            if f"optimizer.{name}.step" in state
+        }
+        # The optimizer knows which device each of them belongs on.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.num_updates = num_updates

@@ -1,6 +1,7 @@
 """fit(): the one training loop; it owns cadence, resume and logging, a script owns its step."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,18 +38,19 @@ class LoopConfig:
     """auto: bf16 where the processor computes in it, else no."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "log_every", "preview_every", "checkpoint_every"):
+        counts = ("max_steps", "batch_size", "log_every", "preview_every", "checkpoint_every")
+        for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """The accelerator of this run; ValueError if the processes cannot share the batch evenly."""
     precision = config.mixed_precision
     if precision == "auto":
-        precision = "bf16" if computes_bf16() else "no"
+        precision = "bf16" if computes_bf16(PartialState().device) else "no"
     accelerator = Accelerator(mixed_precision=precision)
     if config.batch_size % accelerator.num_processes:
         raise ValueError(
@@ -58,11 +60,11 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     return accelerator
 
 
-def computes_bf16() -> bool:
-    """Whether the device that accelerate will choose has bfloat16 arithmetic of its own."""
-    if torch.cuda.is_available():
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic of its own."""
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return not torch.backends.mps.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def fit(
@@ -95,41 +97,38 @@ def fit(
         metrics = step(next(batches), number)
         # Sums stay on the device: reading one here would wait for it in every step.
         for name, value in metrics.items():
-            sums[name] = sums.get(name, 0) + value.detach()
+            sums[name] = sums.get(name, 0) + value.detach().float()
         progress.update()
         done = number + 1
         last = done == config.max_steps
-        if done % config.log_every == 0 or last:
-            means = {name: accelerator.reduce(v, "mean") / (done - since) for name, v in sums.items()}
-            record = {"step": done, **{name: float(value) for name, value in means.items()}}
-            now = time.perf_counter()
-            record["learning_rate"] = next(iter(learners.values())).learning_rate
-            record["samples_per_second"] = config.batch_size * (done - since) / (now - clock)
+        checkpoint = done % config.checkpoint_every == 0 or last
+        # Before a checkpoint too: means must not reach back over a place where runs are resumed.
+        if done % config.log_every == 0 or checkpoint:
+            sums = accelerator.reduce(sums, "mean")  # pyright: ignore[reportAssignmentType]
+            means = {name: float(value) / (done - since) for name, value in sums.items()}
+            record = {"step": done, **means}
+            learner = next(iter(learners.values()))
+            record["learning_rate"] = learner.config.learning_rate_at(learner.num_updates - 1)
+            seconds = time.perf_counter() - clock
+            record["samples_per_second"] = config.batch_size * (done - since) / seconds
             progress.set_postfix_str(
                 f"loss={record['loss']:.4f}, {record['samples_per_second']:.1f} pictures/s"
             )
             if log is not None:
                 log.write(record)
-            sums, since, clock = {}, done, now
-        due = {
-            "preview": done % config.preview_every == 0 or last,
-            "checkpoint": done % config.checkpoint_every == 0 or last,
-        }
-        if main and preview is not None and due["preview"]:
+            sums, since, clock = {}, done, time.perf_counter()
+        pause = time.perf_counter()
+        if main and preview is not None and (done % config.preview_every == 0 or last):
             (folder / "previews").mkdir(exist_ok=True)
             preview(folder / "previews" / f"step-{done:07d}.png")
-        if main and due["checkpoint"]:
-            save_checkpoint(
-                folder / "checkpoints", done, learners, keep=config.keep_checkpoints
-            )
+        if main and checkpoint:
             save(folder / "model")
             plot_log(folder / "log.jsonl", folder / "loss.png")
-        if any(due.values()):
-            accelerator.wait_for_everyone()
-            clock += time.perf_counter() - now if since == done else 0.0
+            # Last, so that a run which ends before it is resumed before it and writes all of them.
+            save_checkpoint(folder / "checkpoints", done, learners, keep=config.keep_checkpoints)
+        clock += time.perf_counter() - pause  # the rate is that of training alone
     progress.close()
-    if main and start >= config.max_steps:
-        save(folder / "model")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -138,11 +137,14 @@ class Log:
 
     def __init__(self, path: Path, start: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= start]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        path.touch()
+        with path.open("rb+") as file:
+            size = 0
+            for line in file:
+                if _step(line) > start:
+                    break
+                size += len(line)
+            file.truncate(size)
         self.path = path
 
     def write(self, record: dict[str, float]) -> None:
@@ -151,9 +153,9 @@ class Log:
             file.write(json.dumps(record) + "\n")
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     """The step of a logged line; infinite for a line that a crash cut short."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf

@@ -1,4 +1,4 @@
-"""Random numbers as functions of (seed, step, purpose), so that a resumed run needs no RNG state."""
+"""Random numbers as functions of (seed, step, purpose): a resumed run needs no RNG state."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,6 +19,6 @@ def generator(seed: int, step: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def choose(options: Sequence[Sequence[T]], draw: torch.Generator) -> list[T]:
-    """One of each row's options, each equally likely."""
-    return [row[int(torch.randint(len(row), (), generator=draw))] for row in options]
+def choose(options: Sequence[Sequence[T]], places: Sequence[float]) -> list[T]:
+    """One of each row's options: the one at its place, which is uniform in [0, 1)."""
+    return [row[int(place * len(row))] for row, place in zip(options, places, strict=True)]

@@ -1,4 +1,4 @@
-"""Train a tokenizer on captions, in CLIP's format: lower-case byte-level BPE (Sennrich et al. 2016)."""
+"""Train a tokenizer on captions: CLIP's lower-case byte-level BPE (Sennrich et al. 2016)."""
 
 import json
 from collections.abc import Iterable
@@ -33,9 +33,10 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) ->
     backend.train_from_iterator(captions, trainer)
     learned = json.loads(backend.to_str())["model"]["merges"]
     merges = [tuple(pair) for pair in learned][: vocab_size - len(base) - 2]
-    tokens = [*base, *("".join(pair) for pair in merges), START, END]
+    # Two merges can make the same token, as a + bc and ab + c.
+    tokens = dict.fromkeys([*base, *("".join(pair) for pair in merges), START, END])
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
+        merges=merges,  # pyright: ignore[reportArgumentType] # annotated as text, pairs at run time
         model_max_length=length,
     )

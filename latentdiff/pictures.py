@@ -1,0 +1,108 @@
+"""Pictures: tensors in [-1, 1] to PIL and back, and grids of them with labels."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Where labels find their letters: Pillow's own font (None) has English, the others have more.
+SYSTEM_FONTS = (
+    None,
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "PingFang.ttc",  # macOS
+    "Arial Unicode.ttf",  # macOS
+    "msyh.ttc",  # Windows
+)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """uint8 0 … 255 -> float32 -1 … 1, any shape."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Floats -1 … 1 -> uint8; rounded, since truncation darkens by half a level, and clipped."""
+    return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB. Raises ValueError for a picture that is not finite."""
+    if not image.isfinite().all():
+        raise ValueError(
+            "the picture has values that are not finite: half precision overflows in some VAEs; "
+            "load with dtype=torch.float32 or torch.bfloat16"
+        )
+    return Image.fromarray(rearrange(to_pixels(image.detach()), "c h w -> h w c").cpu().numpy())
+
+
+def picture_grid(
+    images: Sequence[Image.Image],
+    labels: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    plain: Sequence[str] | None = None,
+) -> Image.Image:
+    """Lay pictures out row by row, about as many columns as rows, with a label under each.
+
+    `plain` are ASCII labels for those that no font of this machine can draw; without them such a
+    label is left out.
+    """
+    gap, lines, font_size = 8 if labels else 4, 2, 14
+    columns = columns if columns is not None else math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    if labels and width < 128:  # a label needs room
+        width, height = 128, round(height * 128 / width)
+    text_height = lines * (font_size + 4) if labels else 0
+    cell = (width + gap, height + gap + text_height)
+    grid = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, image in enumerate(images):
+        x, y = gap + i % columns * cell[0], gap + i // columns * cell[1]
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        grid.paste(image, (x, y))
+        label, font = drawable([labels[i] if labels else "", plain[i] if plain else ""], font_size)
+        if label:
+            per_line = max(1, int(len(label) * width / max(1.0, draw.textlength(label, font))))
+            text = textwrap.wrap(label, per_line, max_lines=lines, placeholder="…")
+            draw.multiline_text((x, y + height + 2), "\n".join(text), fill="black", font=font)
+    return grid
+
+
+def drawable(labels: Sequence[str], size: int) -> tuple[str, Font | None]:
+    """The first of the labels that a font of this machine has all the characters of, and the font."""
+    for label in labels:
+        font = font_for(label, size)
+        if font is not None:
+            return label, font
+    return "", None
+
+
+def font_for(text: str, size: int) -> Font | None:
+    """Pillow's own font or a common system font, whichever has all the characters; else None."""
+
+    def drawn(character: str, font: Font) -> bytes:
+        image = Image.new("L", (2 * size, 2 * size))
+        ImageDraw.Draw(image).text((0, 0), character, fill=255, font=font)
+        return image.tobytes()
+
+    for name in SYSTEM_FONTS:
+        try:
+            font = ImageFont.load_default(size) if name is None else ImageFont.truetype(name, size)
+        except OSError:
+            continue  # not on this machine
+        absent = drawn("\U0010ffff", font)  # the box that stands for what the font does not have
+        if all(character.isspace() or drawn(character, font) != absent for character in set(text)):
+            return font
+    return None
