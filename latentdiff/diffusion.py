@@ -388,9 +388,8 @@ def _fit(coefficient: Tensor, x: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _alpha_bars(diffusion: Diffusion, device: torch.device) -> Tensor:
     """alpha_bar_0 … alpha_bar_T, (T + 1,), on the device: training must not copy it every step."""
-    with torch.inference_mode(False):
-        bars = diffusion.alphas_cumprod
-        return torch.cat([bars.new_ones(1), bars]).to(device)
+    bars = diffusion.alphas_cumprod
+    return torch.cat([bars.new_ones(1), bars]).to(device)
 
 
 def _cosine_betas(n: int) -> list[float]:

@@ -258,7 +258,7 @@ def test_a_diffusion_first_used_in_inference_mode_trains_afterwards():
     x, t = normal(1, 2, 2, 2, dtype=torch.float32), torch.tensor([3])
     process.loss(lambda x, *_: weight * x, x, x, noise=x, t=t).sum().backward()
     assert weight.grad is not None
-    assert process.posterior_sigmas.is_inference() is False
+    assert not process.alphas_cumprod.is_inference()
 
 
 # Guidance.

@@ -1,30 +1,15 @@
 """From prompt to picture: parity with diffusers both ways, seeds, round trips, refusals."""
 
-import json
-import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image
-from tiny import CONTEXT_DIM, tiny_pipeline, tiny_text_encoder
-from torch import Tensor
+from tiny import Recording, tiny_pipeline
 
-from latentdiff.diffusion import Diffusion
-from latentdiff.formats.diffusers import check_pipeline_folder, find_model
 from latentdiff.pictures import to_pil
 from latentdiff.pipeline import PictureNoise, Pipeline
 from latentdiff.samplers import SAMPLERS
@@ -33,13 +18,6 @@ from latentdiff.samplers import SAMPLERS
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPTS = ["a cat", "a dog", "red heart", "", "猫", "sunflower", "a", "rainbow"]
-DIFFUSIONS = {
-    "flow": Diffusion("flow", "flow_prediction"),
-    "epsilon": Diffusion(
-        "scaled_linear", "epsilon", timestep_spacing="leading", set_alpha_to_one=False
-    ),
-    "v": Diffusion("scaled_linear", "v_prediction"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,149 +30,6 @@ def folder(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("pipeline")
     pipeline.save_pretrained(folder)
     return folder
-
-
-class Recording(Pipeline):
-    """Keeps the latents that it decodes, which pictures have rounded away."""
-
-    latents: Tensor
-
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        self.latents = latents
-        return super().decode(latents)
-
-
-@contextmanager
-def no_log_above_info() -> Iterator[None]:
-    """Fail if diffusers or transformers log a warning; they don't pass them on to the root."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-    assert [record.getMessage() for record in records] == []
-
-
-def first_noise(seed: int, size: tuple[int, int] = (8, 8)) -> Tensor:
-    return torch.randn((1, 4, *size), generator=torch.Generator().manual_seed(seed))
-
-
-def decibels(ours: Tensor, theirs: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1]."""
-    return float(-10 * torch.log10((ours.double() - theirs.double()).square().mean() + 1e-30))
-
-
-def assert_same_picture(folder: Path, diffusers_pipeline: Any, sampler: str, **size: int) -> None:
-    """Our pipeline of the folder and diffusers' draw the same picture from the same latents."""
-    ours = Recording.from_pretrained(folder)
-    diffusers_pipeline.set_progress_bar_config(disable=True)
-    latent_size = (size["height"] // 2, size["width"] // 2) if size else (8, 8)
-    theirs = diffusers_pipeline(
-        "a cat",
-        negative_prompt="a dog",
-        latents=first_noise(3, latent_size),
-        num_inference_steps=20,
-        guidance_scale=4.0,
-        output_type="pt",
-        **size,
-    ).images
-    output = ours(
-        "a cat",
-        negative_prompt="a dog",
-        seed=3,
-        steps=20,
-        guidance_scale=4.0,
-        sampler=sampler,
-        progress=False,
-        **size,
-    )
-    with torch.no_grad():
-        floats = (ours.vae.decode(ours.latents) / 2 + 0.5).clamp(0, 1)
-    assert decibels(floats, theirs) > 100
-    picture = np.asarray(output.images[0], dtype=np.float32) / 255
-    assert np.abs(picture - theirs[0].permute(1, 2, 0).numpy()).max() < 0.51 / 255  # rounded
-
-
-def load_in_diffusers(folder: Path) -> Any:
-    with no_log_above_info():
-        return StableDiffusionPipeline.from_pretrained(folder)
-
-
-def test_diffusers_opens_our_flow_folder_without_a_warning_and_draws_our_picture(
-    folder: Path,
-) -> None:
-    theirs = load_in_diffusers(folder)
-    assert theirs.scheduler.config.prediction_type == "flow_prediction"
-    assert_same_picture(folder, theirs, "dpmpp_2m")
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v"])
-@pytest.mark.parametrize(
-    ("sampler", "scheduler"),
-    [("ddim", DDIMScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler)],
-)
-def test_diffusers_opens_our_beta_folder_without_a_warning_and_draws_our_picture(
-    tmp_path: Path, kind: str, sampler: str, scheduler: Any
-) -> None:
-    tiny_pipeline(tmp_path / "tokens", DIFFUSIONS[kind]).save_pretrained(tmp_path / "model")
-    theirs = load_in_diffusers(tmp_path / "model")
-    theirs.scheduler = scheduler.from_config(theirs.scheduler.config)
-    assert_same_picture(tmp_path / "model", theirs, sampler)
-
-
-def test_a_picture_that_is_not_square_is_diffusers_too(folder: Path) -> None:
-    assert_same_picture(folder, load_in_diffusers(folder), "dpmpp_2m", height=24, width=40)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_we_open_a_folder_that_diffusers_wrote_and_draw_its_picture(
-    tmp_path: Path, prediction: str
-) -> None:
-    text_encoder = tiny_text_encoder(tmp_path / "tokens")
-    theirs = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=CONTEXT_DIM,
-            attention_head_dim=(2, 4),
-            norm_num_groups=4,
-            use_linear_projection=True,
-        ),
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            sample_size=16,
-        ),
-        text_encoder=text_encoder.model,
-        tokenizer=text_encoder.tokenizer,
-        scheduler=PNDMScheduler(  # as in SD 1.x and 2.x
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction,
-            set_alpha_to_one=False,
-            skip_prk_steps=True,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    theirs.save_pretrained(tmp_path / "model")
-    # SD's published configurations hold clip_sample too, although PNDMScheduler has no such key.
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
-    assert_same_picture(tmp_path / "model", theirs, "ddim")
 
 
 def pictures(
@@ -316,20 +151,6 @@ def test_a_saved_pipeline_comes_back_bit_for_bit(
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
-def test_half_precision_on_disk_is_float32_when_loaded(pipeline: Pipeline, tmp_path: Path) -> None:
-    pipeline.save_pretrained(tmp_path, dtype=torch.float16)
-    loaded = Pipeline.from_pretrained(tmp_path)
-    for name in ("unet", "vae", "text_encoder"):
-        before, after = getattr(pipeline, name).state_dict(), getattr(loaded, name).state_dict()
-        for key, tensor in before.items():
-            assert after[key].dtype == tensor.dtype
-            half = tensor.half().float() if tensor.is_floating_point() else tensor
-            assert torch.equal(after[key], half), key
-    sizes = [path.stat().st_size for path in tmp_path.glob("unet/*.safetensors")]
-    assert sum(sizes) < 2.5 * sum(parameter.numel() for parameter in pipeline.unet.parameters())
-    load_in_diffusers(tmp_path)
-
-
 def test_bfloat16_networks_draw_nearly_the_same_picture(folder: Path) -> None:
     drawn = [
         Pipeline.from_pretrained(folder, dtype=dtype)("a", seed=0, steps=4, progress=False)
@@ -405,43 +226,6 @@ def test_a_folder_that_is_no_pipeline_says_what_is_missing(
         (broken / missing).unlink()
     with pytest.raises(ValueError, match=f"not a whole pipeline folder; missing: {missing}"):
         Pipeline.from_pretrained(broken)
-
-
-def test_an_empty_folder_lists_all_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_index\.json, unet/config\.json, .*scheduler"):
-        check_pipeline_folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("_class_name", "StableDiffusionXLPipeline"),
-        ("unet", ["evil_module", "UNet3DConditionModel"]),
-        ("unet", ["my_unet", "UNet2DConditionModel"]),
-        ("text_encoder", [None, None]),
-    ],
-)
-def test_classes_that_are_not_ours_are_refused_by_name(
-    folder: Path, tmp_path: Path, field: str, value: object
-) -> None:
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, field: value}))
-    with pytest.raises(ValueError, match=rf"model_index\.json: {field} is .*allowed: "):
-        check_pipeline_folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("nobody/nothing", "could not be fetched"),
-        ("no/such/folder", "is neither a folder nor a hub id"),
-        (Path("nowhere"), "is not a folder"),
-    ],
-)
-def test_a_model_that_is_not_there_names_what_is_allowed(name: str | Path, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"{reason}.*allowed are emoji \(embedded\)"):
-        find_model(name)
 
 
 @pytest.mark.gpu

@@ -66,6 +66,7 @@ def test_diffusers_reads_our_configuration_as_we_mean_it(schedule, prediction):
     else:
         bars = diffusion.alphas_cumprod.float()
         torch.testing.assert_close(theirs.alphas_cumprod, bars, atol=1e-7, rtol=1e-4)
+    assert not theirs.config.get("clip_sample")
     x = torch.randn(1, 4, 8, 8)
     theirs.step(torch.randn_like(x), theirs.timesteps[0], x)
 

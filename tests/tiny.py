@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion import Diffusion
@@ -87,3 +89,13 @@ def randomise(network: torch.nn.Module) -> None:
     for parameter in network.parameters():
         if not parameter.any():
             parameter.normal_(std=0.1)
+
+
+class Recording(Pipeline):
+    """Keeps the latents that it decodes, which pictures have rounded away."""
+
+    latents: Tensor
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        self.latents = latents
+        return super().decode(latents)

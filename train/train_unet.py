@@ -94,7 +94,8 @@ def main() -> None:
     def step(batch: dict[str, Any], number: int) -> Metrics:
         posterior = Posterior.from_moments(batch["moments"].to(accelerator.device))
         x0 = posterior.sample(draw(number, "posterior", *latent))
-        context = text_encoder(captions(batch, number))
+        with accelerator.autocast():
+            context = text_encoder(captions(batch, number))
         t = diffusion.sample_t(config.batch_size, generator=generator(config.seed, number, "t"))
         t = shard(t, rank, world_size).to(accelerator.device)
         noise = draw(number, "noise", *latent)

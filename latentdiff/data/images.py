@@ -135,6 +135,8 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def square(picture: Image.Image, size: int) -> Image.Image:
     """Upright, on white where transparent, shorter side scaled to `size`, the middle cut out."""
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -24,16 +24,17 @@ def load_safetensors(path: Path, *, device: str | torch.device = "cpu") -> dict[
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected weights as safetensors")
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
-        raise ValueError(
-            f"{path}: is a pickled checkpoint, which can run code when it is opened; "
-            "only safetensors files are read"
-        )
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
+        # Asked only now: a safetensors file may begin with the same bytes, its header's length.
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start == b"PK\x03\x04" or start[:1] == b"\x80":
+            raise ValueError(
+                f"{path}: is a pickled checkpoint, which can run code when it is opened; "
+                "only safetensors files are read"
+            ) from error
         raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
 
 

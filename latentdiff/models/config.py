@@ -53,7 +53,7 @@ def check_counts(config: Any, *names: str) -> None:
 
 
 def check_fit(path: Path, *, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the first tensor, unless names and shapes in `path` are as expected."""
+    """Raise ValueError, naming the first tensor, unless all names and shapes are as expected."""
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     given = {name: tuple(tensor.shape) for name, tensor in found.items()}
     wrong = sorted(

@@ -16,16 +16,17 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
     Raises ValueError, in one sentence, for unknown keys, wrong types and values that the
     dataclass refuses. `--help` and `--print_config` print and end the program.
     """
-    parser = ArgumentParser(description=(cls.__doc__ or "").split("\n\n")[0], exit_on_error=False)
+    description = (cls.__doc__ or "").split("\n\n")[0]
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(cls)
     try:
         namespace: Namespace = parser.parse_args(args)
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    text = parser.dump(namespace, skip_none=False)
+    text = parser.dump(namespace, skip_unset=False)
     namespace.pop("config", None)
-    return cls(**vars(parser.instantiate_classes(namespace))), text
+    return cls(**vars(parser.instantiate(namespace))), text
 
 
 def write_config(text: str, folder: Path) -> None:

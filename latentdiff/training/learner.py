@@ -47,7 +47,7 @@ class OptimizerConfig:
 
 
 class Learner:
-    """`model` is what a step calls, wrapped where there are several processes; `ema` what is kept."""
+    """`model` is what a step calls, wrapped if there are several processes; `ema` what is kept."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> None:
         self.config = config
@@ -102,13 +102,12 @@ class Learner:
         """
         for prefix, network in (("model.", self.raw), ("ema.", self.ema)):
             own = {prefix + name: tensor for name, tensor in network.state_dict().items()}
-            for name in own.keys() | {name for name in state if name.startswith(prefix)}:
-                shapes = [tuple(s[name].shape) if name in s else "none" for s in (state, own)]
-                if shapes[0] != shapes[1]:
-                    raise ValueError(
-                        f"{name} is {shapes[0]} in the checkpoint, {shapes[1]} in the network"
-                    )
-            network.load_state_dict({name.removeprefix(prefix): state[name] for name in own})
+            kept = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            for name in own | kept:
+                was, now = (tuple(d[name].shape) if name in d else "absent" for d in (kept, own))
+                if was != now:
+                    raise ValueError(f"{name} is {was} in the checkpoint, {now} in the network")
+            network.load_state_dict({name.removeprefix(prefix): kept[name] for name in own})
         names = [name for name, _ in self.raw.named_parameters()]
         moments = {
             i: {key: state[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}

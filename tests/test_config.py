@@ -1,0 +1,244 @@
+"""Configurations: YAML and command line into dataclasses, and one sentence for what is wrong."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import pytest
+import yaml
+
+from latentdiff.training.config import parse_config, run_script, write_config
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "train_clip": "TrainCLIP",
+    "train_vae": "TrainVAE",
+    "cache_latents": "CacheLatents",
+    "train_unet": "TrainUNet",
+}
+# Which script reads which of configs/*/.
+READERS = {"clip": "train_clip", "vae": "train_vae", "cache": "cache_latents", "unet": "train_unet"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A part with a check of its own."""
+
+    width: int = 8
+    heads: Sequence[int] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width={self.width} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A script's configuration.
+
+    Its second paragraph is not for --help.
+    """
+
+    output_dir: Path = Path("runs")
+    rate: float = 1e-3
+    norm: Literal["l1", "l2"] = "l1"
+    cache: Path | None = None
+    names: Sequence[str] = ()
+    size: Size = field(default_factory=Size)
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ValueError(f"rate={self.rate} must be positive")
+
+
+def script(name: str) -> ModuleType:
+    """train/<name>.py as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "train" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def parse(*args: str) -> Example:
+    return parse_config(Example, args)[0]
+
+
+def test_no_argument_gives_the_defaults() -> None:
+    assert parse() == Example()
+
+
+def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "example.yaml"
+    path.write_text("rate: 0.5\nnorm: l2\nsize: {width: 4}\nnames: [猫, a cat]\n", encoding="utf-8")
+    assert parse("--config", str(path)) == Example(
+        rate=0.5, norm="l2", size=Size(4), names=["猫", "a cat"]
+    )
+    found = parse("--config", str(path), "--rate", "2e-3", "--size.width=6", "--cache", "there")
+    assert found == Example(
+        rate=2e-3, norm="l2", size=Size(6), names=["猫", "a cat"], cache=Path("there")
+    )
+
+
+def test_lists_can_be_given_at_the_command_line() -> None:
+    assert parse("--names", "[a, b]", "--size.heads", "[3, 4]") == Example(
+        names=["a", "b"], size=Size(heads=[3, 4])
+    )
+
+
+def test_the_written_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config, text = parse_config(Example, ["--rate", "0.1", "--names", "[猫]", "--size.width", "3"])
+    write_config(text, tmp_path / "run")
+    again, same = parse_config(Example, ["--config", str(tmp_path / "run" / "config.yaml")])
+    assert again == config
+    assert same == text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--rat", "1"], "--rat"),
+        (["--size.depth", "1"], "--size.depth"),
+        (["stray"], "stray"),
+        (["--rate", "fast"], "rate.*float.*fast"),
+        (["--norm", "l3"], "norm.*l1.*l2.*l3"),
+        (["--size.width", "wide"], "width.*int.*wide"),
+        (["--names", "one"], "names.*one"),
+        (["--rate", "-1"], "rate=-1.0 must be positive"),
+        (["--size.width", "0"], "width=0 must be at least 1"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(args: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(*args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rat: 1", "rat"),
+        ("size: {depth: 1}", "depth"),
+        ("rate: fast", "rate.*float.*fast"),
+        ("rate: [", "Problems parsing config.*line 2"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "example.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        parse("--config", str(tmp_path / "example.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_help_says_what_the_script_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert caught.value.code == 0
+    assert "A script's configuration." in capsys.readouterr().out
+
+
+def test_print_config_prints_a_file_to_start_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--rate", "0.25", "--print_config")
+    assert caught.value.code == 0
+    path = tmp_path / "example.yaml"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert parse("--config", str(path)) == Example(rate=0.25)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("size=3 must be even"), OSError(28, "No space left on device")]
+)
+def test_users_errors_end_in_one_sentence_and_code_2(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_interrupted_script_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="run the same command again"):
+        run_script(main)
+
+
+def test_programmers_errors_keep_their_traceback() -> None:
+    def main() -> None:
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        run_script(main)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_parses_its_defaults_and_writes_them_in_full(name: str) -> None:
+    cls = getattr(script(name), SCRIPTS[name])
+    config, text = parse_config(cls, [])
+    assert config == cls()
+    assert yaml.safe_load(text).keys() == asdict(config).keys()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_reads_the_config_that_a_run_of_it_wrote(tmp_path: Path, name: str) -> None:
+    cls = getattr(script(name), SCRIPTS[name])
+    config, text = parse_config(
+        cls, ["--image_size", "32", "--exclude", '{"group": ["skin tone"]}']
+    )
+    write_config(text, tmp_path)
+    assert parse_config(cls, ["--config", str(tmp_path / "config.yaml")]) == (config, text)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "configs").rglob("*.yaml")),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_every_config_parses_with_its_script(path: Path) -> None:
+    name = READERS[path.stem]
+    cls = getattr(script(name), SCRIPTS[name])
+    config, text = parse_config(cls, ["--config", str(path)])
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key, value in written.items():
+        found = yaml.safe_load(text)[key]
+        expected = {**found, **value} if isinstance(value, dict) else value
+        assert found == expected, key
+    assert config.output_dir == Path("runs") / path.parent.name / path.stem
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("train_vae", ["--learning_rate", "-1"], "learning_rate=-1.0 must be positive"),
+        ("train_unet", ["--ema_decay", "2"], r"ema_decay=2.0 must be in \[0, 1\)"),
+        ("train_unet", ["--caption_dropout", "1.5"], "caption_dropout=1.5"),
+        ("train_unet", ["--diffusion.schedule", "quadratic"], "schedule.*quadratic"),
+        ("train_unet", ["--unet.norm_num_groups", "7"], "norm_num_groups=7"),
+        ("train_clip", ["--batch_size", "0"], "batch_size=0 must be at least 1"),
+        ("train_clip", ["--image_size", "0"], "image_size=0 must be at least 1"),
+        ("train_clip", ["--max_steps", "0"], "max_steps=0 must be at least 1"),
+        ("cache_latents", ["--batch_size", "0"], "batch_size=0 must be at least 1"),
+        ("cache_latents", ["--image_size", "-2"], "image_size=-2 must be at least 1"),
+    ],
+)
+def test_scripts_refuse_values_of_every_part_of_their_configuration(
+    name: str, args: list[str], message: str
+) -> None:
+    """A script's configuration has three bases, and only the first of their checks was run."""
+    with pytest.raises(ValueError, match=message):
+        parse_config(getattr(script(name), SCRIPTS[name]), args)

@@ -1,0 +1,145 @@
+"""The learner: AdamW with a schedule, the average of the weights, and what resuming needs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentdiff.training.learner import Learner, OptimizerConfig
+
+CONFIG = OptimizerConfig(
+    learning_rate=0.05, max_steps=20, warmup_steps=4, cooldown_steps=5, ema_decay=0.8
+)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def learner(config: OptimizerConfig = CONFIG, seed: int = 0) -> Learner:
+    return Learner(network(seed), config, Accelerator(cpu=True, mixed_precision="no"))
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    draw = torch.Generator().manual_seed(step)
+    x, y = torch.randn(7, 3, generator=draw), torch.randn(7, 2, generator=draw)
+    return (model(x) - y).square().mean()
+
+
+def train(subject: Learner, start: int, stop: int) -> list[float]:
+    return [float(subject.update(loss_of(subject.model, step))) for step in range(start, stop)]
+
+
+def test_learning_rate_climbs_stays_and_falls_in_straight_lines() -> None:
+    rates = [CONFIG.learning_rate_at(step) for step in range(20)]
+    up = [0.05 * share for share in (0.25, 0.5, 0.75, 1.0)]
+    down = [0.05 * share for share in (1.0, 0.8, 0.6, 0.4, 0.2)]
+    assert rates == pytest.approx([*up, *[0.05] * 11, *down])
+
+
+def test_learning_rate_is_constant_without_warmup_and_cooldown() -> None:
+    config = replace(CONFIG, warmup_steps=0, cooldown_steps=0)
+    assert {config.learning_rate_at(step) for step in range(20)} == {0.05}
+
+
+def test_longer_runs_have_the_same_rates_until_either_cools_down() -> None:
+    longer = replace(CONFIG, max_steps=100)
+    for step in range(CONFIG.max_steps - CONFIG.cooldown_steps):
+        assert longer.learning_rate_at(step) == CONFIG.learning_rate_at(step)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("max_steps", 0),
+        ("warmup_steps", -1),
+        ("cooldown_steps", -1),
+        ("beta2", 1.0),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", 0.0),
+        ("ema_decay", 1.0),
+    ],
+)
+def test_values_that_cannot_train_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        replace(CONFIG, **{name: value})
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e6, 0.1])
+def test_updates_are_those_of_torch_adamw_with_clipping(max_grad_norm: float) -> None:
+    config = replace(CONFIG, max_grad_norm=max_grad_norm, weight_decay=0.1, beta2=0.95)
+    subject, reference = learner(config), network()
+    optimizer = torch.optim.AdamW(
+        reference.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    for step in range(20):
+        norm = subject.update(loss_of(subject.model, step))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        optimizer.zero_grad()
+        loss_of(reference, step).backward()
+        expected = nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
+        optimizer.step()
+        torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(
+        dict(subject.raw.named_parameters()), dict(reference.named_parameters())
+    )
+
+
+def test_ema_is_the_weighted_mean_of_all_weights_so_far() -> None:
+    subject = learner()
+    weights = [[p.detach().clone() for p in subject.raw.parameters()]]
+    for step in range(30):
+        subject.update(loss_of(subject.model, step % 20))
+        weights.append([p.detach().clone() for p in subject.raw.parameters()])
+    decays = [min(0.8, (1 + n) / (10 + n)) for n in range(1, 31)]
+    shares = [1.0]  # of the initial weights, then of those after each update
+    for decay in decays:
+        shares = [share * decay for share in shares] + [1 - decay]
+    assert sum(shares) == pytest.approx(1)
+    for i, average in enumerate(subject.ema.parameters()):
+        expected = sum(share * at[i] for share, at in zip(shares, weights, strict=True))
+        torch.testing.assert_close(average, expected)
+
+
+def test_ema_starts_as_the_network_and_takes_no_gradient() -> None:
+    subject = learner()
+    torch.testing.assert_close(subject.ema.state_dict(), subject.raw.state_dict(), rtol=0, atol=0)
+    assert not subject.ema.training
+    assert not any(p.requires_grad for p in subject.ema.parameters())
+
+
+def test_a_restored_learner_goes_on_bit_for_bit() -> None:
+    straight, first = learner(), learner()
+    expected = train(straight, 0, 12)
+    norms = train(first, 0, 5)
+    kept = {name: tensor.clone() for name, tensor in first.tensors().items()}
+    train(first, 5, 9)  # what was kept is a copy of its own
+    second = learner(seed=1)
+    second.load_tensors(kept, num_updates=5)
+    assert norms + train(second, 5, 12) == expected
+    found, wanted = second.tensors(), straight.tensors()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert second.num_updates == 12
+
+
+def test_a_learner_restored_before_its_first_update_is_new() -> None:
+    straight, second = learner(), learner(seed=1)
+    second.load_tensors(learner().tensors(), num_updates=0)
+    assert train(second, 0, 6) == train(straight, 0, 6)
+
+
+def test_tensors_of_another_network_are_refused_by_name() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    wider = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    shorter = nn.Sequential(nn.Linear(3, 5))
+    for other in (wider, shorter):
+        state = Learner(other, CONFIG, accelerator).tensors()
+        with pytest.raises(ValueError, match=r"(model|ema)\.\d\.\w+ is .* in the checkpoint"):
+            learner().load_tensors(state, num_updates=0)

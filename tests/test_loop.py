@@ -1,0 +1,251 @@
+"""The loop: an interrupted run goes on bit for bit, and its log knows no interruption."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from latentdiff.data.batches import batches
+from latentdiff.diffusion import Diffusion
+from latentdiff.formats.weights import load_safetensors
+from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.vae import VAE, VAEConfig
+from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.loop import Log, LoopConfig, Metrics, computes_bf16, fit
+from latentdiff.training.losses import vae_loss
+from latentdiff.training.randomness import generator
+from latentdiff.training.tokenizer import train_tokenizer
+
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, max_steps=8, warmup_steps=3, cooldown_steps=3, ema_decay=0.9
+)
+LOOP = LoopConfig(
+    max_steps=8, batch_size=4, log_every=3, preview_every=4, checkpoint_every=4, seed=1
+)
+Step = Callable[[Any, int], Metrics]
+
+
+def unet(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
+    torch.manual_seed(0)
+    blocks = UNetConfig(
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        in_channels=3,
+        out_channels=3,
+    )
+    learner = Learner(UNet(blocks), config, accelerator)
+    diffusion = Diffusion("flow", "flow_prediction")
+
+    def step(batch: list[Tensor], number: int) -> Metrics:
+        draw = generator(LOOP.seed, number, "noise")
+        noise = torch.randn(batch[0].shape, generator=draw)
+        t = diffusion.sample_t(len(noise), generator=draw)
+        context = torch.randn(len(noise), 5, 6, generator=draw)
+        loss = diffusion.loss(learner.model, batch[0], context, noise=noise, t=t).mean()
+        return {"loss": loss, "grad_norm": learner.update(loss)}
+
+    return learner, step
+
+
+def vae(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
+    torch.manual_seed(0)
+    blocks = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+    learner = Learner(VAE(blocks), config, accelerator)
+
+    def step(batch: list[Tensor], number: int) -> Metrics:
+        noise = torch.randn(len(batch[0]), 4, 4, 4, generator=generator(LOOP.seed, number, "z"))
+        reconstruction, posterior = learner.model(batch[0], noise)
+        loss, _, kl = vae_loss(reconstruction, batch[0], posterior, norm="l1", kl_weight=0.1)
+        return {"loss": loss, "kl": kl, "grad_norm": learner.update(loss)}
+
+    return learner, step
+
+
+def clip(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a cat", "a dog"], vocab_size=520, length=6)
+    size = CLIPSize(
+        text_width=8,
+        text_layers=1,
+        text_heads=2,
+        image_width=8,
+        image_layers=1,
+        image_heads=2,
+        patch_size=4,
+        projection_dim=6,
+    )
+    learner = Learner(new_clip(size, tokenizer, image_size=8), config, accelerator)
+    words = ["a cat", "a dog", "cats", "dogs"]
+    ids = tokenizer(words, padding="max_length", return_tensors="pt").input_ids
+
+    def step(batch: list[Tensor], number: int) -> Metrics:
+        output = learner.model(input_ids=ids, pixel_values=batch[0], return_loss=True)
+        return {"loss": output.loss, "grad_norm": learner.update(output.loss)}
+
+    return learner, step
+
+
+def run(
+    folder: Path,
+    make: Callable[[Accelerator, OptimizerConfig], tuple[Learner, Step]] = unet,
+    *,
+    until: int | None = None,
+    **fields: int,
+) -> list[str]:
+    """Train into `folder`; Control-C comes in step number `until`. What was saved, in order."""
+    config = replace(LOOP, output_dir=folder, **fields)
+    optimizer = replace(OPTIMIZER, max_steps=config.max_steps)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    learner, step = make(accelerator, optimizer)
+    pictures = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    saved = []
+
+    def data(start: int) -> Iterator[list[Tensor]]:
+        return batches(
+            TensorDataset(pictures),
+            start,
+            num_samples=len(pictures),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            stop=config.max_steps,
+        )
+
+    def interrupted(batch: list[Tensor], number: int) -> Metrics:
+        if number == until:
+            raise KeyboardInterrupt
+        return step(batch, number)
+
+    def save(path: Path) -> None:
+        assert not (folder / "checkpoints" / f"step-{learner.num_updates}").exists()
+        saved.append(f"{path.name} {learner.num_updates}")
+
+    def preview(path: Path) -> None:
+        path.touch()
+        saved.append(path.name)
+
+    fit(interrupted, data, {"net": learner}, config, accelerator, save=save, preview=preview)
+    return saved
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def untimed(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in r.items() if k != "samples_per_second"} for r in records]
+
+
+def newest(folder: Path) -> dict[str, Tensor]:
+    return load_safetensors(folder / "checkpoints" / "step-8" / "net.safetensors")
+
+
+@pytest.mark.parametrize("make", [unet, vae, clip])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, make: Any) -> None:
+    """Weights, average, moments and log; step 6 is neither at a checkpoint nor at a log."""
+    run(tmp_path / "straight", make)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "resumed", make, until=6)
+    assert [record["step"] for record in log(tmp_path / "resumed")] == [3, 4, 6]
+    run(tmp_path / "resumed", make)
+    expected, found = newest(tmp_path / "straight"), newest(tmp_path / "resumed")
+    assert {name.partition(".")[0] for name in expected} == {"model", "ema", "optimizer"}
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    records = log(tmp_path / "straight")
+    assert [record["step"] for record in records] == [3, 4, 6, 8]
+    assert untimed(log(tmp_path / "resumed")) == untimed(records)
+
+
+def test_a_run_goes_on_to_more_steps(tmp_path: Path) -> None:
+    """As if it had been that long from the start, without a cool-down to be repeated."""
+
+    def constant(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
+        return unet(accelerator, replace(config, cooldown_steps=0))
+
+    run(tmp_path / "straight", constant)
+    run(tmp_path / "longer", constant, max_steps=4)
+    run(tmp_path / "longer", constant)
+    expected, found = newest(tmp_path / "straight"), newest(tmp_path / "longer")
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert untimed(log(tmp_path / "longer")) == untimed(log(tmp_path / "straight"))
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    assert run(tmp_path) == ["step-0000004.png", "model 4", "step-0000008.png", "model 8"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(tmp_path) == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_last_step_is_logged_shown_and_kept_at_any_interval(tmp_path: Path) -> None:
+    intervals = {"log_every": 100, "preview_every": 100, "checkpoint_every": 100}
+    assert run(tmp_path, max_steps=5, **intervals) == ["step-0000005.png", "model 5"]
+    assert [record["step"] for record in log(tmp_path)] == [5]
+    assert (tmp_path / "checkpoints" / "step-5" / "net.safetensors").is_file()
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_logs_are_means_over_their_steps(tmp_path: Path) -> None:
+    run(tmp_path / "every", max_steps=4, log_every=1, checkpoint_every=4)
+    run(tmp_path / "sparse", max_steps=4, log_every=4, checkpoint_every=4)
+    singles, (mean,) = log(tmp_path / "every"), log(tmp_path / "sparse")
+    for name in ("loss", "grad_norm"):
+        assert mean[name] == pytest.approx(sum(single[name] for single in singles) / 4)
+    rates = [replace(OPTIMIZER, max_steps=4).learning_rate_at(step) for step in range(4)]
+    assert [single["learning_rate"] for single in singles] == rates
+    assert mean["learning_rate"] == rates[-1]
+    assert all(record["samples_per_second"] > 0 for record in [mean, *singles])
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.jsonl"
+    Log(path, 0)
+    assert path.read_bytes() == b""
+    lines = [f'{{"step": {step}, "loss": 0.5}}\n' for step in (2, 4, 6)]
+    for rest in ("", '{"step": 8, "lo', '{"step": 8}', "\0" * 20, "\0" * 20 + "\n"):
+        for start, kept in ((0, 0), (3, 1), (4, 2), (7, 3), (100, 3)):
+            path.write_text("".join(lines) + rest, encoding="utf-8")
+            resumed = Log(path, start)
+            assert path.read_text(encoding="utf-8") == "".join(lines[:kept])
+            resumed.write({"step": 9, "loss": 1.0})
+            assert log(path.parent)[-1] == {"step": 9, "loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_steps",
+        "batch_size",
+        "log_every",
+        "preview_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ],
+)
+def test_counts_of_nothing_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        replace(LOOP, **{name: 0})
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+        replace(LOOP, seed=-1)
+
+
+def test_bfloat16_is_for_devices_that_compute_in_it() -> None:
+    assert computes_bf16(torch.device("cpu")) == torch.cpu._is_avx512_bf16_supported()
+    assert not computes_bf16(torch.device("mps"))

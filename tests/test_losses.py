@@ -1,0 +1,77 @@
+"""Losses, against their formulas."""
+
+import pytest
+import torch
+
+from latentdiff.models.vae import Posterior
+from latentdiff.training.losses import Reconstruction, vae_loss
+
+
+def example(size: int = 8) -> tuple[torch.Tensor, torch.Tensor, Posterior]:
+    """Reconstruction and pictures (3, 3, size, size), posterior (3, 4, size/4, size/4)."""
+    latent = (3, 4, size // 4, size // 4)
+    return (
+        torch.randn(3, 3, size, size),
+        torch.randn(3, 3, size, size),
+        Posterior(torch.randn(latent), torch.randn(latent)),
+    )
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_vae_loss_is_distance_plus_weighted_kl_per_pixel_value(norm: Reconstruction) -> None:
+    reconstruction, images, posterior = example()
+    loss, distance, kl = vae_loss(reconstruction, images, posterior, norm=norm, kl_weight=0.3)
+    error = reconstruction - images
+    torch.testing.assert_close(distance, (error.abs() if norm == "l1" else error**2).mean())
+    own = torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
+    standard = torch.distributions.Normal(0.0, 1.0)
+    nats = torch.distributions.kl_divergence(own, standard).sum()
+    torch.testing.assert_close(kl, nats / images.numel())
+    torch.testing.assert_close(loss, distance + 0.3 * kl)
+    assert loss.shape == distance.shape == kl.shape == ()
+
+
+def test_vae_loss_means_the_same_at_every_picture_size() -> None:
+    small = example()
+    large = [torch.tile(images, (1, 1, 2, 2)) for images in small[:2]]
+    tiled = Posterior(*(torch.tile(m, (1, 1, 2, 2)) for m in (small[2].mean, small[2].logvar)))
+    torch.testing.assert_close(
+        vae_loss(*small, norm="l1", kl_weight=0.3),
+        vae_loss(*large, tiled, norm="l1", kl_weight=0.3),
+    )
+
+
+def test_a_perfect_standard_vae_has_no_loss() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    standard = Posterior(torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
+    for value in vae_loss(images, images, standard, norm="l2", kl_weight=1.0):
+        assert value == 0
+
+
+def test_vae_loss_of_bfloat16_outputs_is_computed_in_float32() -> None:
+    """Autocast leaves the posterior in bfloat16, and log.jsonl showed a KL of three digits."""
+    reconstruction, images, posterior = example(32)
+    half = Posterior(posterior.mean.bfloat16(), posterior.logvar.bfloat16())
+    rounded = Posterior(half.mean.float(), half.logvar.float())
+    found = vae_loss(reconstruction.bfloat16(), images, half, norm="l1", kl_weight=1.0)
+    expected = vae_loss(
+        reconstruction.bfloat16().float(), images, rounded, norm="l1", kl_weight=1.0
+    )
+    for value, exact in zip(found, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert value == exact
+
+
+def test_vae_loss_gradients_reach_encoder_and_decoder() -> None:
+    reconstruction, images, posterior = example()
+    leaves = [reconstruction, posterior.mean, posterior.logvar]
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    loss, _, _ = vae_loss(reconstruction, images, posterior, norm="l2", kl_weight=0.5)
+    loss.backward()
+    count = images.numel()
+    gradients = [leaf.grad for leaf in leaves]
+    with torch.no_grad():
+        torch.testing.assert_close(gradients[0], 2 * (reconstruction - images) / count)
+        torch.testing.assert_close(gradients[1], 0.5 * posterior.mean / count)
+        torch.testing.assert_close(gradients[2], 0.5 * (posterior.logvar.exp() - 1) / 2 / count)
