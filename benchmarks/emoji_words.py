@@ -127,7 +127,7 @@ def decoded(pipe: Pipeline, clip: CLIPModel, pictures: Tensor) -> Tensor:
 
 
 def matches(truth: Tensor, vectors: Tensor, pictures: Tensor, wanted: np.ndarray | range) -> Tensor:
-    """Whether each vector's nearest picture is the wanted one, or has the same pixels: (B,) bool."""
+    """Whether each vector's nearest picture is the wanted one or has its pixels: (B,) bool."""
     nearest = (vectors @ truth.T).argmax(dim=1)
     return (pictures[nearest] == pictures[list(wanted)]).flatten(1).all(dim=1)
 

@@ -237,16 +237,20 @@ class Diffusion:
             case "score":
                 return (x_t + sigma**2 * output) / alpha
 
-    def sample_t(self, n: int, *, generator: torch.Generator) -> Tensor:
-        """n times to train at, (n,), on the generator's device.
+    def sample_t(self, n: int, *, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        """n times to train at, (n,), on the generator's device, uniform.
 
-        Uniform over 1 … T for the beta schedules (DDPM, Algorithm 1); for `flow` real numbers in
-        (0, T), logit-normal with mean 0 and deviation 1 (Esser et al. 2024, arXiv:2403.03206).
+        Over 1 … T for the beta schedules (DDPM, Algorithm 1), over (0, T] for `flow` (Liu et al.
+        2022, eq. 1). There a `shift` above 1 moves them towards the noise, where the caption
+        decides most: u to shift u / (1 + (shift - 1) u) (Esser et al. 2024, arXiv:2403.03206,
+        eq. 23). Raises ValueError for a shift that is not positive, or not 1 on a beta schedule.
         """
         device = generator.device
+        if shift <= 0 or (shift != 1 and self.schedule != "flow"):
+            raise ValueError(f"shift={shift} must be positive, and 1 unless schedule=flow")
         if self.schedule == "flow":
-            z = torch.randn(n, generator=generator, device=device, dtype=torch.float32)
-            return self.num_timesteps * z.sigmoid()
+            u = 1 - torch.rand(n, generator=generator, device=device, dtype=torch.float32)
+            return self.num_timesteps * shift * u / (1 + (shift - 1) * u)
         return torch.randint(1, self.num_timesteps + 1, (n,), generator=generator, device=device)
 
     def loss(

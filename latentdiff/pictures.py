@@ -81,7 +81,7 @@ def picture_grid(
 
 
 def drawable(labels: Sequence[str], size: int) -> tuple[str, Font | None]:
-    """The first of the labels that a font of this machine has all the characters of, and the font."""
+    """The first label that a font of this machine has all the characters of, and that font."""
     for label in labels:
         font = font_for(label, size)
         if font is not None:

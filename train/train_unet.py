@@ -53,6 +53,8 @@ class TrainUNet(DataConfig, LoopConfig, OptimizerConfig):
     """Channels, context width and sample_size follow from VAE, text encoder and cache."""
     caption_dropout: float = 0.1
     """Share of examples whose caption is emptied, for classifier-free guidance."""
+    timestep_shift: float = 1.0
+    """Above 1 a flow is trained more at high noise; 1 is uniform."""
     preview_prompts: Sequence[str] = ()
     """Captions of the preview grid; by default eight of the training data's."""
 
@@ -96,7 +98,11 @@ def main() -> None:
         x0 = posterior.sample(draw(number, "posterior", *latent))
         with accelerator.autocast():
             context = text_encoder(captions(batch, number))
-        t = diffusion.sample_t(config.batch_size, generator=generator(config.seed, number, "t"))
+        t = diffusion.sample_t(
+            config.batch_size,
+            generator=generator(config.seed, number, "t"),
+            shift=config.timestep_shift,
+        )
         t = shard(t, rank, world_size).to(accelerator.device)
         noise = draw(number, "noise", *latent)
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.

@@ -1,7 +1,7 @@
-"""The building blocks that UNet and VAE share: residual block, attention, resampling, time embedding.
+"""What UNet and VAE are built of: residual block, attention, resampling, time embedding.
 
 Parameter names are diffusers', so that weights move between the two libraries without a key map.
-Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L context tokens, D context width.
+Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L tokens of D in the context.
 """
 
 import math
@@ -112,7 +112,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class SpatialAttention(Attention):
-    """The VAE's single-head self-attention over pixels, with norm and skip: (B, C, H, W) -> same."""
+    """The VAE's single-head self-attention over pixels, with norm and skip: (B, C, H, W)."""
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__(channels, heads=1, bias=True)
@@ -151,7 +151,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward: (B, N, C), (B, L, D) -> (B, N, C)."""
+    """Self-attention, cross-attention, feed-forward: (B, N, C), (B, L, D) -> (B, N, C)."""
 
     def __init__(self, channels: int, *, heads: int, context_dim: int) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Convolution with stride 2: (B, C, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉); the VAE pads one side only."""
+    """Convolution of stride 2: (B, C, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉); the VAE pads one side."""
 
     def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
         super().__init__()

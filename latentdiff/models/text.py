@@ -22,7 +22,7 @@ PREFIX = "text_model."
 
 
 class TextEncoder(nn.Module):
-    """Prompts -> the last hidden states that the UNet attends to; never trained, always in eval mode."""
+    """Prompts -> the last hidden states, which the UNet attends to; frozen, always in eval mode."""
 
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
         super().__init__()

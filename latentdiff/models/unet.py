@@ -197,7 +197,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks that read the maps of the way down, transformers, then the next larger size."""
+    """Residual blocks that read the maps of the way down, transformers, then twice the size."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), maps of the way down (the last ones are taken off), … -> (B, C', H', W')."""
+        """(B, C, H, W), maps of the way down (takes the last ones off), … -> (B, C', H', W')."""
         for i, block in enumerate(self.resnets):
             x = block(torch.cat([x, skips.pop()], dim=1), time)
             if self.attentions:
@@ -370,7 +370,7 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
-        """Read `config.json` and `diffusion_pytorch_model.safetensors`; ValueError if they differ."""
+        """Read `config.json` and the weights beside it; ValueError if they do not fit."""
         return load_network(cls, UNetConfig, Path(folder))
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:

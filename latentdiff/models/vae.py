@@ -279,8 +279,10 @@ class VAE(nn.Module):
         C = self.config.latent_channels
         weight, bias = self.quant_conv.weight, self.quant_conv.bias
         out_weight, out_bias = self.post_quant_conv.weight, self.post_quant_conv.bias
-        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
-        assert isinstance(out_weight, Tensor) and isinstance(out_bias, Tensor)
+        assert isinstance(weight, Tensor)
+        assert isinstance(bias, Tensor)
+        assert isinstance(out_weight, Tensor)
+        assert isinstance(out_bias, Tensor)
         raw_mean, std = mean.to(weight) / self.config.scaling_factor, std.to(weight)
         # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std.
         weight[:C] /= std[:, None, None, None]
@@ -292,7 +294,7 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
-        """Read `config.json` and `diffusion_pytorch_model.safetensors`; ValueError if they differ."""
+        """Read `config.json` and the weights beside it; ValueError if they do not fit."""
         return load_network(cls, VAEConfig, Path(folder))
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,315 @@
+"""The scripts as users run them: from captioned pictures to a pipeline folder that draws."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from test_config import ROOT, script
+
+from latentdiff.data.shapes import build_shapes
+from latentdiff.formats.weights import load_safetensors
+from latentdiff.models.text import TextEncoder
+from latentdiff.models.vae import VAE
+from latentdiff.pipeline import Pipeline
+from latentdiff.training.config import run_script
+
+pytestmark = pytest.mark.slow
+
+# Networks that train a step in milliseconds.
+TINY = {
+    "train_clip": (
+        "--clip.text_width=16 --clip.text_layers=1 --clip.image_width=16 --clip.image_layers=1 "
+        "--clip.projection_dim=8 --vocab_size=600 --caption_columns=[text,text_zh]"
+    ),
+    "train_vae": "--vae.block_out_channels=[8,8,16] --vae.norm_num_groups=4",
+    "train_unet": (
+        "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
+        "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] "
+        "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --caption_dropout=0.5"
+    ),
+}
+SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"
+NETWORKS = {"train_clip": "clip", "train_vae": "vae", "train_unet": "unet"}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with pictures, and the variables under which all scripts run."""
+    folder = tmp_path_factory.mktemp("home")
+    build_shapes(folder / "data", count=50, seed=0, size=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def runs(home: Path) -> Path:
+    """The whole chain, each script by `accelerate launch`."""
+    runs = home / "runs"
+    launch(LAUNCH, "train_clip", *arguments("train_clip", home, runs / "clip", 4))
+    launch(LAUNCH, "train_vae", *arguments("train_vae", home, runs / "vae", 4), "--num_workers=1")
+    cached = ["--data", f"{home}/data", "--image_size=32", "--vae", f"{runs}/vae/model"]
+    launch(LAUNCH, "cache_latents", *cached, "--output_dir", f"{runs}/cache")
+    launch(LAUNCH, "train_unet", *arguments("train_unet", home, runs / "unet", 4))
+    return runs
+
+
+def arguments(name: str, home: Path, output_dir: Path, max_steps: int) -> list[str]:
+    """The command line of a script, short and tiny; the UNet reads what the others left."""
+    args = [*TINY[name].split(), *SHORT.split(), f"--max_steps={max_steps}"]
+    args += ["--checkpoint_every=2", "--preview_every=4", "--output_dir", str(output_dir)]
+    if name != "train_unet":
+        return [*args, "--data", f"{home}/data", "--image_size=32"]
+    runs = home / "runs"
+    args += ["--vae", f"{runs}/vae/model", "--text_encoder", f"{runs}/clip/model"]
+    return [*args, "--cache", f"{runs}/cache"]
+
+
+def launch(launcher: Sequence[str], name: str, *args: str) -> None:
+    """Run a script in a process of its own."""
+    command = [*launcher, str(ROOT / "train" / f"{name}.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def call(name: str, *args: str) -> None:
+    """Run a script in this process, which has its imports behind it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"train/{name}.py", *args])
+        run_script(script(name).main)
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def untimed(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in r.items() if k != "samples_per_second"} for r in records]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_run_folder_has_all_its_parts(runs: Path, name: str) -> None:
+    folder = runs / NETWORKS[name]
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    assert (config["max_steps"], config["batch_size"], config["seed"]) == (4, 8, 0)
+    records = log(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    fields = {"step", "loss", "grad_norm", "learning_rate", "samples_per_second"}
+    assert all(fields <= record.keys() for record in records)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    for picture in ("loss.png", "previews/step-0000004.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_clip_leaves_a_text_encoder_for_the_unet(runs: Path) -> None:
+    context = TextEncoder.from_pretrained(runs / "clip" / "model")(["a red circle", "红色"])
+    assert context.shape == (2, 24, 16)
+    state = load_safetensors(runs / "clip/checkpoints/step-4/clip.safetensors")
+    for part, prefix in (("text_encoder", "ema."), ("clip", "ema.")):
+        saved = load_safetensors(runs / "clip/model" / part / "model.safetensors")
+        names = [name for name in saved if prefix + name in state]
+        assert names
+        assert all(torch.equal(saved[name], state[prefix + name]) for name in names)
+
+
+def test_vae_leaves_standard_latents_and_the_same_pictures(runs: Path) -> None:
+    """What the EMA network decodes, with the statistics of its latents folded in."""
+    folded = VAE.from_pretrained(runs / "vae" / "model")
+    state = load_safetensors(runs / "vae/checkpoints/step-4/vae.safetensors")
+    ema = VAE(folded.config)
+    ema.load_state_dict({k.removeprefix("ema."): v for k, v in state.items() if k[:4] == "ema."})
+    cache = LatentsOf(runs / "cache")
+    mean, variance = cache.mean_and_variance()
+    torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(variance, torch.ones(4), rtol=5e-3, atol=0)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            folded.decode(folded.encode(images).mean),
+            ema.decode(ema.encode(images).mean),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+class LatentsOf:
+    """The moments of a cache folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.moments = torch.from_numpy(__import__("numpy").load(folder / "moments.npy")).float()
+
+    def mean_and_variance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = self.moments.chunk(2, dim=1)
+        dims = (0, 2, 3)
+        return mean.mean(dims), mean.var(dims) + logvar.exp().mean(dims)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scripts_resume_bit_for_bit(home: Path, runs: Path, tmp_path: Path, name: str) -> None:
+    """The chain's run, thrown back to step 2 as by a crash, arrives where it was before."""
+    whole, part = runs / NETWORKS[name], tmp_path / "run"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "step-4")
+    shutil.rmtree(part / "model")
+    (part / "checkpoints" / ".step-4.tmp").mkdir()
+    with (part / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    call(name, *arguments(name, home, part, 4))
+    assert untimed(log(part)) == untimed(log(whole))
+    state = f"checkpoints/step-4/{NETWORKS[name]}.safetensors"
+    found, expected = load_safetensors(part / state), load_safetensors(whole / state)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert sorted(path.name for path in (part / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    for path in (whole / "model").rglob("*.safetensors"):
+        again = load_safetensors(part / path.relative_to(whole))
+        assert all(torch.equal(again[key], value) for key, value in load_safetensors(path).items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_command_with_more_steps_goes_on(
+    home: Path, runs: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(runs / NETWORKS[name], tmp_path / "run")
+    call(name, *arguments(name, home, tmp_path / "run", 6))
+    records = log(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[:4] == log(runs / NETWORKS[name])
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-4", "step-6"]
+    assert (tmp_path / "run" / "previews" / "step-0000006.png").is_file()
+
+
+def test_the_trained_folder_draws_with_ours_and_with_diffusers(runs: Path) -> None:
+    folder = runs / "unet" / "model"
+    options = {"guidance_scale": 3.0, "num_inference_steps": 3}
+    ours = Pipeline.from_pretrained(folder)
+    drawn = ours("a red circle", seed=0, progress=False, **options).images
+    assert [image.size for image in drawn] == [(32, 32)]
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    drawn = theirs("a red circle", generator=generator, **options).images
+    assert [image.size for image in drawn] == [(32, 32)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_processes_train_as_one(home: Path, runs: Path, tmp_path: Path, name: str) -> None:
+    """The same global batch, captions, noise and crops; only sums are in another order."""
+    args = arguments(name, home, tmp_path / "run", 3)
+    if name == "train_unet":  # which then encodes the data itself, each process its share
+        args = [arg for arg in args if arg not in ("--cache", f"{runs}/cache")]
+        args += ["--data", f"{home}/data", "--image_size=32"]
+    launch(TWO, name, *args)
+    found, expected = log(tmp_path / "run"), log(runs / NETWORKS[name])
+    assert [record["step"] for record in found] == [1, 2, 3]
+    for record, alone in zip(found, expected, strict=False):
+        for field in record.keys() - {"samples_per_second"}:
+            assert record[field] == pytest.approx(alone[field], rel=1e-4, abs=1e-7), field
+    if name == "train_unet":
+        for file in ("moments.npy", "captions.jsonl"):
+            written = (tmp_path / "run" / "cache" / file).read_bytes()
+            assert len(written) == len((runs / "cache" / file).read_bytes())
+
+
+def no_vae(home: Path) -> list[str]:
+    return ["train_unet", "--vae", f"{home}/nowhere", "--text_encoder", f"{home}/runs/clip/model"]
+
+
+def no_text_encoder(home: Path) -> list[str]:
+    vae = f"{home}/runs/vae/model"
+    return ["train_unet", "--vae", vae, "--text_encoder", vae, "--cache", f"{home}/runs/cache"]
+
+
+def other_vae(home: Path) -> list[str]:
+    vae = VAE.from_pretrained(home / "runs/vae/model")
+    torch.nn.init.normal_(vae.encoder.conv_in.weight)
+    vae.save_pretrained(home / "other")
+    args = arguments("train_unet", home, home / "refused", 1)
+    return ["train_unet", *args, "--vae", f"{home}/other"]
+
+
+def other_network(home: Path) -> list[str]:
+    args = arguments("train_vae", home, home / "runs/vae", 9)
+    return ["train_vae", *args, "--vae.block_out_channels=[8,16]"]
+
+
+def no_data(home: Path) -> list[str]:
+    return ["train_vae", "--data", f"{home}/nowhere"]
+
+
+def no_captions(home: Path) -> list[str]:
+    return ["train_clip", "--data", f"{home}/data", "--caption_columns=[]"]
+
+
+def odd_patches(home: Path) -> list[str]:
+    return ["train_clip", "--data", f"{home}/data", "--image_size=36"]
+
+
+def odd_size(home: Path) -> list[str]:
+    return ["train_vae", "--data", f"{home}/data", "--image_size=30"]
+
+
+def odd_cache(home: Path) -> list[str]:
+    vae = f"{home}/runs/vae/model"
+    return ["cache_latents", "--data", f"{home}/data", "--image_size=30", "--vae", vae]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (no_vae, "nowhere"),
+        (no_text_encoder, "holds no text encoder: text_encoder/config.json is missing"),
+        (other_vae, "was encoded by another VAE"),
+        (other_network, "step-4 was made with another configuration"),
+        (no_data, "nowhere' cannot be read"),
+        (no_captions, "caption_columns is empty"),
+        (odd_patches, "image_size=36 must be divisible by patch_size=8"),
+        (odd_size, "30) must be divisible by 4"),
+        (odd_cache, "30) must be divisible by 4"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    home: Path,
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    wrong: Callable[[Path], list[str]],
+    message: str,
+) -> None:
+    name, *args = wrong(home)
+    if "--output_dir" not in args:
+        args += ["--output_dir", str(tmp_path / "run")]
+    if not any(arg.startswith("--mixed_precision") for arg in args) and name != "cache_latents":
+        args.append("--mixed_precision=no")
+    with pytest.raises(SystemExit) as caught:
+        call(name, *args)
+    assert caught.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert message in line
+
+
+def test_a_wrong_command_line_ends_with_code_2_and_no_traceback(home: Path) -> None:
+    command = [sys.executable, str(ROOT / "train" / "train_vae.py"), "--batchsize=3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "--batchsize=3" in line
