@@ -238,16 +238,14 @@ class Diffusion:
                 return (x_t + sigma**2 * output) / alpha
 
     def sample_t(self, n: int, *, generator: torch.Generator, shift: float = 1.0) -> Tensor:
-        """n times to train at, (n,), on the generator's device, uniform.
+        """n times to train at, (n,), uniform over 1 … T (DDPM, Algorithm 1) or, for `flow`, (0, T].
 
-        Over 1 … T for the beta schedules (DDPM, Algorithm 1), over (0, T] for `flow` (Liu et al.
-        2022, eq. 1). There a `shift` above 1 moves them towards the noise, where the caption
-        decides most: u to shift u / (1 + (shift - 1) u) (Esser et al. 2024, arXiv:2403.03206,
-        eq. 23). Raises ValueError for a shift that is not positive, or not 1 on a beta schedule.
+        There a `shift` above 1 moves them towards the noise: u to shift u / (1 + (shift - 1) u)
+        (Esser et al. 2024, arXiv:2403.03206, eq. 23). Raises ValueError for a shift out of place.
         """
-        device = generator.device
         if shift <= 0 or (shift != 1 and self.schedule != "flow"):
             raise ValueError(f"shift={shift} must be positive, and 1 unless schedule=flow")
+        device = generator.device
         if self.schedule == "flow":
             u = 1 - torch.rand(n, generator=generator, device=device, dtype=torch.float32)
             return self.num_timesteps * shift * u / (1 + (shift - 1) * u)

@@ -73,7 +73,7 @@ def picture_grid(
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         grid.paste(image, (x, y))
         label, font = drawable([labels[i] if labels else "", plain[i] if plain else ""], font_size)
-        if label:
+        if label := " ".join(label.split()):
             per_line = max(1, int(len(label) * width / max(1.0, draw.textlength(label, font))))
             text = textwrap.wrap(label, per_line, max_lines=lines, placeholder="…")
             draw.multiline_text((x, y + height + 2), "\n".join(text), fill="black", font=font)
