@@ -1,26 +1,17 @@
 """Configurations: YAML and command line into dataclasses, and one sentence for what is wrong."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import pytest
 import yaml
+from scripts import CONFIGS, ROOT, config_class
 
 from latentdiff.training.config import parse_config, run_script, write_config
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {
-    "train_clip": "TrainCLIP",
-    "train_vae": "TrainVAE",
-    "cache_latents": "CacheLatents",
-    "train_unet": "TrainUNet",
-}
 # Which script reads which of configs/*/.
 READERS = {"clip": "train_clip", "vae": "train_vae", "cache": "cache_latents", "unet": "train_unet"}
 
@@ -54,17 +45,6 @@ class Example:
     def __post_init__(self) -> None:
         if self.rate <= 0:
             raise ValueError(f"rate={self.rate} must be positive")
-
-
-def script(name: str) -> ModuleType:
-    """train/<name>.py as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "train" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def parse(*args: str) -> dict[str, object]:
@@ -192,16 +172,16 @@ def test_programmers_errors_keep_their_traceback() -> None:
         run_script(main)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_script_parses_its_defaults_and_writes_them_in_full(name: str) -> None:
-    cls = getattr(script(name), SCRIPTS[name])
+    cls = config_class(name)
     config, text = parse_config(cls, [])
     assert plain(config) == plain(cls()) == yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_script_reads_the_config_that_a_run_of_it_wrote(tmp_path: Path, name: str) -> None:
-    cls = getattr(script(name), SCRIPTS[name])
+    cls = config_class(name)
     config, text = parse_config(
         cls, ["--image_size", "32", "--exclude", '{"group": ["skin tone"]}']
     )
@@ -218,7 +198,7 @@ def test_every_script_reads_the_config_that_a_run_of_it_wrote(tmp_path: Path, na
 )
 def test_every_config_parses_with_its_script(path: Path) -> None:
     name = READERS[path.stem]
-    cls = getattr(script(name), SCRIPTS[name])
+    cls = config_class(name)
     config, text = parse_config(cls, ["--config", str(path)])
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     for key, value in written.items():
@@ -248,4 +228,4 @@ def test_scripts_refuse_values_of_every_part_of_their_configuration(
 ) -> None:
     """A script's configuration has three bases, and only the first of their checks was run."""
     with pytest.raises(ValueError, match=message):
-        parse_config(getattr(script(name), SCRIPTS[name]), args)
+        parse_config(config_class(name), args)

@@ -136,7 +136,16 @@ def run(
         path.touch()
         saved.append(path.name)
 
-    fit(interrupted, data, {"net": learner}, config, accelerator, save=save, preview=preview)
+    fit(
+        interrupted,
+        data,
+        {"net": learner},
+        config,
+        accelerator,
+        settings=f"max_steps: {config.max_steps}\n",
+        save=save,
+        preview=preview,
+    )
     return saved
 
 
@@ -187,6 +196,7 @@ def test_a_run_goes_on_to_more_steps(tmp_path: Path) -> None:
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert run(tmp_path) == ["step-0000004.png", "model 4", "step-0000008.png", "model 8"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert (tmp_path / "config.yaml").read_text() == "max_steps: 8\n"
     assert run(tmp_path) == []
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -11,13 +11,14 @@ from open_clip import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers.utils import logging
 
 from latentdiff.data.batches import batches, shard
 from latentdiff.data.images import CaptionedImages, DataConfig, collate
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text import TextEncoder
 from latentdiff.pictures import picture_grid, to_floats, to_pil
-from latentdiff.training.config import parse_config, run_script, write_config
+from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
 from latentdiff.training.randomness import choose, generator
@@ -49,11 +50,10 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
 
 
 def main() -> None:
-    config, text = parse_config(TrainCLIP)
+    config, settings = parse_config(TrainCLIP)
+    logging.disable_progress_bar()  # transformers' would break into ours
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    if accelerator.is_main_process:
-        write_config(text, config.output_dir)
     with accelerator.main_process_first():
         dataset = CaptionedImages(config)
     captions = [caption for texts in dataset.captions for caption in texts]
@@ -140,7 +140,16 @@ def main() -> None:
             size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ).save_pretrained(folder / "clip")
 
-    fit(step, data, {"clip": learner}, config, accelerator, save=save, preview=preview)
+    fit(
+        step,
+        data,
+        {"clip": learner},
+        config,
+        accelerator,
+        settings=settings,
+        save=save,
+        preview=preview,
+    )
 
 
 def crop(images: Tensor, places: Tensor, *, scale: float) -> Tensor:

@@ -1,5 +1,6 @@
 """Train the denoising UNet on cached latents: accelerate launch train/train_unet.py."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging
 
 from latentdiff.data.batches import batches, shard
 from latentdiff.data.cache import LatentCache, collate_moments, write_cache
@@ -18,7 +20,7 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior
 from latentdiff.pictures import picture_grid
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import parse_config, run_script, write_config
+from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
 from latentdiff.training.randomness import choose, generator
@@ -38,10 +40,10 @@ class TrainUNet(DataConfig, LoopConfig, OptimizerConfig):
     """Train a UNet to denoise the latents of captioned pictures; leaves a whole pipeline folder."""
 
     output_dir: Path = Path("runs/shapes/unet")
-    max_steps: int = 2000
+    max_steps: int = 800
     batch_size: int = 64
     learning_rate: float = 1e-3
-    cooldown_steps: int = 500
+    cooldown_steps: int = 300
     cache: Path | None = None
     """What cache_latents.py made; without it `data` is encoded first, into the run folder."""
     vae: str = "emoji"
@@ -66,11 +68,12 @@ class TrainUNet(DataConfig, LoopConfig, OptimizerConfig):
 
 
 def main() -> None:
-    config, text = parse_config(TrainUNet)
+    config, settings = parse_config(TrainUNet)
+    logging.disable_progress_bar()  # transformers' would break into ours
+    # Captions of training may be longer; nobody wants to read that of each of them.
+    warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    if accelerator.is_main_process:
-        write_config(text, config.output_dir)
     vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
     text_encoder = TextEncoder.from_pretrained(find_part(config.text_encoder, "text_encoder"))
     text_encoder.to(accelerator.device)
@@ -148,6 +151,7 @@ def main() -> None:
         {"unet": learner},
         config,
         accelerator,
+        settings=settings,
         save=pipeline.save_pretrained,
         preview=preview,
     )

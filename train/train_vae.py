@@ -11,7 +11,7 @@ from latentdiff.data.batches import batches, shard
 from latentdiff.data.images import CaptionedImages, DataConfig, collate
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.pictures import picture_grid, to_floats, to_pil
-from latentdiff.training.config import parse_config, run_script, write_config
+from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
 from latentdiff.training.losses import Reconstruction, vae_loss
@@ -30,10 +30,10 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
     """Train a VAE on pictures: reconstruction plus KL. Captions are never read."""
 
     output_dir: Path = Path("runs/shapes/vae")
-    max_steps: int = 1500
+    max_steps: int = 600
     batch_size: int = 16
     learning_rate: float = 1e-3
-    cooldown_steps: int = 500
+    cooldown_steps: int = 200
     caption_columns: tuple[str, ...] = ()
     vae: VAEConfig = field(default_factory=lambda: SMALL)
     """`sample_size` follows image_size."""
@@ -47,11 +47,9 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
 
 
 def main() -> None:
-    config, text = parse_config(TrainVAE)
+    config, settings = parse_config(TrainVAE)
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    if accelerator.is_main_process:
-        write_config(text, config.output_dir)
     with accelerator.main_process_first():
         dataset = CaptionedImages(config)
     vae_config = replace(config.vae, sample_size=config.image_size)
@@ -110,7 +108,16 @@ def main() -> None:
         vae.fold_latent_statistics(mean, std)
         vae.save_pretrained(folder)
 
-    fit(step, data, {"vae": learner}, config, accelerator, save=save, preview=preview)
+    fit(
+        step,
+        data,
+        {"vae": learner},
+        config,
+        accelerator,
+        settings=settings,
+        save=save,
+        preview=preview,
+    )
 
 
 def latent_statistics(vae: VAE, dataset: CaptionedImages) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.config import write_config
 from latentdiff.training.learner import Learner
 from latentdiff.training.plots import plot_log
 
@@ -74,18 +75,22 @@ def fit(
     config: LoopConfig,
     accelerator: Accelerator,
     *,
+    settings: str,
     save: Callable[[Path], None],
     preview: Callable[[Path], None] | None = None,
 ) -> None:
     """Train until `config.max_steps`, going on from the newest checkpoint of the run folder.
 
     `step(batch, number)` updates the learners and returns scalar tensors, `loss` among them.
+    `settings` is the script's configuration as YAML, kept in the run folder as config.yaml.
     `data(number)` gives the batches from that step on. `save(folder)` writes the trained model
     and `preview(path)` a picture grid; both are called on the main process alone.
     """
     folder = config.output_dir
     start = load_checkpoint(folder / "checkpoints", learners)
     main = accelerator.is_main_process
+    if main:  # after loading: a configuration that does not fit must not replace the one that does
+        write_config(settings, folder)
     log = Log(folder / "log.jsonl", start) if main else None
     progress = tqdm(
         total=config.max_steps, initial=start, disable=not main, unit="step", dynamic_ncols=True
@@ -93,41 +98,43 @@ def fit(
     sums: Metrics = {}
     since, clock = start, time.perf_counter()
     batches = data(start)
-    for number in range(start, config.max_steps):
-        metrics = step(next(batches), number)
-        # Sums stay on the device: reading one here would wait for it in every step.
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0) + value.detach().float()
-        progress.update()
-        done = number + 1
-        last = done == config.max_steps
-        checkpoint = done % config.checkpoint_every == 0 or last
-        # Before a checkpoint too: means must not reach back over a place where runs are resumed.
-        if done % config.log_every == 0 or checkpoint:
-            sums = accelerator.reduce(sums, "mean")  # pyright: ignore[reportAssignmentType]
-            means = {name: float(value) / (done - since) for name, value in sums.items()}
-            record = {"step": done, **means}
-            learner = next(iter(learners.values()))
-            record["learning_rate"] = learner.config.learning_rate_at(learner.num_updates - 1)
-            seconds = time.perf_counter() - clock
-            record["samples_per_second"] = config.batch_size * (done - since) / seconds
-            progress.set_postfix_str(
-                f"loss={record['loss']:.4f}, {record['samples_per_second']:.1f} pictures/s"
-            )
-            if log is not None:
-                log.write(record)
-            sums, since, clock = {}, done, time.perf_counter()
-        pause = time.perf_counter()
-        if main and preview is not None and (done % config.preview_every == 0 or last):
-            (folder / "previews").mkdir(exist_ok=True)
-            preview(folder / "previews" / f"step-{done:07d}.png")
-        if main and checkpoint:
-            save(folder / "model")
-            plot_log(folder / "log.jsonl", folder / "loss.png")
-            # Last, so that a run which ends before it is resumed before it and writes all of them.
-            save_checkpoint(folder / "checkpoints", done, learners, keep=config.keep_checkpoints)
-        clock += time.perf_counter() - pause  # the rate is that of training alone
-    progress.close()
+    with progress:  # closed in any case: messages begin on a line of their own
+        for number in range(start, config.max_steps):
+            metrics = step(next(batches), number)
+            # Sums stay on the device: reading one here would wait for it in every step.
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value.detach().float()
+            progress.update()
+            done = number + 1
+            last = done == config.max_steps
+            checkpoint = done % config.checkpoint_every == 0 or last
+            # Before a checkpoint too: no mean reaches back over a place where runs are resumed.
+            if done % config.log_every == 0 or checkpoint:
+                sums = accelerator.reduce(sums, "mean")  # pyright: ignore[reportAssignmentType]
+                means = {name: float(value) / (done - since) for name, value in sums.items()}
+                record = {"step": done, **means}
+                learner = next(iter(learners.values()))
+                record["learning_rate"] = learner.config.learning_rate_at(learner.num_updates - 1)
+                seconds = time.perf_counter() - clock
+                record["samples_per_second"] = config.batch_size * (done - since) / seconds
+                progress.set_postfix_str(
+                    f"loss={record['loss']:.4f}, {record['samples_per_second']:.1f} pictures/s"
+                )
+                if log is not None:
+                    log.write(record)
+                sums, since, clock = {}, done, time.perf_counter()
+            pause = time.perf_counter()
+            if main and preview is not None and (done % config.preview_every == 0 or last):
+                (folder / "previews").mkdir(exist_ok=True)
+                preview(folder / "previews" / f"step-{done:07d}.png")
+            if main and checkpoint:
+                save(folder / "model")
+                plot_log(folder / "log.jsonl", folder / "loss.png")
+                # Last: a run that is cut off before it is resumed before it and writes all of them.
+                save_checkpoint(
+                    folder / "checkpoints", done, learners, keep=config.keep_checkpoints
+                )
+            clock += time.perf_counter() - pause  # the rate is that of training alone
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
