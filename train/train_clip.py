@@ -92,6 +92,7 @@ def main() -> None:
         with torch.no_grad():
             own = torch.arange(len(image), device=image.device) + rank * len(image)
             texts = accelerator.gather(text)
+            assert isinstance(texts, Tensor)
             accuracy = (image @ texts.T).argmax(dim=1).eq(own).float().mean()
         grad_norm = learner.update(loss)
         raw.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -157,7 +158,7 @@ def _load(config: DataConfig) -> datasets.Dataset:
             loaded = datasets.load_dataset("imagefolder", data_dir=str(folder))
         else:
             loaded = datasets.load_dataset(config.data)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError) as error:
         what = "as an image folder" if folder.is_dir() else "as a folder or from the hub"
         reason = " ".join(str(error).split())
         raise ValueError(f"data={config.data!r} cannot be read {what}: {reason}") from error

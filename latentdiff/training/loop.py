@@ -51,7 +51,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     """The accelerator of this run; ValueError if the processes cannot share the batch evenly."""
     precision = config.mixed_precision
     if precision == "auto":
-        precision = "bf16" if computes_bf16(PartialState().device) else "no"
+        device = PartialState().device
+        assert device is not None
+        precision = "bf16" if computes_bf16(device) else "no"
     accelerator = Accelerator(mixed_precision=precision)
     if config.batch_size % accelerator.num_processes:
         raise ValueError(
