@@ -21,9 +21,14 @@ def plot_log(log: Path, out: Path) -> None:
     window = max(1, len(loss) // 25)
     if window > 1:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color="C0", label=f"mean of {window} logs")
+        middle = (window - 1) // 2
+        axes.plot(
+            steps[middle : middle + len(smooth)], smooth, color="C0", label=f"mean of {window} logs"
+        )
     if (loss > 0).all():
         axes.set_yscale("log")
+        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_formatter("{x:g}")  # 0.4, where the default writes 4 × 10⁻¹
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_title(log.parent.name)
