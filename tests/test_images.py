@@ -128,7 +128,6 @@ def test_examples_are_pictures_with_their_captions(
         assert batch["images"].shape == (2, 3, 8, 8)
         assert batch["images"].flatten(1).float().mean(dim=1).tolist() == [180, 200]
         assert batch["captions"] == [["owl"], ["cat"]]
-        assert batch["index"] == [2, 0]
 
 
 def test_captions_come_from_several_columns_lists_and_templates(tmp_path: Path) -> None:

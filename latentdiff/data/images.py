@@ -121,7 +121,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         captions = self.captions[index] if self.captions else []  # a VAE's data has none
-        return {"image": self.image(index), "captions": captions, "index": index}
+        return {"image": self.image(index), "captions": captions}
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -129,7 +129,6 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "images": torch.stack([example["image"] for example in examples]),
         "captions": [example["captions"] for example in examples],
-        "index": [example["index"] for example in examples],
     }
 
 
