@@ -12,7 +12,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check test lint types clean
+.PHONY: help setup demo check quick test lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ demo: $(VENV)/.installed ## draw "a cat" and a grid of twelve prompts with the e
 	@echo "The pictures:"
 	@printf '  %s\n' "$(CURDIR)/$(DEMO)"/a-cat/*.png "$(CURDIR)/$(DEMO)/grid/grid.png"
 
-check: lint types ## style, types, architecture and the quick tests: under a minute
+check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests: about a minute
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick lint types
+
+quick: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test: lint types ## every check and every test: at most 15 minutes on two cores
