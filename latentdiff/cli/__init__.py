@@ -1,0 +1,83 @@
+"""The command line: `latentdiff generate`, `latentdiff data`, `latentdiff env`.
+
+Only arguments, files and messages: what a command does is the library's business. torch and
+transformers are imported inside the commands, so that `latentdiff --help` answers at once.
+"""
+
+import argparse
+import difflib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import latentdiff
+from latentdiff.cli import data, env, generate
+
+EXTRAS = {"peft": "lora", "diffusers": "lora"}  # of pyproject.toml, where it is not "train"
+USER_ERROR = 2  # argparse's exit code for a wrong command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 after one sentence about what was wrong."""
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        parsed.parser.unknown(unknown[0])
+    try:
+        with _one_line_warnings():
+            parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"{parsed.parser.prog}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except ModuleNotFoundError as error:  # some commands need packages that drawing does not
+        extra = EXTRAS.get(str(error.name), "train")
+        print(
+            f"{parsed.parser.prog} needs the package {error.name}: "
+            f"pip install 'latentdiff[{extra}]'",
+            file=sys.stderr,
+        )
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{parsed.parser.prog}: interrupted", file=sys.stderr)
+        return 130  # what shells report for SIGINT
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one sentence for an error instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def unknown(self, argument: str) -> NoReturn:
+        """Refuse an argument, naming the option that was perhaps meant."""
+        options = [name for action in self._actions for name in action.option_strings]
+        near = difflib.get_close_matches(argument.split("=")[0], options, n=1)
+        self.error(f"unknown argument {argument}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="latentdiff",
+        description="Draw pictures from prompts, and make data sets to train on.",
+    )
+    parser.add_argument("--version", action="version", version=latentdiff.__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (generate, data, env):
+        command.add(commands)
+    return parser
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show warnings that are meant for users as one line each, and developers' not at all."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"latentdiff: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning)
+        warnings.showwarning = show
+        yield
