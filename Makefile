@@ -12,7 +12,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check quick test lint types clean
+.PHONY: help setup demo check quick test interchange lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ quick: $(VENV)/.installed-dev
 
 test: lint types ## every check and every test: at most 15 minutes on two cores
 	$(BIN)/python -m pytest -q --durations=10
+
+interchange: $(VENV)/.installed-dev ## measure every file format against other tools, into docs/interchange.md
+	$(BIN)/python -m pytest -q --interchange-table docs/interchange.md tests/test_interchange.py \
+	    tests/test_full_size.py tests/test_single_file.py tests/test_open_clip.py tests/test_lora.py \
+	    tests/test_a1111.py tests/test_editing.py
 
 lint: $(VENV)/.installed-dev ## style, formatting and the import contracts
 	$(BIN)/ruff check

@@ -11,19 +11,23 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from latentdiff.formats import scheduler, timesteps
+from latentdiff.formats import scheduler
+from latentdiff.formats.header import shown
 from latentdiff.formats.timesteps import Grid, Spacing
+from latentdiff.guidance import Guidance
+from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels, noise_levels
 
 Schedule = Literal["linear", "scaled_linear", "cosine", "flow"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
 
 # What is left of the picture's variance at t = T. Stable Diffusion's own schedule leaves 0.0047.
 LARGEST_FINAL_ALPHA_BAR = 0.01
+MOST_TIMESTEPS = 100_000  # a file that asks for more is wrong, and would take all memory
 
 _WORDS = {
     "schedule": get_args(Schedule),
@@ -33,35 +37,8 @@ _WORDS = {
 _BETA_RANGES = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
-class NoiseLevel(NamedTuple):
-    """A noise level, x_t = alpha x0 + sigma eps, and what the network is told of it; () or (B,)."""
-
-    timestep: Tensor
-    alpha: Tensor
-    sigma: Tensor
-
-
-Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # x_t (B, C, H, W), level -> estimate of x0
 Level = tuple[Tensor, Tensor]  # alpha, sigma
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep (B,), context
-
-
-@dataclass(frozen=True, eq=False)
-class NoiseLevels:
-    """The N + 1 noise levels of a sampling run of N steps, noisiest first; the last is data.
-
-    `len` is N; index i from 0 to N gives one level.
-    """
-
-    timestep: Tensor
-    alpha: Tensor
-    sigma: Tensor  # each (N + 1,)
-
-    def __len__(self) -> int:
-        return len(self.sigma) - 1
-
-    def __getitem__(self, i: int) -> NoiseLevel:
-        return NoiseLevel(self.timestep[i], self.alpha[i], self.sigma[i])
 
 
 @dataclass(frozen=True)
@@ -73,11 +50,12 @@ class Diffusion:
     1e-4 … 0.02) and `scaled_linear` (0.00085 … 0.012). `timestep_spacing`, `steps_offset` and
     `set_alpha_to_one` choose the levels of a sampling run, with the meanings that they have in
     diffusers; the defaults start at t = T and end on data (Lin et al. 2023, arXiv:2305.08891).
+    `rescale_betas_zero_snr` stretches a beta schedule to end in pure noise (Algorithm 1 there).
     Everything is computed in float64; results have the dtype and device of x.
 
-    Raises ValueError for a value out of range, and for `epsilon` or `score` with `flow`: at t = T
-    there alpha is 0, and neither says anything about x0. Warns if the end of the chain is not
-    near N(0, I): if alpha_bar_T exceeds 0.01.
+    Raises ValueError for a value out of range, and for `epsilon` or `score` where alpha is 0 at
+    t = T, as with `flow` and a rescaled schedule: neither says anything about x0 there. Warns if
+    the end of the chain is not near N(0, I): if alpha_bar_T exceeds 0.01.
     """
 
     schedule: Schedule
@@ -88,24 +66,22 @@ class Diffusion:
     timestep_spacing: Spacing = "trailing"
     steps_offset: int = 1
     set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
         for field, words in _WORDS.items():
             if getattr(self, field) not in words:
                 allowed = ", ".join(words)
-                raise ValueError(f"{field}={getattr(self, field)} must be one of {allowed}")
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps={self.num_timesteps} must be at least 2")
+                raise ValueError(f"{field}={shown(getattr(self, field))} must be one of {allowed}")
+        if not 2 <= self.num_timesteps <= MOST_TIMESTEPS:
+            raise ValueError(f"num_timesteps={self.num_timesteps} must be 2 to {MOST_TIMESTEPS}")
         if self.steps_offset < 0:
             raise ValueError(f"steps_offset={self.steps_offset} must not be negative")
         if self.schedule == "flow":
-            if self.prediction in ("epsilon", "score"):
-                raise ValueError(
-                    f"prediction={self.prediction} says nothing of x0 where alpha=0: for "
-                    "schedule=flow choose flow_prediction, v_prediction or sample"
-                )
             if not self.set_alpha_to_one:
                 raise ValueError("set_alpha_to_one=False is for beta schedules, not schedule=flow")
+            if self.rescale_betas_zero_snr:
+                raise ValueError("rescale_betas_zero_snr=True is for beta schedules, not flow")
         if self.schedule in _BETA_RANGES:
             start, end = _BETA_RANGES[self.schedule]
             start = start if self.beta_start is None else self.beta_start
@@ -119,6 +95,14 @@ class Diffusion:
         # Cached tensors made in inference mode could not be trained with later.
         with torch.inference_mode(False):
             left = 0.0 if self.schedule == "flow" else float(self.alphas_cumprod[-1])
+        if left == 0 and self.prediction in ("epsilon", "score"):
+            cause = f"schedule={self.schedule}"
+            if self.rescale_betas_zero_snr:
+                cause = "rescale_betas_zero_snr=True"
+            raise ValueError(
+                f"prediction={self.prediction} says nothing of x0 where alpha=0: for {cause} "
+                "choose flow_prediction, v_prediction or sample"
+            )
         if left > LARGEST_FINAL_ALPHA_BAR:
             warnings.warn(
                 f"the end of the noise chain is not near N(0, I): alpha_bar_T = {left:.3g} > "
@@ -133,12 +117,14 @@ class Diffusion:
         """beta_t: the variance of the noise that step t adds; ValueError for `flow`."""
         n = self.num_timesteps
         if self.schedule == "cosine":
-            return torch.tensor(_cosine_betas(n), dtype=torch.float64, device="cpu")
-        if self.beta_start is None or self.beta_end is None:
+            betas = torch.tensor(_cosine_betas(n), dtype=torch.float64, device="cpu")
+        elif self.beta_start is None or self.beta_end is None:
             raise ValueError("schedule=flow has no betas")
-        power = 0.5 if self.schedule == "scaled_linear" else 1.0
-        start, end = self.beta_start**power, self.beta_end**power
-        return torch.linspace(start, end, n, dtype=torch.float64, device="cpu") ** (1 / power)
+        else:
+            power = 0.5 if self.schedule == "scaled_linear" else 1.0
+            start, end = self.beta_start**power, self.beta_end**power
+            betas = torch.linspace(start, end, n, dtype=torch.float64, device="cpu") ** (1 / power)
+        return _zero_snr(betas) if self.rescale_betas_zero_snr else betas
 
     @cached_property
     def alphas(self) -> Tensor:
@@ -269,74 +255,64 @@ class Diffusion:
         return error.square().flatten(1).mean(1)
 
     def denoiser(
-        self, unet: Network, context: Tensor, null_context: Tensor | None, guidance_scale: float
+        self,
+        unet: Network,
+        context: Tensor,
+        null_context: Tensor | None,
+        guidance: Guidance | float,
     ) -> Denoise:
-        """The network as an estimate of x0, with classifier-free guidance (arXiv:2207.12598).
+        """The network as an estimate of x0, guided; a number is the scale of plain guidance.
 
         context is (B, L, D); null_context, that of the empty prompt, is (B, L, D) or (1, L, D).
-        Both halves go through the network in one call, [null, conditional]; a guidance_scale of 1
-        turns guidance off, needs no null_context and costs half. Guiding the output is guiding x0,
-        because `to_x0` is affine.
+        Both halves go through the network in one call, [null, conditional]; where nothing is guided
+        there is one half, at half the cost, and no null_context is needed. Guiding the output is
+        guiding x0, because `to_x0` is affine. For one sampling run: momentum remembers its steps.
         """
-        guided = guidance_scale != 1
-        if guided and null_context is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a null_context; 1 does not")
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(guidance)
+        if guidance.scale != 1 and null_context is None:
+            raise ValueError(f"guidance_scale={guidance.scale} needs a null_context; 1 does not")
         halves = [context] if null_context is None else [null_context.expand_as(context), context]
         both = torch.cat(halves)
+        update = torch.zeros((), device=context.device)
 
         def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-            timestep = level.timestep.expand(len(x))
-            if guided:
-                null, conditional = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
-                output = null + guidance_scale * (conditional - null)
-            else:
-                output = unet(x, timestep, context)
-            return self.to_x0(output, x, level.alpha, level.sigma)
+            nonlocal update
+            timestep, alpha, sigma = level
+            timestep = timestep.to(x.device, non_blocking=True).expand(len(x))
+            if not guidance.guides(alpha, sigma):
+                return self.to_x0(unet(x, timestep, context), x, alpha, sigma)
+            null, conditional = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+            if not guidance.projected:
+                return self.to_x0(guidance.combine(null, conditional), x, alpha, sigma)
+            x0 = self.to_x0(conditional, x, alpha, sigma)
+            update = x0 - self.to_x0(null, x, alpha, sigma) + guidance.momentum * update
+            return guidance.project(update, x0)
 
         return denoise
 
     def levels(
-        self,
-        steps: int,
-        *,
-        grid: Grid = "ddim",
-        karras: bool = False,
-        device: torch.device | str | None = None,
+        self, steps: int, *, grid: Grid = "ddim", spacing: LevelSpacing | None = None
     ) -> NoiseLevels:
         """The noise levels of a sampling run of `steps` steps, noisiest first.
 
-        `grid` says whose timesteps, of diffusers' schedulers: "ddim", where the last level is
-        alpha_bar_1 instead of data if `set_alpha_to_one` is false, "ddpm", "euler" (also Heun) or
-        "dpm": see `formats.timesteps`. A flow has but one, that of DPMSolverMultistepScheduler.
-        `karras` instead spaces sigma / alpha over the whole schedule by Karras et al. 2022.
-
-        Raises ValueError unless 1 <= steps <= T (T - 1 where a grid leaves a timestep out).
+        `grid` says whose timesteps, of diffusers' schedulers, `spacing` how far they lie apart (by
+        default by `timestep_spacing`): see `latentdiff.levels`. Raises ValueError for steps out of
+        range, mostly 1 … T, and for a spacing that does not exist.
         """
-        n = self.num_timesteps
-        if karras:
-            ratios, position = timesteps.karras(self._ratios, steps)
-            alpha, sigma = self._from_ratio(ratios)
-            # The nearest timestep; of cosine's the one below, as in diffusers.
-            timestep = position.trunc() if self.schedule == "cosine" else position.round()
-            if self.schedule == "flow":
-                timestep = n * sigma
-        elif self.schedule == "flow":
-            sigma = timesteps.flow_sigmas(n, steps)
-            timestep, alpha = (n * sigma).trunc(), 1 - sigma
-        else:
-            timestep = timesteps.spaced(
-                n, steps, spacing=self.timestep_spacing, offset=self.steps_offset, grid=grid
+        with torch.device("cpu"):
+            return noise_levels(
+                self._ratios,
+                steps,
+                flow=self.schedule == "flow",
+                num_timesteps=self.num_timesteps,
+                grid=grid,
+                spacing=spacing,
+                default=self.timestep_spacing,
+                offset=self.steps_offset,
+                set_alpha_to_one=self.set_alpha_to_one,
+                truncates=self.schedule == "cosine",
             )
-            alpha, sigma = self._from_ratio(timesteps.interpolate(self._ratios, timestep))
-        ends_on_data = karras or grid != "ddim" or self.set_alpha_to_one
-        t = torch.tensor([0.0 if ends_on_data else 1.0], dtype=torch.float64)
-        end = self.timestep(t), *self._from_ratio(0 * t if ends_on_data else self._ratios[:1])
-        timestep, alpha, sigma = map(torch.cat, zip((timestep, alpha, sigma), end, strict=True))
-        # Apple's GPUs have no float64.
-        dtype = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
-        return NoiseLevels(
-            timestep.to(device, torch.float32), alpha.to(device, dtype), sigma.to(device, dtype)
-        )
 
     @cached_property
     def _ratios(self) -> Tensor:
@@ -345,11 +321,6 @@ class Diffusion:
             torch.arange(1, self.num_timesteps + (self.schedule != "flow"))
         )
         return sigma / alpha
-
-    def _from_ratio(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma on this path from sigma / alpha."""
-        alpha = 1 / (1 + ratio) if self.schedule == "flow" else 1 / (1 + ratio**2).sqrt()
-        return alpha, ratio * alpha
 
     def to_scheduler_config(self) -> dict[str, Any]:
         """This diffusion as scheduler/scheduler_config.json: see `formats.scheduler`."""
@@ -398,3 +369,10 @@ def _cosine_betas(n: int) -> list[float]:
     """Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, but betas at most 0.999, as theirs."""
     bars = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
     return [min(1 - after / before, 0.999) for before, after in pairwise(bars)]
+
+
+def _zero_snr(betas: Tensor) -> Tensor:
+    """Betas stretched so that alpha_bar_T is 0: Lin et al. 2023 (arXiv:2305.08891), Algorithm 1."""
+    roots = (1 - betas).cumprod(0).sqrt()
+    bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+    return 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])

@@ -4,9 +4,10 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 # Where labels find their letters: Pillow's own font (None) has English, the others have more.
@@ -43,6 +44,34 @@ def to_pil(image: Tensor) -> Image.Image:
             "load with dtype=torch.float32 or torch.bfloat16"
         )
     return Image.fromarray(rearrange(to_pixels(image.detach()), "c h w -> h w c").cpu().numpy())
+
+
+def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A picture as (3, H, W) in [-1, 1], resized to `size` = (H, W); transparent becomes white."""
+    image = _resized(to_rgb(image), size)
+    return to_floats(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As a viewer shows it: upright, in 8 bits, on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def mask_from_pil(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A mask as (1, H, W), 1 where it is nearer to white than to black and 0 elsewhere."""
+    grey = torch.from_numpy(np.array(_resized(mask.convert("L"), size)))
+    return (grey.float() / 255 >= 0.5).float()[None]
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    wanted = (size[1], size[0])
+    return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
 
 
 def picture_grid(

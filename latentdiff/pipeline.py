@@ -1,11 +1,12 @@
 """From prompts to pictures: text encoder, UNet, VAE and noise schedule composed.
 
-Read on in samplers.py (the steps), diffusion.py (the mathematics) and models/ (the networks).
+Read on in samplers/ (the steps), diffusion.py (the mathematics) and models/ (the networks).
 Shapes: B pictures, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
 """
 
-import math
-import random
+import functools
+import hashlib
+import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentdiff.diffusion import Denoise, Diffusion, NoiseLevel, NoiseLevels
+from latentdiff.diffusion import Diffusion
+from latentdiff.editing import Given, with_channels
 from latentdiff.formats.diffusers import (
     check_pipeline_folder,
     find_model,
@@ -25,11 +27,19 @@ from latentdiff.formats.diffusers import (
     save_model_index,
     save_scheduler_config,
 )
+from latentdiff.formats.lora import check_without_loras
+from latentdiff.formats.single_file import read_single_file, write_single_file
+from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
+from latentdiff.models.fingerprint import fingerprint
+from latentdiff.models.lora import LoRAs
+from latentdiff.models.single_file import networks, single_file
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
-from latentdiff.pictures import to_pil
-from latentdiff.samplers import Sampler, find_sampler
+from latentdiff.noise import PictureNoise, slerp
+from latentdiff.pictures import from_pil, mask_from_pil, to_pil
+from latentdiff.request import Request, asks
+from latentdiff.samplers import find_sampler
 
 
 @dataclass(frozen=True)
@@ -38,19 +48,6 @@ class PipelineOutput:
 
     images: list[Image.Image]
     seeds: list[int]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one call asks for, checked: an entry per picture."""
-
-    prompts: list[str]
-    negative_prompts: list[str]
-    seeds: list[int]
-    steps: int
-    guidance_scale: float
-    latent_size: tuple[int, int]
-    sampler: Sampler
 
 
 class Pipeline:
@@ -63,6 +60,19 @@ class Pipeline:
         self.vae = vae
         self.text_encoder = text_encoder
         self.diffusion = diffusion
+        self.loras = LoRAs(unet, text_encoder.model)
+        """LoRAs on the UNet and the text encoder: `pipe.loras.load("style.safetensors")`."""
+        channels, text = vae.config.latent_channels, text_encoder.width
+        if unet.config.in_channels not in (channels, 2 * channels + 1):
+            raise ValueError(
+                f"in_channels={unet.config.in_channels} of the UNet must be {channels}, the VAE's "
+                f"latent_channels, or {2 * channels + 1}, with mask and masked picture"
+            )
+        if unet.config.cross_attention_dim != text:
+            raise ValueError(
+                f"cross_attention_dim={unet.config.cross_attention_dim} of the UNet must be "
+                f"{text}, the width of the text encoder"
+            )
 
     @classmethod
     def from_pretrained(
@@ -70,30 +80,67 @@ class Pipeline:
         name: str | Path,
         *,
         revision: str | None = None,
+        variant: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
-        """Load "emoji" (embedded), a diffusers pipeline folder, or one from the Hugging Face Hub.
+        """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
 
-        `revision` is the branch, tag or commit of a hub id. Weights of any precision become
-        `dtype`; without `device` they stay on the CPU.
-        Raises ValueError if there is no such model, or says what its folder lacks.
+        A single file is one .safetensors file of A1111's and ComfyUI's kind: see
+        `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
+        id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
+        become `dtype`; without `device` they stay on the CPU.
+        Raises ValueError if there is no such model, or says what it lacks.
         """
-        folder = find_model(name, revision=revision)
-        check_pipeline_folder(folder)
+        if Path(name).is_file():
+            return cls.from_single_file(name, dtype=dtype, device=device)
+        folder = find_model(name, revision=revision, variant=variant)
+        variants = check_pipeline_folder(folder, variant=variant)
         pipeline = cls(
-            unet=UNet.from_pretrained(folder / "unet"),
-            vae=VAE.from_pretrained(folder / "vae"),
-            text_encoder=TextEncoder.from_pretrained(folder),
+            unet=UNet.from_pretrained(folder / "unet", variant=variants["unet"], dtype=dtype),
+            vae=VAE.from_pretrained(folder / "vae", variant=variants["vae"], dtype=dtype),
+            text_encoder=TextEncoder.from_pretrained(
+                folder, variant=variants["text_encoder"], dtype=dtype
+            ),
             diffusion=Diffusion.from_scheduler_config(load_scheduler_config(folder)),
         )
-        return pipeline.to(dtype) if device is None else pipeline.to(dtype).to(device)
+        return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        config: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        ema: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Load one .safetensors file with LDM's names, as A1111 and ComfyUI have them.
+
+        `config` (an LDM YAML file or a diffusers folder) says what does not show in the tensors;
+        without it our own metadata does, or else the conventions of SD 1.x and 2.x, with a warning
+        where they leave a doubt. `tokenizer` is a folder or hub id; by default the one in the file,
+        or CLIP's own from the hub. `ema` takes the running averages that some files hold besides.
+        Raises ValueError for a file that is anything else, saying what it seems to be.
+        """
+        file = read_single_file(path, config=config, ema=ema, dtype=dtype)
+        unet, vae, text_encoder = networks(file, tokenizer=tokenizer)
+        pipeline = cls(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            diffusion=Diffusion.from_scheduler_config(file.scheduler_config),
+        )
+        return pipeline if device is None else pipeline.to(device)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain diffusers pipeline folder; `dtype` is what weights are converted to.
 
         model_index.json comes last: a folder that has one is whole.
         """
+        self._check_whole()
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet", dtype=dtype)
         self.vae.save_pretrained(folder / "vae", dtype=dtype)
@@ -101,6 +148,20 @@ class Pipeline:
         scheduler = self.diffusion.to_scheduler_config()
         save_scheduler_config(scheduler, folder)
         save_model_index(folder, scheduler_class=scheduler["_class_name"])
+
+    def save_single_file(self, path: str | Path, *, dtype: torch.dtype | None = None) -> list[str]:
+        """Write one .safetensors file with LDM's names; returns sentences on which tools open it.
+
+        Where tools cannot guess the shape, the matching LDM description (.yaml) lies beside it.
+        """
+        self._check_whole()
+        scheduler = self.diffusion.to_scheduler_config()
+        file = single_file(self.unet, self.vae, self.text_encoder, scheduler)
+        return write_single_file(file, path, dtype=dtype)
+
+    def _check_whole(self) -> None:
+        for network in (self.unet, self.text_encoder):
+            check_without_loras(network)
 
     def to(self, target: str | torch.device | torch.dtype) -> Self:
         """Move the three networks to a device, or convert them to a dtype, in place."""
@@ -118,245 +179,199 @@ class Pipeline:
         """The UNet's dtype."""
         return self.unet.conv_in.weight.dtype
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        steps: int = 50,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] = "",
-        height: int | None = None,
-        width: int | None = None,
-        seed: int | Sequence[int] | None = None,
-        num_images: int = 1,
-        sampler: str = "ddim",
-        progress: bool = True,
-    ) -> PipelineOutput:
-        """Draw `num_images` pictures of each prompt.
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet sees the mask and the masked picture beside the noisy latents."""
+        return self.unet.config.in_channels != self.vae.config.latent_channels
 
-        The same seed gives the same picture on the same device, alone or among others: a picture's
-        first noise is `torch.randn((1, C, H, W), generator=torch.Generator().manual_seed(seed))`,
-        and the noise that a sampler adds on the way comes from the same generator. On the CPU that
-        holds bit for bit; on an accelerator, whose kernels change with the batch, up to rounding.
+    def fingerprint(self) -> str:
+        """SHA-256 of the three networks and the noise schedule: the same in any precision."""
+        parts = [
+            fingerprint(self.unet, self.unet.config.to_dict()),
+            fingerprint(self.vae, self.vae.config.to_dict()),
+            fingerprint(self.text_encoder.model, {}),
+            json.dumps(self.diffusion.to_scheduler_config(), sort_keys=True),
+        ]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-        steps: noise levels walked through, >= 1; `num_inference_steps` is another word for it.
-        guidance_scale: how far from the negative prompt, >= 0; 1 is off and halves the time.
-        negative_prompt: one for all prompts, or one for each.
-        height, width: in pixels; by default the size that the UNet was trained on.
-        seed: one for each picture; one number counts up from there; None draws fresh ones.
-        sampler: a name in `latentdiff.samplers.SAMPLERS`.
-        Raises ValueError, naming the field, for anything that cannot be drawn.
-        """
-        request = self._check(
-            prompt,
-            steps=steps if num_inference_steps is None else num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            seed=seed,
-            num_images=num_images,
-            sampler=sampler,
-        )
-        context = self.encode(request.prompts)
-        null_context = self.encode(request.negative_prompts)
-        levels = self._levels(request)
+    @asks(Request)
+    def __call__(self, request: Request) -> PipelineOutput:
+        """Draw the pictures that the arguments, those of `Request`, ask for."""
+        return self.draw(request)
+
+    def draw(self, request: Request) -> PipelineOutput:
+        """Draw what a request asks for: its pictures, and the seed of each."""
         noise = self._noise(request)
-        previews = self._sample(request, context, null_context, levels, noise)
-        latents = deque(tqdm(previews, total=request.steps, disable=not progress), maxlen=1).pop()
-        return PipelineOutput(self.decode(latents), request.seeds)
+        given = self._given(request, noise)
+        levels = self._levels(request)
+        previews = self._sample(request, levels, noise, given)
+        steps = tqdm(previews, total=len(levels), disable=not request.progress)
+        latents = deque(steps, maxlen=1).pop()
+        return PipelineOutput(self.decode(latents, given), list(request.seeds))
 
-    def stream(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        steps: int = 50,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] = "",
-        height: int | None = None,
-        width: int | None = None,
-        seed: int | Sequence[int] | None = None,
-        num_images: int = 1,
-        sampler: str = "ddim",
-    ) -> Iterator[list[Image.Image]]:
+    @asks(Request)
+    def stream(self, request: Request) -> Iterator[list[Image.Image]]:
         """Draw as `pipe(...)` does, giving at each step the pictures as the UNet now sees them.
 
         The last item holds the finished pictures. Each preview costs a decode by the VAE, which at
         SD 1.5's size is more than the step itself: the whole takes two to three times as long.
         """
-        request = self._check(
-            prompt,
-            steps=steps if num_inference_steps is None else num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            seed=seed,
-            num_images=num_images,
-            sampler=sampler,
-        )
-        return self._decoded_steps(request)
-
-    def _decoded_steps(self, request: Request) -> Iterator[list[Image.Image]]:
-        context = self.encode(request.prompts)
-        null_context = self.encode(request.negative_prompts)
-        levels = self._levels(request)
         noise = self._noise(request)
-        for latents in self._sample(request, context, null_context, levels, noise):
-            yield self.decode(latents)
-
-    def _check(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        steps: int,
-        guidance_scale: float,
-        negative_prompt: str | Sequence[str],
-        height: int | None,
-        width: int | None,
-        seed: int | Sequence[int] | None,
-        num_images: int,
-        sampler: str,
-    ) -> Request:
-        _at_least_one("steps", steps)
-        _at_least_one("num_images", num_images)
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number >= 0")
-        prompts = _prompts("prompt", prompt)
-        negative = _prompts("negative_prompt", negative_prompt)
-        if len(negative) == 1:
-            negative = negative * len(prompts)
-        if len(negative) != len(prompts):
-            raise ValueError(
-                f"negative_prompt lists {len(negative)} texts for {len(prompts)} prompts; "
-                "give one, or one for each"
-            )
-        return Request(
-            prompts=[text for text in prompts for _ in range(num_images)],
-            negative_prompts=[text for text in negative for _ in range(num_images)],
-            seeds=_seeds(seed, len(prompts) * num_images),
-            steps=steps,
-            guidance_scale=guidance_scale,
-            latent_size=(self._side("height", height), self._side("width", width)),
-            sampler=find_sampler(sampler),
-        )
-
-    def _side(self, field: str, pixels: int | None) -> int:
-        """Side of the latents for a picture of so many pixels."""
-        f = self.vae.config.factor
-        if pixels is None:
-            side = self.unet.config.sample_size
-            return self.vae.config.sample_size // f if side is None else side
-        _at_least_one(field, pixels)
-        if pixels % f:
-            raise ValueError(f"{field}={pixels} must be divisible by {f}, the factor of the VAE")
-        return pixels // f
+        given = self._given(request, noise)
+        previews = self._sample(request, self._levels(request), noise, given)
+        return (self.decode(latents, given) for latents in previews)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text states of the prompts, (B, L, D); each alone, so that neighbours change nothing."""
-        states = {prompt: self.text_encoder([prompt]) for prompt in dict.fromkeys(prompts)}
+    def encode(self, prompts: Sequence[str], *, chunks: int = 1, weighting: bool = False) -> Tensor:
+        """Text states of the prompts, (B, L, D); each alone, so that neighbours change nothing.
+
+        Prompts longer than the text encoder reads at once need more `chunks`, each of which makes
+        L longer; `weighting` is the request's `prompt_weighting`.
+        """
+        encode = self.text_encoder.encode
+        states = {p: encode(p, chunks=chunks, weighting=weighting) for p in dict.fromkeys(prompts)}
         return torch.cat([states[prompt] for prompt in prompts])
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
+    def decode(self, latents: Tensor, given: Given | None = None) -> list[Image.Image]:
         """Pictures of latents (B, C, H, W); one after the other, which also keeps memory small.
 
-        Raises ValueError for latents that are not finite.
+        What is to be kept of a given picture is taken from it. Raises ValueError for latents that
+        are not finite.
         """
         dtype = next(self.vae.parameters()).dtype
-        pictures = [self.vae.decode(z).float() for z in latents.to(dtype).split(1)]
-        return [to_pil(picture[0]) for picture in pictures]
+        pictures = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
+        if given is not None:
+            pictures = given.paste(pictures)
+        return [to_pil(picture) for picture in pictures]
 
-    def _levels(self, request: Request) -> NoiseLevels:
-        return request.sampler.levels(self.diffusion, request.steps, device=self.device)
-
-    def _noise(self, request: Request) -> "PictureNoise":
-        size = (self.unet.config.in_channels, *request.latent_size)
+    def _noise(self, request: Request) -> PictureNoise:
+        size = (self.vae.config.latent_channels, *self._latent_size(request))
         # Half-precision networks too are sampled in float32: the steps' sums are cheap, and their
         # rounding errors add up.
         dtype = torch.promote_types(self.dtype, torch.float32)
         return PictureNoise(request.seeds, size, device=self.device, dtype=dtype)
 
+    def _latent_size(self, request: Request) -> tuple[int, int]:
+        """Height and width of the latents."""
+        f = self.vae.config.factor
+        trained = self.unet.config.sample_size
+        side = self.vae.config.sample_size // f if trained is None else trained
+        size = request.images[0].size[::-1] if request.images else (side * f, side * f)
+        asked = {"height": request.height, "width": request.width}
+        for (field, pixels), own in zip(asked.items(), size, strict=True):
+            if pixels is not None and pixels % f:
+                raise ValueError(
+                    f"{field}={pixels} must be divisible by {f}, the factor of the VAE"
+                )
+            if own < f:
+                raise ValueError(f"image has a {field} of {own}; it must be at least {f} pixels")
+        height, width = (
+            own if pixels is None else pixels
+            for pixels, own in zip(asked.values(), size, strict=True)
+        )
+        return height // f, width // f
+
+    def _given(self, request: Request, noise: PictureNoise) -> Given | None:
+        """The request's pictures and masks, at the size of the latents times the VAE's factor."""
+        if self.inpaints and not request.masks:
+            raise ValueError("this model is for inpainting: it needs an image and a mask_image")
+        if not request.images:
+            return None
+        f = self.vae.config.factor
+        size = (noise.size[1] * f, noise.size[2] * f)
+        images = torch.stack([from_pil(image, size) for image in request.images])
+        masks = [mask_from_pil(mask, size) for mask in request.masks]
+        return Given(
+            images.to(noise.device, noise.dtype),
+            torch.stack(masks).to(noise.device, noise.dtype) if masks else None,
+        )
+
+    def _levels(self, request: Request) -> NoiseLevels:
+        sampler = find_sampler(request.sampler)
+        levels = sampler.levels(self.diffusion, request.steps, spacing=request.level_spacing)
+        return levels.last(request.walked_steps)
+
+    @torch.no_grad()
     def _sample(
-        self,
-        request: Request,
-        context: Tensor,
-        null_context: Tensor,
-        levels: NoiseLevels,
-        noise: "PictureNoise",
+        self, request: Request, levels: NoiseLevels, noise: PictureNoise, given: Given | None
     ) -> Iterator[Tensor]:
         """Latents (B, C, H, W): the estimate of x0 at each step, and last the sample."""
-        denoise = self._denoiser(context, null_context, request.guidance_scale)
-        return request.sampler(denoise, noise(), levels, noise=noise)
+        # The order in which noise is drawn is diffusers', so that its seeds draw its pictures.
+        latents = channels = None
+        masked = given is not None and given.masks is not None
+        from_noise = given is None or (masked and request.strength == 1)
+        if given is not None and not (from_noise and self.inpaints):
+            latents = given.latents(self.vae, noise)
+        x = eps = self._first_noise(request, noise)
+        if given is not None and self.inpaints:
+            channels = given.channels(self.vae, noise)
+        if latents is not None and not from_noise:
+            x = levels.alpha[0] * latents + levels.sigma[0] * eps
+        denoise = self._denoiser(request, channels)
+        if given is not None and latents is not None and masked and not self.inpaints:
+            noise_only = levels.sigma[0] if from_noise else None
+            denoise = given.keep(denoise, latents, eps, noise_only=noise_only)
+        return find_sampler(request.sampler)(denoise, x, levels, noise=noise)
 
-    def _denoiser(self, context: Tensor, null_context: Tensor, guidance_scale: float) -> Denoise:
-        @torch.no_grad()
-        def network(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            return self.unet(x.to(self.dtype), timestep, context).to(x.dtype)
+    def _first_noise(self, request: Request, noise: PictureNoise) -> Tensor:
+        eps = noise()
+        if not request.variation_strength:
+            return eps
+        other = PictureNoise(
+            request.variation_seeds, noise.size, device=noise.device, dtype=noise.dtype
+        )
+        return slerp(eps, other(), request.variation_strength)
 
-        if self.device.type != "cpu":
-            return self.diffusion.denoiser(network, context, null_context, guidance_scale)
-        # Matrix products add up in an order that depends on the batch, and fifty steps make that
-        # visible. One picture at a time on the CPU keeps "same seed, same picture" exact.
-        alone = [
-            self.diffusion.denoiser(network, *contexts, guidance_scale)
-            for contexts in zip(context.split(1), null_context.split(1), strict=True)
-        ]
+    def _contexts(self, request: Request) -> list[tuple[Tensor, Tensor | None]]:
+        """Text states (1, L, D) of each picture's prompt and negative prompt, of equal length."""
+        guided = request.guidance_scale != 1
+        weighting = request.prompt_weighting
+
+        @functools.cache
+        def encode(prompt: str, chunks: int) -> Tensor:
+            return self.encode([prompt], chunks=chunks, weighting=weighting)
+
+        contexts = []
+        for texts in zip(request.prompts, request.negative_prompts, strict=True):
+            texts = texts if guided else texts[:1]
+            count = self.text_encoder.count_chunks
+            chunks = max(count(text, weighting=weighting) for text in texts)
+            context, *null = (encode(text, chunks) for text in texts)
+            contexts.append((context, null[0] if null else None))
+        return contexts
+
+    def _denoiser(self, request: Request, channels: Tensor | None) -> Denoise:
+        """The guided network for all pictures, those with equally long texts in one call.
+
+        But on the CPU for each alone: matrix products add up in an order that depends on the batch,
+        and fifty steps make that visible; so "same seed, same picture" is exact there.
+        """
+        contexts = self._contexts(request)
+        groups: dict[int, list[int]] = {}
+        for i, (context, _) in enumerate(contexts):
+            groups.setdefault(i if self.device.type == "cpu" else context.shape[1], []).append(i)
+        parts: list[tuple[list[int], Denoise]] = []
+        for rows in groups.values():
+            context = torch.cat([contexts[i][0] for i in rows])
+            null = [states for i in rows if (states := contexts[i][1]) is not None]
+            null_context = torch.cat(null) if null else None
+            network = self._network
+            if channels is not None:
+                network = with_channels(network, channels[rows])
+            guidance = request.guidance
+            parts.append((rows, self.diffusion.denoiser(network, context, null_context, guidance)))
+        if len(parts) == 1:
+            return parts[0][1]
 
         def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-            pictures = zip(alone, x.split(1), strict=True)
-            return torch.cat([denoise_one(x_i, level) for denoise_one, x_i in pictures])
+            x0 = torch.empty_like(x)
+            for rows, denoise_rows in parts:
+                x0[rows] = denoise_rows(x[rows], level)
+            return x0
 
         return denoise
 
-
-class PictureNoise:
-    """Fresh N(0, I) of shape (B, C, H, W) at each call, a generator a picture, drawn on the CPU."""
-
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        size: tuple[int, int, int],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.size = size
-        self.device = device
-        self.dtype = dtype
-
-    def __call__(self) -> Tensor:
-        """The next noise of every picture, (B, C, H, W)."""
-        noise = torch.cat([torch.randn((1, *self.size), generator=g) for g in self.generators])
-        return noise.to(device=self.device, dtype=self.dtype)
-
-
-def _prompts(field: str, value: str | Sequence[str]) -> list[str]:
-    prompts = [value] if isinstance(value, str) else list(value)
-    if not prompts:
-        raise ValueError(f"{field} is an empty list; give at least one text")
-    for text in prompts:
-        if not isinstance(text, str):
-            raise ValueError(f"{field} holds {text!r}; it must be a text or a list of texts")
-    return prompts
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if seed is None:
-        return [random.SystemRandom().randrange(2**32) for _ in range(count)]
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"seed lists {len(seeds)} seeds for {count} pictures; give one for each")
-    for one in seeds:
-        if not isinstance(one, int) or not 0 <= one < 2**64:
-            raise ValueError(f"seed={one!r} must be a whole number from 0 to 2**64 - 1")
-    return seeds
-
-
-def _at_least_one(field: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field}={value!r} must be a whole number of at least 1")
+    @torch.no_grad()
+    def _network(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return self.unet(x.to(self.dtype), timestep, context).to(x.dtype)

@@ -12,12 +12,37 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from table import Measured, Row, write
 
 torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
+
+
+ROWS = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--interchange-table", type=Path, help="write what was measured into FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--interchange-table")
+    if path is not None:
+        write(session.config.stash[ROWS], path)
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Measured:
+    """Call with a row's fields, see table.py: it goes into docs/interchange.md."""
+    return lambda *row: request.config.stash[ROWS].append(Row(*row))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -133,9 +133,9 @@ def test_help_and_version_need_neither_torch_nor_transformers() -> None:
         (["a", "--num_images", "0"], r"num_images=0 must be"),
         (["a", "--seed", "-1"], r"seed=-1 must be"),
         (["a", "--device", "gpu"], r"device='gpu' cannot be used on this machine"),
-        (["a", "--model", "no/such/folder"], r"neither a folder nor a hub id.*allowed are emoji"),
+        (["a", "--model", "no/such/folder"], r"neither a file, a folder nor .*allowed are emoji"),
         (["a", "--step", "3"], r"unknown argument --step; did you mean --steps\?"),
-        ([], r"required: PROMPT"),
+        ([], r"nothing to draw; give a PROMPT"),
     ],
 )
 def test_a_wrong_option_gets_one_sentence_and_no_traceback(

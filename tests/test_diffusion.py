@@ -141,6 +141,27 @@ def test_a_chain_that_does_not_end_in_noise_warns():
     Diffusion("scaled_linear", "epsilon")  # Stable Diffusion's 0.0047 does not
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+def test_zero_terminal_snr_moves_the_end_to_pure_noise_and_keeps_the_beginning(schedule):
+    """Lin et al. 2023, Algorithm 1: sqrt(alpha_bar) becomes an affine function of itself."""
+    process = diffusion(schedule, rescale_betas_zero_snr=True)
+    assert process.alphas_cumprod[-1] == 0
+    before, after = diffusion(schedule).sqrt_alphas_cumprod, process.sqrt_alphas_cumprod
+    torch.testing.assert_close(after[0], before[0])
+    moved = (before - before[-1]) * (before[0] / (before[0] - before[-1]))
+    torch.testing.assert_close(after, moved, atol=1e-13, rtol=1e-9)
+    theirs = diffusers.DDPMScheduler(
+        1000,
+        process.beta_start or 1e-4,
+        process.beta_end or 0.02,
+        "squaredcos_cap_v2" if schedule == "cosine" else schedule,
+        rescale_betas_zero_snr=True,
+    )
+    assert theirs.alphas_cumprod[-1] == 0
+    bars = process.alphas_cumprod.float()
+    torch.testing.assert_close(theirs.alphas_cumprod, bars, atol=1e-6, rtol=1e-4)
+
+
 # Prediction types.
 
 
@@ -319,7 +340,16 @@ def test_denoiser_takes_a_level_of_its_own_for_each_picture():
         ({"schedule": "sigmoid"}, "schedule=sigmoid must be one of linear, scaled_linear"),
         ({"prediction": "noise"}, "prediction=noise must be one of epsilon, sample"),
         ({"timestep_spacing": "even"}, "timestep_spacing=even must be one of leading"),
-        ({"num_timesteps": 1}, "num_timesteps=1 must be at least 2"),
+        ({"num_timesteps": 1}, "num_timesteps=1 must be 2 to 100000"),
+        ({"num_timesteps": 10**9}, "num_timesteps=1000000000 must be 2 to 100000"),
+        (
+            {"rescale_betas_zero_snr": True},
+            "prediction=epsilon says nothing of x0 .* rescale_betas_zero_snr=True choose flow_pred",
+        ),
+        (
+            {"schedule": "flow", "prediction": "sample", "rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr=True is for beta schedules, not flow",
+        ),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5, beta_end=0.1 must be"),
         ({"schedule": "cosine", "beta_end": 0.1}, "schedule=cosine has no beta_start or beta_end"),
         ({"steps_offset": -1}, "steps_offset=-1 must not be negative"),

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.slow
 TINY = {
     "train_clip": (
         "--clip.text_width=16 --clip.text_layers=1 --clip.image_width=16 --clip.image_layers=1 "
-        "--clip.projection_dim=8 --vocab_size=600 --caption_columns=[text,text_zh]"
+        "--clip.projection_dim=8 --vocab_size=600 --caption_columns=[text,text_zh] "
+        "--blur=1 --noise=0.1"
     ),
     "train_vae": "--vae.block_out_channels=[8,8,16] --vae.norm_num_groups=4",
     "train_unet": (

@@ -1,5 +1,7 @@
 """Folders that we and diffusers both open: no warning, the same picture from the same latents."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,20 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from parity import no_warning_logged
+from table import DIFFUSERS, Measured
 from tiny import CONTEXT_DIM, Recording, tiny_pipeline, tiny_text_encoder
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_model
+from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 
 # diffusers' own business, inside its DPMSolverMultistepScheduler.
@@ -55,8 +60,11 @@ def decibels(ours: Tensor, theirs: Tensor) -> float:
     return float(-10 * torch.log10((ours.double() - theirs.double()).square().mean() + 1e-30))
 
 
-def assert_same_picture(folder: Path, diffusers_pipeline: Any, sampler: str, **size: int) -> None:
-    """Our pipeline of the folder and diffusers' draw the same picture from the same latents."""
+def assert_same_picture(folder: Path, diffusers_pipeline: Any, sampler: str, **size: int) -> float:
+    """Our pipeline of the folder and diffusers' draw the same picture from the same latents.
+
+    Returns the largest difference of a pixel, in [0, 1].
+    """
     ours = Recording.from_pretrained(folder)
     diffusers_pipeline.set_progress_bar_config(disable=True)
     f, side = ours.vae.config.factor, ours.unet.config.sample_size
@@ -85,6 +93,7 @@ def assert_same_picture(folder: Path, diffusers_pipeline: Any, sampler: str, **s
     assert decibels(floats, theirs) > 100
     picture = np.asarray(output.images[0], dtype=np.float32) / 255
     assert np.abs(picture - theirs[0].permute(1, 2, 0).numpy()).max() < 0.51 / 255  # rounded
+    return float((floats - theirs).abs().max())
 
 
 def load_in_diffusers(folder: Path) -> Any:
@@ -93,11 +102,12 @@ def load_in_diffusers(folder: Path) -> Any:
 
 
 def test_diffusers_opens_our_flow_folder_without_a_warning_and_draws_our_picture(
-    folder: Path,
+    folder: Path, measured: Measured
 ) -> None:
     theirs = load_in_diffusers(folder)
     assert theirs.scheduler.config.prediction_type == "flow_prediction"
-    assert_same_picture(folder, theirs, "dpmpp_2m")
+    found = assert_same_picture(folder, theirs, "dpmpp_2m")
+    measured("folder", "written", DIFFUSERS, "pixels in [0, 1], flow, dpmpp_2m", found)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
@@ -106,12 +116,13 @@ def test_diffusers_opens_our_flow_folder_without_a_warning_and_draws_our_picture
     [("ddim", DDIMScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler)],
 )
 def test_diffusers_opens_our_beta_folder_without_a_warning_and_draws_our_picture(
-    tmp_path: Path, kind: str, sampler: str, scheduler: Any
+    tmp_path: Path, kind: str, sampler: str, scheduler: Any, measured: Measured
 ) -> None:
     tiny_pipeline(tmp_path / "tokens", DIFFUSIONS[kind]).save_pretrained(tmp_path / "model")
     theirs = load_in_diffusers(tmp_path / "model")
     theirs.scheduler = scheduler.from_config(theirs.scheduler.config)
-    assert_same_picture(tmp_path / "model", theirs, sampler)
+    found = assert_same_picture(tmp_path / "model", theirs, sampler)
+    measured("folder", "written", DIFFUSERS, f"pixels in [0, 1], {kind}, {sampler}", found)
 
 
 def test_a_picture_that_is_not_square_is_diffusers_too(folder: Path) -> None:
@@ -120,7 +131,7 @@ def test_a_picture_that_is_not_square_is_diffusers_too(folder: Path) -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_we_open_a_folder_that_diffusers_wrote_and_draw_its_picture(
-    tmp_path: Path, prediction: str
+    tmp_path: Path, prediction: str, measured: Measured
 ) -> None:
     text_encoder = tiny_text_encoder(tmp_path / "tokens")
     theirs = StableDiffusionPipeline(
@@ -160,7 +171,35 @@ def test_we_open_a_folder_that_diffusers_wrote_and_draw_its_picture(
     theirs.save_pretrained(tmp_path / "model")
     # SD's published configurations hold clip_sample too, although PNDMScheduler has no such key.
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
-    assert_same_picture(tmp_path / "model", theirs, "ddim")
+    found = assert_same_picture(tmp_path / "model", theirs, "ddim")
+    measured("folder", "read", DIFFUSERS, f"pixels in [0, 1], {prediction}, ddim", found)
+
+
+@pytest.mark.parametrize("kind", DIFFUSIONS)
+@pytest.mark.parametrize("channels", [4, 9])
+def test_every_key_of_every_configuration_is_the_one_that_diffusers_writes(
+    tmp_path: Path, kind: str, channels: int
+) -> None:
+    """A key left out would be read with the default of whichever release reads it."""
+    ours = tiny_pipeline(tmp_path / "tokens", DIFFUSIONS[kind])
+    if channels == 9:
+        ours.unet = UNet(dataclasses.replace(ours.unet.config, in_channels=9))
+    ours.save_pretrained(tmp_path / "ours")
+    with no_warning_logged():
+        theirs = DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    name = "StableDiffusionPipeline" if channels == 4 else "StableDiffusionInpaintPipeline"
+    assert type(theirs).__name__ == name
+    theirs.save_pretrained(tmp_path / "theirs")
+    compared = 0
+    for path in (tmp_path / "theirs").rglob("*.json"):
+        wanted = json.loads(path.read_text())
+        wanted.pop("_name_or_path", None)  # where it was read from
+        if wanted.get("lambda_min_clipped") == float("-inf"):  # which JSON has no word for
+            del wanted["lambda_min_clipped"]
+        found = json.loads((tmp_path / "ours" / path.relative_to(tmp_path / "theirs")).read_text())
+        assert found == wanted, path
+        compared += 1
+    assert compared == 7
 
 
 def test_half_precision_on_disk_is_float32_when_loaded(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -177,8 +216,10 @@ def test_half_precision_on_disk_is_float32_when_loaded(pipeline: Pipeline, tmp_p
     load_in_diffusers(tmp_path)
 
 
-def test_diffusers_opens_the_embedded_model_and_draws_its_picture() -> None:
-    assert_same_picture(find_model("emoji"), load_in_diffusers(find_model("emoji")), "dpmpp_2m")
+def test_diffusers_opens_the_embedded_model_and_draws_its_picture(measured: Measured) -> None:
+    emoji = find_model("emoji")
+    found = assert_same_picture(emoji, load_in_diffusers(emoji), "dpmpp_2m")
+    measured("folder", "written", DIFFUSERS, "pixels in [0, 1], emoji, dpmpp_2m", found)
 
 
 def test_the_embedded_model_fits_into_48_megabytes() -> None:

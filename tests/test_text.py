@@ -1,5 +1,6 @@
 """The text encoder: frozen, transformers' numbers, diffusers' tokens, folders that others read."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,7 +9,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from parity import no_warning_logged, same_weights
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from latentdiff.formats.weights import load_safetensors, save_safetensors
 from latentdiff.models.text import TextEncoder
@@ -210,3 +218,57 @@ def test_weights_that_do_not_fit_are_refused_and_the_first_is_named(
     (folder / "text_encoder/config.json").write_text(json.dumps({**config, "hidden_size": 18}))
     with pytest.raises(ValueError, match=r"first embeddings\.position.*\(12, 16\).*\(12, 18\)"):
         TextEncoder.from_pretrained(folder)
+
+
+def test_weights_may_be_a_variant_or_shards(encoder: TextEncoder, folder: Path) -> None:
+    path = folder / "text_encoder/model.safetensors"
+    path.rename(path.with_name("model.fp16.safetensors"))
+    assert same_weights(TextEncoder.from_pretrained(folder, variant="fp16"), encoder)
+    with pytest.raises(ValueError, match="variants found: fp16"):
+        TextEncoder.from_pretrained(folder)
+    path.with_name("model.fp16.safetensors").unlink()
+
+    encoder.model.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    assert (folder / "text_encoder/model.safetensors.index.json").is_file()
+    assert same_weights(TextEncoder.from_pretrained(folder), encoder)
+
+
+def test_weights_become_the_dtype_asked_for(encoder: TextEncoder, folder: Path) -> None:
+    half = TextEncoder.from_pretrained(folder, dtype=torch.bfloat16)
+    assert same_weights(half, copy.deepcopy(encoder).to(torch.bfloat16))
+    assert half(["a red cat"]).dtype == torch.bfloat16
+    assert torch.isfinite(half.encode("a (red:1.2) cat", weighting=True)).all()
+
+
+def test_weights_that_are_not_numbers_are_refused(folder: Path) -> None:
+    path = folder / "text_encoder/model.safetensors"
+    tensors = load_safetensors(path)
+    tensors["text_model.final_layer_norm.bias"][3] = torch.nan
+    save_safetensors(tensors, path)
+    with pytest.raises(ValueError, match=r"final_layer_norm\.bias holds NaN"):
+        TextEncoder.from_pretrained(folder)
+
+
+def test_the_folder_of_a_whole_clip_gives_its_text_tower(
+    encoder: TextEncoder, folder: Path
+) -> None:
+    """Its configuration is under `text_config`, and its weights stand beside the image tower's."""
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=8,
+        patch_size=8,
+    )
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=encoder.model.config.to_dict(),
+            vision_config=vision.to_dict(),
+            projection_dim=4,
+        )
+    )
+    for name, tensor in encoder.model.state_dict().items():
+        clip.get_parameter(f"text_model.{name.removeprefix('text_model.')}").data = tensor
+    clip.save_pretrained(folder / "text_encoder")
+    assert same_weights(TextEncoder.from_pretrained(folder), encoder)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion import Diffusion
+from latentdiff.editing import Given
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
@@ -49,12 +50,15 @@ def tiny_text_encoder(folder: Path) -> TextEncoder:
     return TextEncoder(CLIPTextModel(config), tokenizer)
 
 
-def tiny_pipeline(folder: Path, diffusion: Diffusion | None = None, *, seed: int = 0) -> Pipeline:
+def tiny_pipeline(
+    folder: Path, diffusion: Diffusion | None = None, *, seed: int = 0, inpaints: bool = False
+) -> Pipeline:
     """Random weights in every layer; `folder` is scratch space for the tokenizer's files."""
     torch.manual_seed(seed)
     unet = UNet(
         UNetConfig(
             sample_size=8,
+            in_channels=9 if inpaints else 4,
             block_out_channels=(16, 32),
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -96,6 +100,6 @@ class Recording(Pipeline):
 
     latents: Tensor
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
+    def decode(self, latents: Tensor, given: Given | None = None) -> list[Image.Image]:
         self.latents = latents
-        return super().decode(latents)
+        return super().decode(latents, given)

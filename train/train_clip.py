@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from open_clip import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,10 +44,18 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
     """Tokens of a prompt, start and end among them; what is longer is cut off with a warning."""
     crop_scale: float = 0.8
     """Training sees random squares whose side is this share of the picture's, or more."""
+    blur: float = 0.0
+    """And each blurred by up to so many pixels: a tower that is to judge an autoencoder's or a
+    UNet's pictures must not live on their finest details."""
+    noise: float = 0.0
+    """And with Gaussian noise of up to this deviation; pictures are in [-1, 1]."""
 
     def __post_init__(self) -> None:
         for part in (DataConfig, LoopConfig, OptimizerConfig):
             part.__post_init__(self)
+        for name in ("blur", "noise"):
+            if not 0 <= getattr(self, name) <= 8:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 8")
 
 
 def main() -> None:
@@ -82,9 +91,19 @@ def main() -> None:
         source = generator(config.seed, number, purpose)
         return shard(torch.rand(config.batch_size, *shape, generator=source), rank, world_size)
 
+    def gaussian(number: int, purpose: str, *shape: int) -> Tensor:
+        """This process's rows of a global batch of N(0, I), (B, *shape)."""
+        source = generator(config.seed, number, purpose)
+        return shard(torch.randn(config.batch_size, *shape, generator=source), rank, world_size)
+
     def step(batch: dict[str, Any], number: int) -> Metrics:
         images = to_floats(batch["images"].to(accelerator.device))
         images = crop(images, draw(number, "crop", 3).to(images), scale=config.crop_scale)
+        if config.blur > 0:
+            images = blur(images, config.blur * draw(number, "blur").to(images))
+        if config.noise > 0:
+            strength = config.noise * draw(number, "noise strength", 1, 1, 1).to(images)
+            images = images + strength * gaussian(number, "noise", *images.shape[1:]).to(images)
         words = choose(batch["captions"], draw(number, "caption").tolist())
         output = learner.model(input_ids=tokenize(words), pixel_values=images)
         image, text = output.image_embeds, output.text_embeds  # (B, D), of length 1
@@ -165,6 +184,21 @@ def crop(images: Tensor, places: Tensor, *, scale: float) -> Tensor:
     maps[:, :, 2] = shift
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each picture (B, C, H, W) by a Gaussian of its own deviation, (B,) in pixels."""
+    reach = max(1, math.ceil(3 * float(sigma.max())))
+    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    kernels = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)  # (B, K)
+    kernels = kernels / kernels.sum(dim=1, keepdim=True)
+    channels = images.shape[1]
+    rows = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    weights = kernels.repeat_interleave(channels, dim=0)  # one for each picture and channel
+    x = rearrange(rows, "b c h w -> 1 (b c) h w")
+    x = F.conv2d(x, weights[:, None, None, :], groups=len(weights))
+    x = F.conv2d(x, weights[:, None, :, None], groups=len(weights))
+    return rearrange(x, "1 (b c) h w -> b c h w", c=channels)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ PACKAGES = (
     "datasets",
     "diffusers",
     "open_clip_torch",
+    "peft",
 )
 
 

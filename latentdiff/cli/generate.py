@@ -1,95 +1,75 @@
-"""`latentdiff generate`: prompts to pictures in a folder."""
+"""`latentdiff generate`: its arguments. What it does is drawing.py."""
 
 import argparse
-from collections.abc import Sequence
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command and its arguments."""
-    parser = commands.add_parser("generate", help="draw pictures", allow_abbrev=False)
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='such as "a cat" "a dog"')
-    parser.add_argument("--model", default="emoji", help="emoji, a folder or a hub id")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
-    parser.add_argument("--steps", type=int, default=50, help="more are finer and slower")
-    parser.add_argument("--sampler", default="ddim", help="how a step is taken")
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="1 is off")
-    parser.add_argument("--negative_prompt", default="", help="what to stay away from")
-    parser.add_argument("--num_images", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--seed", type=int, help="of the first picture; the others count up")
-    parser.add_argument("--height", type=int, help="in pixels; default: the model's")
-    parser.add_argument("--width", type=int, help="in pixels; default: the model's")
-    parser.add_argument("--device", help="such as cpu or cuda; default: an accelerator if any")
-    parser.add_argument(
-        "--grid",
-        action=argparse.BooleanOptionalAction,
-        help="write grid.png, all pictures with their prompts; default: if there are several",
+    """Add the command and its arguments.
+
+    What the pipeline is asked for has no default here: only what is given is passed on, so that
+    the defaults are the pipeline's, or those of the picture that is drawn again.
+    """
+    parser = commands.add_parser(
+        "generate",
+        help="draw pictures",
+        usage="%(prog)s [options] PROMPT [PROMPT ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
     parser.set_defaults(run=_generate, parser=parser)
+    add = parser.add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help='such as "a cat" "a dog"')
+    files = parser.add_argument_group("what to draw with, and where to")
+    add = files.add_argument
+    add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
+    add("--revision", default=None, help="branch, tag or commit of a hub id")
+    add("--variant", default=None, help="such as fp16: which of the folder's weights")
+    add("--dtype", choices=DTYPES, help="what to compute in; default: float32")
+    add("--device", default=None, help="such as cpu or cuda; default: an accelerator if any")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="may be given several times")
+    add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
+    add(
+        "--grid",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="write grid.png, all pictures with their prompts; default: if there are several",
+    )
+    add("--no-metadata", action="store_true", default=False, help="write nothing but pixels")
+    add("--from", dest="again", type=Path, metavar="PNG", default=None, help="draw it again")
+
+    sampling = parser.add_argument_group("how to draw")
+    add = sampling.add_argument
+    add("--steps", type=int, help="more are finer and slower; default: 50")
+    add("--sampler", help="how a step is taken; default: ddim")
+    add("--level_spacing", help="of the noise levels: karras, trailing, …; default: the model's")
+    add("--guidance_scale", type=float, help="1 is off; default: 7.5")
+    add("--guidance_rescale", type=float, help="0 to 1, takes back contrast; default: 0")
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigma / alpha")
+    add("--guidance_eta", type=float, help="projected guidance: below 1 less saturated")
+    add("--guidance_norm_threshold", type=float, help="projected guidance: its longest step")
+    add("--guidance_momentum", type=float, help="projected guidance: of earlier steps")
+    add("--negative_prompt", help="what to stay away from")
+    add("--prompt_weighting", action="store_true", help='let "(word:1.2)" weigh a word')
+    add("--num_images", type=int, help="pictures of each prompt; default: 1")
+    add("--seed", type=int, help="of the first picture; the others count up")
+    add("--variation_strength", type=float, help="0 to 1, towards the variation seed")
+    add("--variation_seed", type=int, help="of the first picture; the others count up")
+    add("--height", type=int, help="in pixels; default: the model's")
+    add("--width", type=int, help="in pixels; default: the model's")
+
+    editing = parser.add_argument_group("a picture to start from")
+    add = editing.add_argument
+    add("--image", type=Path, help="image-to-image: what to draw over")
+    add("--strength", type=float, help="0 to 1: how much of it to give up; default: 0.8")
+    add("--mask_image", type=Path, help="inpainting: white is drawn anew, black is kept")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from latentdiff.formats.diffusers import find_model
+    from latentdiff.cli.drawing import draw
 
-    arguments.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be: before any work
-    device = _device(arguments.device)
-    folder = find_model(arguments.model)  # before bars are turned off: a download shows its own
-    _quiet_transformers()
-    from latentdiff.pictures import picture_grid
-    from latentdiff.pipeline import Pipeline
-
-    output = Pipeline.from_pretrained(folder, device=device)(
-        arguments.prompts,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        negative_prompt=arguments.negative_prompt,
-        height=arguments.height,
-        width=arguments.width,
-        seed=arguments.seed,
-        num_images=arguments.num_images,
-        sampler=arguments.sampler,
-    )
-    prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.num_images)]
-    paths = _free_paths(arguments.out, output.seeds)
-    for path, image, prompt in zip(paths, output.images, prompts, strict=True):
-        image.save(path)
-        print(f"{path}  {prompt}")
-    if arguments.grid or (arguments.grid is None and len(paths) > 1):
-        path = arguments.out / "grid.png"
-        picture_grid(output.images, prompts, plain=[path.name for path in paths]).save(path)
-        print(path)
-
-
-def _device(name: str | None) -> "torch.device":
-    """The named device, checked by using it; without a name an accelerator, or else the CPU."""
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name!r} cannot be used on this machine: {reason}") from error
-
-
-def _quiet_transformers() -> None:
-    """No bars and no advice while weights are read; must run before transformers reads any."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _free_paths(folder: Path, seeds: Sequence[int]) -> list[Path]:
-    """<index>-<seed>.png, counted on from the pictures that the folder holds already.
-
-    The prompt is no part of a name: it may hold any character, and too many of them.
-    """
-    taken = [path.name.split("-")[0] for path in folder.glob("*-*.png")]
-    first = 1 + max((int(index) for index in taken if index.isdecimal()), default=-1)
-    return [folder / f"{first + i:04d}-{seed}.png" for i, seed in enumerate(seeds)]
+    draw(arguments)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from latentdiff.data.images import CaptionedImages, DataConfig
 from latentdiff.formats.weights import load_json, save_json
+from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.vae import VAE
 from latentdiff.pictures import to_floats
 
@@ -37,7 +37,7 @@ class LatentCache(Dataset[dict[str, Any]]):
                 "make one with train/cache_latents.py"
             )
         self.header = load_json(folder / "header.json")
-        if self.header["vae"] != fingerprint(vae):
+        if self.header["vae"] != fingerprint(vae, vae.config.to_dict()):
             raise ValueError(
                 f"{folder} was encoded by another VAE than the one given; encode it anew"
             )
@@ -80,7 +80,7 @@ def write_cache(
     """
     if not dataset.captions:
         raise ValueError("caption_columns is empty: latents are for training on captions")
-    header = {"vae": fingerprint(vae), "data": data_fingerprint(dataset)}
+    header = {"vae": fingerprint(vae, vae.config.to_dict()), "data": data_fingerprint(dataset)}
     if (folder / "header.json").is_file():
         found = load_json(folder / "header.json")
         changed = [name for name in header if found[name] != header[name]]
@@ -116,15 +116,6 @@ def write_cache(
     wait()
 
 
-def fingerprint(vae: VAE) -> str:
-    """SHA-256 of a VAE's configuration and weights, as they are in float32."""
-    digest = hashlib.sha256(json.dumps(vae.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
 def data_fingerprint(dataset: CaptionedImages) -> str:
     """SHA-256 of which pictures, how they are cut, and all captions."""
     config: DataConfig = dataset.config
@@ -134,7 +125,3 @@ def data_fingerprint(dataset: CaptionedImages) -> str:
     for texts in dataset.captions:
         digest.update(json.dumps(texts).encode())
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().float().cpu().contiguous().numpy().tobytes()

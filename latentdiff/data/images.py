@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentdiff.data.shapes import build_shapes
+from latentdiff.pictures import to_rgb
 
 SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its pictures, once
 MEMORY_LIMIT = 1 << 30  # bytes of decoded pictures that are kept, so that small sets decode once
@@ -134,14 +135,7 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def square(picture: Image.Image, size: int) -> Image.Image:
     """Upright, on white where transparent, shorter side scaled to `size`, the middle cut out."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(to_rgb(picture), (size, size), Image.Resampling.LANCZOS)
 
 
 def _load(config: DataConfig) -> datasets.Dataset:

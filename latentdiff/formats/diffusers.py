@@ -7,121 +7,158 @@ write their own subfolders; nothing named in a folder is ever imported or run.
 from pathlib import Path
 from typing import Any
 
+from latentdiff.formats.header import named, refuse_pickle, shown
+from latentdiff.formats.hub import fetch
+from latentdiff.formats.shards import PICKLES, describe_variants, find_variants, refuse_missing
 from latentdiff.formats.weights import load_json, save_json
 
 # The release of diffusers whose form we write; it asks for the key when it reads.
 DIFFUSERS_VERSION = "0.42.1"
 EMBEDDED_MODELS = ("emoji",)  # shipped with the package under latentdiff/pretrained/
 
+# The parts that have weights, and what the names of their files begin with.
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 # model_index.json names classes; a folder is read only if they are the ones that ours equal. The
 # scheduler's class is checked by Diffusion, which reads the scheduler's own file.
-_PIPELINE_CLASSES = ("StableDiffusionPipeline",)
+_PIPELINE_CLASSES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+)
 _COMPONENT_CLASSES = {
     "unet": (["diffusers", "UNet2DConditionModel"],),
     "vae": (["diffusers", "AutoencoderKL"],),
     "text_encoder": (["transformers", "CLIPTextModel"],),
     "tokenizer": (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]),
 }
-_FILES = (  # each a file that a pipeline must have, in any one of these forms
+# What a published folder may hold besides; nothing of it is opened.
+_UNREAD_CLASSES = {
+    "safety_checker": (
+        ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        ["diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"],
+    ),
+    "feature_extractor": (
+        ["transformers", "CLIPFeatureExtractor"],
+        ["transformers", "CLIPImageProcessor"],
+        ["transformers", "CLIPImageProcessorFast"],
+        ["transformers", "CLIPImageProcessorPil"],
+    ),
+    "image_encoder": (["transformers", "CLIPVisionModelWithProjection"],),
+}
+_REMOTE_CODE = ("auto_map", "custom_pipeline", "trust_remote_code")
+_FILES = (  # beside the weights; each a file that must be there in any one of these forms
     ("unet/config.json",),
-    ("unet/diffusion_pytorch_model.safetensors",),
     ("vae/config.json",),
-    ("vae/diffusion_pytorch_model.safetensors",),
     ("text_encoder/config.json",),
-    ("text_encoder/model.safetensors",),
     ("tokenizer/vocab.json", "tokenizer/tokenizer.json"),
     ("tokenizer/merges.txt", "tokenizer/tokenizer.json"),
     ("scheduler/scheduler_config.json",),
 )
-# Of a hub repository only what a pipeline needs: no pickles, safety checkers or fp16 twins.
-_HUB_PATTERNS = [
-    "model_index.json",
-    "*/*.json",
-    "tokenizer/*.txt",
-    *(name for names in _FILES for name in names if name.endswith(".safetensors")),
-]
 
 
-def find_model(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+def find_model(
+    name_or_path: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> Path:
     """Find the folder of a model: the embedded "emoji", a folder, or a Hugging Face Hub id.
 
     A hub id is fetched once into huggingface_hub's cache, and from there afterwards when the hub
-    cannot be reached; `revision` is a branch, tag or commit of it. Only safetensors, JSON and
-    text files are fetched. Raises ValueError if there is no such model.
+    cannot be reached; `revision` is a branch, tag or commit of it, `variant` chooses its weights.
+    Only safetensors, JSON and text files are fetched. Raises ValueError if there is no such model.
     """
     if name_or_path in EMBEDDED_MODELS:
         return Path(__file__).parent.parent / "pretrained" / name_or_path
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
     allowed = (
         f"allowed are {', '.join(EMBEDDED_MODELS)} (embedded), an existing folder, "
         "or the owner/name of a pipeline on the Hugging Face Hub"
     )
-    if isinstance(name_or_path, Path) or Path(name_or_path).exists():
-        raise ValueError(f"model={str(name_or_path)!r} is not a folder; {allowed}")
-    return _fetch(name_or_path, revision, allowed)
-
-
-def _fetch(hub_id: str, revision: str | None, allowed: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = hub_id if revision is None else f"{hub_id} at revision {revision}"
+    if path.is_file() and path.suffix.lower() in PICKLES:
+        raise ValueError(refuse_pickle(path))
+    if isinstance(name_or_path, Path) or path.exists():
+        raise ValueError(f"model={str(path)!r} is not a folder; {allowed}")
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except HFValidationError:
-        reason = "is neither a folder nor a hub id"
-    except GatedRepoError:
-        reason = "asks for its licence to be accepted and for `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "is neither a folder nor a public repository on the Hugging Face Hub"
-    except RevisionNotFoundError:
-        reason = f"has no revision {revision!r} on the Hugging Face Hub"
-    except (LocalEntryNotFoundError, OSError):
-        reason = (
-            f"is no folder, and {where} could not be fetched from the Hugging Face Hub "
-            "(no connection?) and is not in its cache"
-        )
-    raise ValueError(f"model={hub_id!r} {reason}; {allowed}")
+        return fetch(name_or_path, STEMS, revision=revision, variant=variant)
+    except ValueError as error:
+        raise ValueError(f"model={name_or_path!r} {error}; {allowed}") from error
 
 
-def check_pipeline_folder(folder: Path) -> None:
-    """Raise ValueError, naming what is missing or unknown, unless `folder` is a pipeline we read.
+def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[str, str | None]:
+    """Find the weights of a pipeline folder: of which variant each part is to be read.
 
-    Checked are the presence of every module's files and the class names in model_index.json.
+    A part that lacks the variant is read from its plain weights, as diffusers does. Raises
+    ValueError, naming what is missing or unknown, unless the folder is a pipeline that we read:
+    checked are the presence of every part's files and the class names in model_index.json.
     """
     folder = Path(folder)
+    names = {part: sorted(path.name for path in (folder / part).glob("*")) for part in STEMS}
+    found = {part: find_variants(names[part], stem) for part, stem in STEMS.items()}
     missing = [
-        names[0]
-        for names in (("model_index.json",), *_FILES)
-        if not any((folder / name).is_file() for name in names)
+        forms[0]
+        for forms in (("model_index.json",), *_FILES)
+        if not any((folder / name).is_file() for name in forms)
     ]
+    empty = [part for part, variants in found.items() if not variants]
+    if any(name.lower().endswith(PICKLES) for part in empty for name in names[part]):
+        part = next(part for part in empty if names[part])
+        raise ValueError(refuse_missing(folder / part, STEMS[part], variant, names[part]))
+    missing += [f"{part}/{STEMS[part]}.safetensors" for part in empty]
     if missing:
         raise ValueError(f"{folder} is not a whole pipeline folder; missing: {', '.join(missing)}")
+    _check_classes(folder)
 
-    index = load_json(folder / "model_index.json")
+    if variant is not None and not any(variant in variants for variants in found.values()):
+        there = describe_variants(name for variants in found.values() for name in variants)
+        raise ValueError(f"{folder} has no weights of {variant=}; variants found: {there}")
+    chosen = {part: variant if variant in found[part] else None for part in STEMS}
+    for part, name in chosen.items():
+        if name not in found[part]:
+            raise ValueError(refuse_missing(folder / part, STEMS[part], name, names[part]))
+    return chosen
+
+
+def _check_classes(folder: Path) -> None:
+    """Raise ValueError, naming the entry of model_index.json, where it is not one of ours."""
+    path = folder / "model_index.json"
+    index = load_json(path)
+    for field in _REMOTE_CODE:
+        if field in index:
+            raise ValueError(f"{path}: {field} asks for code from elsewhere, which never runs here")
+    nothing = [None, None]
     expected = {"_class_name": _PIPELINE_CLASSES, **_COMPONENT_CLASSES}
+    for field, classes in _UNREAD_CLASSES.items():
+        if index.get(field) is not None:
+            expected[field] = (nothing, *classes)
     for field, allowed in expected.items():
         if index.get(field) not in allowed:
             raise ValueError(
-                f"{folder}/model_index.json: {field} is {index.get(field)}; "
+                f"{path}: {field} is {shown(index.get(field))}; "
                 f"allowed: {' or '.join(map(str, allowed))}"
             )
+    for field in index.keys() - expected.keys():
+        value = index[field]
+        is_ours = field == "scheduler" and isinstance(value, list) and value[:1] == ["diffusers"]
+        if isinstance(value, list | dict) and value != nothing and not is_ours:
+            raise ValueError(f"{path}: {named(field)} is {shown(value)}, which is not read here")
 
 
 def save_model_index(folder: Path, *, scheduler_class: str) -> None:
     """Write model_index.json in the form of SD 2.1-base, which diffusers opens without a warning.
 
+    The last file of a folder: the class of pipeline follows from the UNet that is there already.
     `scheduler_class` is the `_class_name` in scheduler/scheduler_config.json.
     """
+    folder = Path(folder)
+    channels = {name: load_json(folder / name / "config.json") for name in ("unet", "vae")}
+    # 4 of latents, 1 of the mask and 4 of the masked picture's latents (runwayml's inpainting).
+    inpaints = channels["unet"]["in_channels"] == 2 * channels["vae"]["latent_channels"] + 1
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
@@ -133,7 +170,7 @@ def save_model_index(folder: Path, *, scheduler_class: str) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    save_json(index, Path(folder) / "model_index.json")
+    save_json(index, folder / "model_index.json")
 
 
 def load_scheduler_config(folder: Path) -> dict[str, Any]:
@@ -143,7 +180,8 @@ def load_scheduler_config(folder: Path) -> dict[str, Any]:
 
 def save_scheduler_config(config: dict[str, Any], folder: Path) -> None:
     """Write scheduler/scheduler_config.json of a pipeline folder."""
-    save_json(config, Path(folder) / "scheduler" / "scheduler_config.json")
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    save_json({**config, "_diffusers_version": DIFFUSERS_VERSION}, path)
 
 
 def find_part(name_or_path: str | Path, part: str) -> Path:

@@ -20,17 +20,31 @@ _DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "linspace",
     "steps_offset": 0,
     "set_alpha_to_one": True,
+    "rescale_betas_zero_snr": False,
     "use_flow_sigmas": False,
     "flow_shift": 1.0,
 }
+_LEADING = {"timestep_spacing": "leading"}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {"timestep_spacing": "leading"},
-    "DDPMScheduler": {"timestep_spacing": "leading"},
-    "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
+    "DDIMScheduler": _LEADING,
+    "DDIMParallelScheduler": _LEADING,
+    "DDPMScheduler": _LEADING,
+    "DDPMParallelScheduler": _LEADING,
+    "PNDMScheduler": _LEADING | {"set_alpha_to_one": False},
+    "LCMScheduler": _LEADING | _SD_BETAS | {"beta_schedule": "scaled_linear"},
+    "TCDScheduler": _LEADING | _SD_BETAS | {"beta_schedule": "scaled_linear"},
     "EulerDiscreteScheduler": {},
     "EulerAncestralDiscreteScheduler": {},
-    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
+    "LMSDiscreteScheduler": {},
+    "HeunDiscreteScheduler": _SD_BETAS,
+    "KDPM2DiscreteScheduler": _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SD_BETAS,
+    "DPMSolverSDEScheduler": _SD_BETAS,
     "DPMSolverMultistepScheduler": {},
+    "DPMSolverSinglestepScheduler": {},
+    "DEISMultistepScheduler": {},
+    "SASolverScheduler": {},
     "UniPCMultistepScheduler": {},
     "FlowMatchEulerDiscreteScheduler": {
         "use_flow_sigmas": True,
@@ -43,7 +57,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", _COSINE),
     "trained_betas": (None,),
     "thresholding": (None, False),
-    "rescale_betas_zero_snr": (None, False),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "timestep_type": (None, "discrete"),
     "flow_shift": (1.0,),
@@ -52,6 +65,20 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (None, False),
     "invert_sigmas": (None, False),
 }
+
+# What the keys that are read must be; bool counts as no number here, though Python's does.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "num_train_timesteps": (int,),
+    "beta_start": (int, float),
+    "beta_end": (int, float),
+    "prediction_type": (str,),
+    "timestep_spacing": (str,),
+    "steps_offset": (int,),
+    "set_alpha_to_one": (bool,),
+    "rescale_betas_zero_snr": (bool,),
+    "use_flow_sigmas": (bool,),
+}
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def to_config(
@@ -64,6 +91,7 @@ def to_config(
     timestep_spacing: str,
     steps_offset: int,
     set_alpha_to_one: bool,
+    rescale_betas_zero_snr: bool,
 ) -> dict[str, Any]:
     """The configuration of the diffusers scheduler that samples from such a diffusion.
 
@@ -86,7 +114,7 @@ def to_config(
         "thresholding": False,
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": rescale_betas_zero_snr,
     }
     if schedule != "flow":
         return config | {
@@ -122,20 +150,24 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
 
     What concerns only the way of sampling (solver, Karras levels, …) is left to whoever chooses a
     sampler, and `clip_sample` is off, as in StableDiffusionPipeline. Raises ValueError for an
-    unknown scheduler class, and for a value that would change the noise levels or the meaning of
-    the network's output in a way that is not supported.
+    unknown scheduler class, for a value of a wrong type, and for one that would change the noise
+    levels or the meaning of the network's output in a way that is not supported.
     """
     name = config.get("_class_name")
-    if name not in _CLASS_DEFAULTS:
+    if not isinstance(name, str) or name not in _CLASS_DEFAULTS:
         known = ", ".join(_CLASS_DEFAULTS)
-        raise ValueError(f"scheduler _class_name={name} must be one of {known}")
+        raise ValueError(f"scheduler _class_name={_shown(name)} must be one of {known}")
     values = _DEFAULTS | _CLASS_DEFAULTS[name] | config
     for key, supported in _SUPPORTED.items():
         if values.get(key) not in supported:
             allowed = " or ".join(str(value) for value in supported if value is not None)
             raise ValueError(
-                f"scheduler {key}={values[key]} is not supported, only {allowed or None}"
+                f"scheduler {key}={_shown(values[key])} is not supported, only {allowed or None}"
             )
+    for key, types in _TYPES.items():
+        value = values[key]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ValueError(f"scheduler {key}={_shown(value)} must be {_WORDS[types[-1]]}")
     prediction = values["prediction_type"]
     fields: dict[str, Any] = {
         "prediction": prediction,
@@ -149,8 +181,15 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
         if prediction == _FLOW_V_PREDICTION:
             fields["prediction"] = "v_prediction"
         return fields | {"schedule": "flow"}
-    fields["set_alpha_to_one"] = values["set_alpha_to_one"]
+    for key in ("set_alpha_to_one", "rescale_betas_zero_snr"):
+        fields[key] = values[key]
     if values["beta_schedule"] == _COSINE:
         return fields | {"schedule": "cosine"}
     betas = {"beta_start": values["beta_start"], "beta_end": values["beta_end"]}
     return fields | betas | {"schedule": values["beta_schedule"]}
+
+
+def _shown(value: Any) -> str:
+    """The value as part of a sentence, short whatever a file may hold."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -3,13 +3,14 @@
 Equal pictures need equal timesteps, and diffusers' schedulers choose them in different ways.
 """
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Spacing = Literal["leading", "trailing", "linspace"]
-Grid = Literal["ddim", "ddpm", "euler", "dpm"]
+Grid = Literal["ddim", "ddpm", "euler", "sde", "dpm", "lcm"]
 
 
 def spaced(num_timesteps: int, steps: int, *, spacing: Spacing, offset: int, grid: Grid) -> Tensor:
@@ -17,10 +18,13 @@ def spaced(num_timesteps: int, steps: int, *, spacing: Spacing, offset: int, gri
 
     The spacings are those of Lin et al. 2023 (arXiv:2305.08891), Table 2. The schedulers of the
     "dpm" grid (DPM-Solver, UniPC) take a timestep more and leave out the last, except with
-    "trailing"; those of "euler" (Euler, Heun) do not round "linspace". Where an offset leads past
+    "trailing"; those of "euler" (Euler, Heun, LMS) and "sde" (DPMSolverSDEScheduler) do not round
+    "linspace"; those of "lcm" are LCMScheduler's, whatever the spacing. Where an offset leads past
     T - 1 it is reduced: diffusers would run off the end of its table. Raises ValueError for steps
     out of range.
     """
+    if grid == "lcm":
+        return _distilled(num_timesteps, steps)
     points = steps + 1 if grid == "dpm" and spacing != "trailing" else steps
     most = num_timesteps - (points - steps)
     check_steps(steps, most)
@@ -29,9 +33,17 @@ def spaced(num_timesteps: int, steps: int, *, spacing: Spacing, offset: int, gri
         return (num_timesteps - torch.arange(steps).double() * stride).round() - 1
     if spacing == "linspace":
         timesteps = linspace(0.0, num_timesteps - 1, points).flip(0)[:steps]
-        return timesteps if grid == "euler" else timesteps.round()
+        return timesteps if grid in ("euler", "sde") else timesteps.round()
     timesteps = (torch.arange(points) * (num_timesteps // points)).flip(0)[:steps]
     return (timesteps + min(offset, num_timesteps - 1 - int(timesteps[0]))).double()
+
+
+def _distilled(num_timesteps: int, steps: int) -> Tensor:
+    """`steps` of the 50 timesteps that LCMs are distilled at, falling, (steps,) float64."""
+    distilled = min(50, num_timesteps)
+    check_steps(steps, distilled)
+    chosen = torch.arange(steps) * distilled // steps
+    return ((distilled - chosen) * (num_timesteps // distilled) - 1).double()
 
 
 def flow_sigmas(num_timesteps: int, steps: int) -> Tensor:
@@ -43,25 +55,33 @@ def flow_sigmas(num_timesteps: int, steps: int) -> Tensor:
     return (1 - linspace(1.0, 1 / num_timesteps, steps + 1)).flip(0)[:-1]
 
 
-def karras(table: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def falling(table: Tensor, steps: int, *, rho: float) -> Tensor:
     """`steps` values from the last of a rising table of sigma / alpha to its first.
 
-    Karras et al. 2022 (arXiv:2206.00364), eq. 5, rho = 7. Also where they lie in the table, as real
-    indices, linear in the logarithm. Raises ValueError for steps out of range.
+    Even in their rho-th root, Karras et al. 2022 (arXiv:2206.00364), eq. 5, or, if rho is infinite,
+    in their logarithm. Raises ValueError for steps out of range.
     """
     check_steps(steps, len(table))
-    rho = 7.0
+    if math.isinf(rho):
+        most, least = table[-1].log(), table[0].log()
+        return (most + linspace(0.0, 1.0, steps) * (least - most)).exp()
     most, least = table[-1] ** (1 / rho), table[0] ** (1 / rho)
-    values = (most + linspace(0.0, 1.0, steps) * (least - most)) ** rho
+    return (most + linspace(0.0, 1.0, steps) * (least - most)) ** rho
+
+
+def position(table: Tensor, values: Tensor) -> Tensor:
+    """Where values lie in a rising table, as real indices, linear in the logarithm."""
     logs, log = table.log(), values.log()
     below = (torch.searchsorted(logs, log, right=True) - 1).clamp(0, len(logs) - 2)
-    return values, below + ((log - logs[below]) / (logs[below + 1] - logs[below])).clamp(0, 1)
+    return below + ((log - logs[below]) / (logs[below + 1] - logs[below])).clamp(0, 1)
 
 
 def interpolate(table: Tensor, position: Tensor) -> Tensor:
-    """The table's values at real indices, linear between them."""
-    below = position.long().clamp(max=len(table) - 2)
-    return torch.lerp(table[below], table[below + 1], position - below)
+    """The table's values at real indices, linear between them; whole indices may hold infinity."""
+    below = position.long()
+    above = (below + 1).clamp(max=len(table) - 1)
+    between = torch.lerp(table[below], table[above], position - below)
+    return torch.where(position == below, table[below], between)
 
 
 def linspace(start: float, end: float, n: int) -> Tensor:

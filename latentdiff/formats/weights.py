@@ -5,37 +5,87 @@ Pickled checkpoints (.ckpt, .pt, .bin) run code when they are opened, so nothing
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.formats.header import Header, named, parse_json, read_header
 
-def load_safetensors(path: Path, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file, by name; the content decides, not the extension.
+MAX_JSON_BYTES = 16_000_000  # an index of 50,000 tensors, the most that we read, has 5 MB
 
-    Raises ValueError if the file is missing, is not safetensors or is damaged.
+
+def load_safetensors(
+    path: Path,
+    *,
+    expected: Mapping[str, Tensor] | None = None,
+    optional: Callable[[str], bool] | None = None,
+    rename: Callable[[str], str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, by name; the content decides, not the extension.
+
+    expected: tensors (meta ones will do) with the names, shapes and kinds of number that the file
+    must hold; compared with its header before any memory is taken for weights.
+    optional: of a name that is not expected, whether the file may hold it; it is not read then.
+    rename: our name for a name of the file; `expected` and `optional` are in our names.
+    dtype: what floating-point numbers become, one tensor after another.
+    Raises ValueError if the file is missing, is not safetensors, is damaged, does not fit
+    `expected` or holds NaN or infinity.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected weights as safetensors")
-    try:
-        return load_file(path, device=str(device))
-    except SafetensorError as error:
-        # Asked only now: a safetensors file may begin with the same bytes, its header's length.
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start == b"PK\x03\x04" or start[:1] == b"\x80":
-            raise ValueError(
-                f"{path}: is a pickled checkpoint, which can run code when it is opened; "
-                "only safetensors files are read"
-            ) from error
-        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
+    return load_files(
+        {path: read_header(path)},
+        path,
+        expected=expected,
+        optional=optional,
+        rename=rename,
+        dtype=dtype,
+    )
+
+
+def load_files(
+    headers: Mapping[Path, Header],
+    whole: Path,
+    *,
+    expected: Mapping[str, Tensor] | None,
+    optional: Callable[[str], bool] | None,
+    rename: Callable[[str], str] | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Read files that together hold one set of weights, as `load_safetensors` reads one.
+
+    All that the headers say is checked before the first tensor; `whole` stands for the files in
+    messages.
+    """
+    places: dict[str, tuple[Path, str]] = {}  # by our name
+    for path, header in headers.items():
+        for name in header.shapes:
+            ours = name if rename is None else rename(name)
+            unasked = expected is not None and ours not in expected
+            if unasked and optional is not None and optional(ours):
+                continue
+            if ours in places:
+                raise ValueError(f"{whole}: tensor {named(ours)} is there twice")
+            places[ours] = (path, name)
+    if expected is not None:
+        _check_fit(whole, expected, {n: headers[p].shapes[k] for n, (p, k) in places.items()})
+        for ours, (path, name) in places.items():
+            if expected[ours].is_floating_point() != headers[path].dtypes[name].is_floating_point:
+                raise ValueError(
+                    f"{whole}: tensor {ours} holds {headers[path].dtypes[name]} numbers"
+                )
+    tensors = {}
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in headers}
+        for ours, (path, name) in places.items():
+            tensors[ours] = _read(files[path], headers[path], name, dtype)
+    return tensors
 
 
 def save_safetensors(
@@ -46,7 +96,7 @@ def save_safetensors(
     `metadata` is kept in the file's header beside `format: pt`, which transformers asks for.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
@@ -55,8 +105,12 @@ def load_json(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a JSON object")
+    with path.open("rb") as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: is over the limit of {MAX_JSON_BYTES} bytes")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(text)
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(content, dict):
@@ -67,12 +121,51 @@ def load_json(path: Path) -> dict[str, Any]:
 def save_json(content: Mapping[str, Any], path: Path) -> None:
     """Write an object as readable JSON with sorted keys (as diffusers does), atomically."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _check_fit(
+    whole: Path, expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    if wrong:
+        first = min(wrong)
+        raise ValueError(
+            f"{whole} does not fit the configuration in {len(wrong)} tensors, first "
+            f"{named(first)}: "
+            f"{found.get(first, 'missing')} in the file, "
+            f"{wanted.get(first, 'none')} by the configuration"
+        )
+
+
+def _read(file: BufferedReader, header: Header, name: str, dtype: torch.dtype | None) -> Tensor:
+    """One tensor in memory of its own: a map of the file would die with the file."""
+    begin, end = header.places[name]
+    numbers = torch.empty(end - begin, dtype=torch.uint8)
+    file.seek(begin)
+    if file.readinto(numbers.numpy().data) != end - begin:
+        raise ValueError(f"{file.name}: became shorter while it was read")
+    tensor = numbers.view(header.dtypes[name]).reshape(header.shapes[name])
+    if not tensor.is_floating_point():
+        return tensor
+    converted = tensor if dtype is None else tensor.to(dtype)
+    if not _finite(converted):
+        if _finite(tensor):
+            raise ValueError(f"{file.name}: tensor {named(name)} is too large for {dtype}")
+        raise ValueError(f"{file.name}: tensor {named(name)} holds NaN or infinite numbers")
+    return converted
+
+
+def _finite(tensor: Tensor) -> bool:
+    # Least and greatest are NaN where any number is, and take a thirtieth of isfinite's time.
+    numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return numbers.numel() == 0 or bool(torch.stack(numbers.aminmax()).isfinite().all())
+
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; once it is on disk, it takes `path`'s place.
 
     The temporary file is in the same folder because os.replace is atomic only within one file

@@ -1,18 +1,26 @@
 """A network and its folder: configuration dataclass <-> `config.json`, weights <-> safetensors."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.formats.diffusers import DIFFUSERS_VERSION
-from latentdiff.formats.weights import load_json, load_safetensors, save_json, save_safetensors
+from latentdiff.formats.header import named, shown
+from latentdiff.formats.shards import load_weights
+from latentdiff.formats.weights import load_json, save_json, save_safetensors
 
 T = TypeVar("T")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Far from any model; building the most layers that are allowed takes three seconds.
+MAX_WIDTH = 2**16
+MAX_LEVELS = 8
+MAX_LAYERS = 12
+MAX_TRANSFORMERS = 256
+STEM = "diffusion_pytorch_model"  # of the names of weights
 
 
 def config_from_dict(
@@ -31,9 +39,9 @@ def config_from_dict(
             known[key] = value
         elif key in fixed:
             if _plain(value) != _plain(fixed[key]):
-                raise ValueError(f"{key}={value!r} is not supported, only {fixed[key]!r}")
+                raise ValueError(f"{key}={shown(value)} is not supported, only {shown(fixed[key])}")
         elif not key.startswith("_"):
-            raise ValueError(f"unknown configuration key {key}={value!r}")
+            raise ValueError(f"unknown configuration key {named(key)}={shown(value)}")
     return cls(**known)
 
 
@@ -41,44 +49,107 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_counts(config: Any, *names: str) -> None:
-    """Raise ValueError, naming key and value, unless these keys are whole numbers from 1 up.
+def check_types(config: Any) -> None:
+    """Raise ValueError, naming key and value, unless every field holds what its annotation says.
 
-    diffusers takes a list, one number a block, for some of them; SD 1.x and 2.x have none.
+    JSON gives lists for tuples and whole numbers for floats; a truth value is never a number here.
+    diffusers takes a list, one number a block, where some of our fields have one number; SD 1.x and
+    2.x have none.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            raise ValueError(f"{name}={shown(value)} must be {_words(hint)}")
+
+
+def check_range(config: Any, least: float, most: float, *names: str) -> None:
+    """Raise ValueError, naming key and value, unless these keys are from `least` to `most`.
+
+    A key may hold None, and a list for which all that it holds counts. The limits are far from
+    any model: they keep a hostile file from filling the memory with layers.
     """
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(number is None or least <= number <= most for number in numbers):
+            raise ValueError(f"{name}={shown(value)} must be from {least} to {most}")
 
 
-def check_fit(path: Path, *, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the first tensor, unless all names and shapes are as expected."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    given = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    wrong = sorted(
-        name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
-    )
-    if wrong:
+def check_levels(config: Any, *, transformer_layers: int = 1) -> None:
+    """Raise ValueError, naming key and value, unless the levels of a network can be built."""
+    check_range(config, 1, MAX_WIDTH, "block_out_channels", "norm_num_groups")
+    check_range(config, 1, MAX_LAYERS, "layers_per_block")
+    channels, groups = config.block_out_channels, config.norm_num_groups
+    if not 1 <= len(channels) <= MAX_LEVELS:
+        raise ValueError(f"block_out_channels={shown(channels)} must be 1 to {MAX_LEVELS} numbers")
+    if any(width % groups for width in channels):
         raise ValueError(
-            f"{path} does not fit its config.json in {len(wrong)} tensors, first {wrong[0]}: "
-            f"{given.get(wrong[0], 'missing')} in the file, "
-            f"{wanted.get(wrong[0], 'none')} by the configuration"
+            f"block_out_channels={list(channels)}: each must be a multiple of "
+            f"norm_num_groups={groups}"
+        )
+    layers = len(channels) * config.layers_per_block * transformer_layers
+    if layers > MAX_TRANSFORMERS:
+        raise ValueError(
+            f"layers_per_block={config.layers_per_block} makes {layers} transformer layers in "
+            f"{len(channels)} blocks; allowed are {MAX_TRANSFORMERS}"
         )
 
 
-def load_network(cls: type[Any], config_cls: type[Any], folder: Path) -> Any:
-    """Build a network from its folder, in float32 and eval mode.
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Sequence:
+        (item,) = get_args(hint)
+        return isinstance(value, (list, tuple)) and all(_fits(one, item) for one in value)
+    if get_args(hint):  # a union
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
 
-    Raises ValueError when a file is missing or the weights are not those of the configuration.
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is Sequence:
+        return f"a list in which each is {_words(get_args(hint)[0])}"
+    if get_args(hint):
+        return " or ".join(map(_words, get_args(hint)))
+    return _WORDS[hint]
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text",
+    type(None): "null",
+}
+
+
+def load_network(
+    cls: type[Any],
+    config_cls: type[Any],
+    folder: Path,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    rename: Callable[[str], str] | None = None,
+) -> Any:
+    """Build a network from its folder, in eval mode; weights of any precision become `dtype`.
+
+    `rename` gives our name for a name of the file. Raises ValueError when a file is missing or the
+    weights are not those of the configuration.
     """
-    config = config_cls.from_dict(load_json(folder / "config.json"))
-    tensors = load_safetensors(folder / WEIGHTS)
-    with torch.device("meta"):
-        network = cls(config)
-    check_fit(folder / WEIGHTS, expected=network.state_dict(), found=tensors)
-    floats = {name: tensor.float() for name, tensor in tensors.items()}
-    network.load_state_dict(floats, assign=True)
+    path = folder / "config.json"
+    values = load_json(path)
+    try:
+        config = config_cls.from_dict(values)
+        with torch.device("meta"):
+            network = cls(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    expected = network.state_dict()
+    tensors = load_weights(
+        folder, STEM, variant=variant, expected=expected, rename=rename, dtype=dtype
+    )
+    network.load_state_dict(tensors, assign=True)
     return network.eval()
 
 
@@ -92,4 +163,4 @@ def save_network(
         name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
         for name, tensor in network.state_dict().items()
     }
-    save_safetensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_safetensors(tensors, folder / f"{STEM}.safetensors", metadata={"format": "pt"})

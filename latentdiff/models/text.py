@@ -4,21 +4,22 @@ Shapes: B prompts, L tokens (the tokenizer's `model_max_length`), D width.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentdiff.formats.weights import load_safetensors, save_safetensors
-from latentdiff.models.config import check_fit
-
-# Begins every name in published files. The modules of transformers have it in some releases and
-# not in others, and those that do not have it write files that other tools cannot read.
-PREFIX = "text_model."
+from latentdiff.formats import open_clip
+from latentdiff.formats.ldm.keys import TEXT_MODEL
+from latentdiff.formats.shards import load_weights
+from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
+from latentdiff.models.prompts import cut, parse_weights, weigh
+from latentdiff.models.text_config import load_tokenizer, tower_config
 
 
 class TextEncoder(nn.Module):
@@ -28,6 +29,9 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
+        # SD 2.x pads with "!". transformers then reads each "!" of a prompt as padding, which the
+        # tower was not trained on and no tool but diffusers does (diffusers issue 4153).
+        self._pads_with_word = tokenizer.pad_token_id != tokenizer.eos_token_id
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -48,29 +52,98 @@ class TextEncoder(nn.Module):
             max_length=length,
             truncation=True,
             return_tensors="pt",
+            split_special_tokens=self._pads_with_word,
         ).input_ids  # (B, L)
-        whole = self.tokenizer(list(prompts), verbose=False).input_ids
+        whole = self.tokenizer(
+            list(prompts), verbose=False, split_special_tokens=self._pads_with_word
+        ).input_ids
         for prompt, tokens in zip(prompts, whole, strict=True):
             if len(tokens) > length:
-                cut = self.tokenizer.decode(tokens[length - 1 : -1])
+                lost = self.tokenizer.decode(tokens[length - 1 : -1])
                 warnings.warn(
                     f"the prompt {prompt!r} has {len(tokens)} tokens and the text encoder reads "
-                    f"{length}; cut off: {cut!r}",
+                    f"{length}; cut off: {lost!r}",
                     stacklevel=3,
                 )
         return ids
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts (B strings) -> context (B, L, D)."""
-        ids = self.tokenize(prompts).to(self.model.device)
-        return self.model(input_ids=ids).last_hidden_state
+        """Prompts (B strings) -> context (B, L, D); cuts a long one, with a warning."""
+        return self._states(self.tokenize(prompts))
+
+    def count_chunks(self, prompt: str, *, weighting: bool = False) -> int:
+        """In how many chunks of L tokens `encode` reads the whole prompt; 1 or more.
+
+        Raises ValueError for brackets that `weighting` cannot read.
+        """
+        return len(self._chunks(prompt, weighting=weighting))
+
+    @torch.no_grad()
+    def encode(self, prompt: str, *, chunks: int = 1, weighting: bool = False) -> Tensor:
+        """A prompt of any length -> context (1, chunks * L, D); nothing is cut off.
+
+        The prompt's tokens go through the tower in chunks of L - 2, each with its own start, end
+        and padding and each alone, and the states are joined along the tokens; empty chunks follow
+        up to `chunks`. This is how the webui and ComfyUI read long prompts; `prompts.cut` says
+        where a chunk ends. weighting: read brackets as weights, see `prompts.parse_weights` and
+        `prompts.weigh`; otherwise they are text. A prompt of one chunk has `forward`'s states.
+        Raises ValueError when the prompt needs more chunks, and for brackets that can't be read.
+        """
+        parts = self._chunks(prompt, weighting=weighting)
+        if len(parts) > chunks:
+            raise ValueError(
+                f"chunks={chunks} is too few for the prompt {prompt!r}, which needs {len(parts)}"
+            )
+        states = []
+        for tokens, weights in parts:
+            own = self._states(self._framed(tokens))
+            if any(weight != 1 for weight in weights):
+                rest = self.tokenizer.model_max_length - 1 - len(weights)
+                own = weigh(own, self._states(self._framed([])), [1.0, *weights, *[1.0] * rest])
+            states.append(own)
+        empty = [self._states(self._framed([]))] * (chunks - len(parts))
+        return torch.cat([*states, *empty], dim=1)  # (1, chunks * L, D)
+
+    def _chunks(self, prompt: str, *, weighting: bool) -> list[tuple[list[int], list[float]]]:
+        """The tokens of each chunk, without start, end and padding, with their weights."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        for text, weight in parse_weights(prompt) if weighting else [(prompt, 1.0)]:
+            own = self.tokenizer(
+                text,
+                add_special_tokens=False,
+                verbose=False,
+                split_special_tokens=self._pads_with_word,
+            ).input_ids
+            tokens += own
+            weights += [weight] * len(own)
+        ends = [
+            word.endswith("</w>")  # CLIP's mark of the last token of a word
+            for word in self.tokenizer.convert_ids_to_tokens(tokens)
+        ]
+        places = cut(ends, size=self.tokenizer.model_max_length - 2)
+        return [(tokens[place], weights[place]) for place in places]
+
+    def _framed(self, tokens: Sequence[int]) -> Tensor:
+        """Token ids (1, L): start, the tokens, end, padding."""
+        tokenizer = self.tokenizer
+        ids = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
+        rest = tokenizer.model_max_length - len(ids)
+        return torch.tensor([[*ids, *[tokenizer.pad_token_id] * rest]])
+
+    def _states(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
-        """Read `text_encoder/` and `tokenizer/` of a folder, in float32.
+    def from_pretrained(
+        cls, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Read `text_encoder/` and `tokenizer/` of a folder; weights become `dtype` one by one.
 
-        Raises ValueError when a file is missing or the weights are not those of the configuration.
+        variant: as "fp16", of the weights' file names. Raises ValueError when a file is missing,
+        the configuration is not that of a CLIP text tower, the weights are not those of the
+        configuration or hold NaN, or the tokenizer is not for this tower.
         """
         folder = Path(folder)
         parts = ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
@@ -79,18 +152,50 @@ class TextEncoder(nn.Module):
         for part in parts:
             if not (folder / part).is_file():
                 raise ValueError(f"{folder} holds no text encoder: {part} is missing")
-        # transformers would draw what is missing at random.
-        path = folder / "text_encoder" / "model.safetensors"
-        found = _without_prefix(load_safetensors(path))
-        with torch.device("meta"):
-            empty = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-        expected = _without_prefix(empty.state_dict())
-        # Old files hold position_ids besides, which transformers passes over.
-        check_fit(path, expected=expected, found={n: t for n, t in found.items() if n in expected})
-        model = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, dtype=torch.float32
+        path = folder / "text_encoder/config.json"
+        values = load_json(path)
+        try:
+            model = empty_tower(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        tensors = load_weights(
+            folder / "text_encoder",
+            "model",
+            variant=variant,
+            expected=_without_prefix(model.state_dict()),
+            optional=_beside,
+            rename=lambda name: name.removeprefix(TEXT_MODEL),
+            dtype=dtype,
         )
-        return cls(model, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+        tokenizer = load_tokenizer(folder / "tokenizer", model.config)
+        return cls(fill_tower(model, tensors), tokenizer)
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        name: str,
+        weights: Path | str,
+        *,
+        layers: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The text tower of an open_clip model, such as ("ViT-H-14", "laion2b_s32b_b79k").
+
+        weights: a safetensors file, of the text tower or the whole CLIP, or a tag of open_clip's.
+        layers: how many blocks to keep, from the first; SD 2.x keeps 23 of ViT-H-14's 24.
+        Needs open_clip (`pip install latentdiff[train]`). Raises ValueError for a tower that
+        transformers' CLIPTextModel cannot express and for weights that are not this tower's.
+        """
+        model = empty_tower(open_clip.text_config(name, layers=layers))
+        tensors = load_safetensors(
+            open_clip.find_weights(name, weights),
+            expected=open_clip.from_transformers(model.state_dict()),
+            optional=functools.partial(open_clip.beside, layers=layers),
+            rename=open_clip.without_prefix,
+            dtype=dtype,
+        )
+        tokenizer = open_clip.clip_tokenizer(model.config.max_position_embeddings)
+        return cls(fill_tower(model, open_clip.to_transformers(tensors)), tokenizer)
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
         """Write `text_encoder/` and `tokenizer/` as transformers and diffusers read them."""
@@ -100,13 +205,53 @@ class TextEncoder(nn.Module):
         config.dtype = torch.float32  # what to compute in, whatever the file holds
         config.save_pretrained(folder / "text_encoder")
         state = _without_prefix(self.model.state_dict())
-        tensors = {PREFIX + name: tensor.to("cpu", dtype) for name, tensor in state.items()}
+        tensors = {TEXT_MODEL + name: tensor.to("cpu", dtype) for name, tensor in state.items()}
         save_safetensors(tensors, folder / "text_encoder" / "model.safetensors")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
 
+def empty_tower(values: Mapping[str, Any]) -> CLIPTextModel:
+    """A tower on the meta device, which takes no memory, for the configuration of a config.json.
+
+    Raises ValueError as `tower_config` does.
+    """
+    config = tower_config(values)
+    with torch.device("meta"):
+        return CLIPTextModel(config)
+
+
+def fill_tower(model: CLIPTextModel, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
+    """Give a tower these tensors, without a copy; names with `text_model.` or without.
+
+    Raises ValueError when one is missing or has another shape; what a tower has no use for, such
+    as the projection of a whole CLIP, is passed over.
+    """
+    found = _without_prefix(tensors)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        bare = name.removeprefix(TEXT_MODEL)
+        if bare not in found or found[bare].shape != tensor.shape:
+            shape = tuple(found[bare].shape) if bare in found else "missing"
+            raise ValueError(f"the text encoder's {bare} is {shape}, not {tuple(tensor.shape)}")
+        state[name] = found[bare]
+    model.load_state_dict(state, assign=True)
+    for module in model.modules():
+        if isinstance(getattr(module, "position_ids", None), Tensor):  # never in a state
+            module.position_ids = torch.arange(model.config.max_position_embeddings)[None]
+    return model
+
+
+# The modules of transformers have the prefix in some releases and not in others, and those that
+# do not have it write files that other tools cannot read.
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(TEXT_MODEL): tensor for name, tensor in tensors.items()}
+
+
+def _beside(name: str) -> bool:
+    """Of old files, and of those that hold a whole CLIP or its projection."""
+    return name == "embeddings.position_ids" or name.startswith(
+        ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    )
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.config import check_counts, config_from_dict, load_network, save_network
+from latentdiff.formats.header import shown
+from latentdiff.models.config import (
+    MAX_LAYERS,
+    MAX_WIDTH,
+    check_levels,
+    check_range,
+    check_types,
+    config_from_dict,
+    load_network,
+    save_network,
+)
 from latentdiff.models.layers import (
     Downsample,
     ResnetBlock,
@@ -66,19 +76,17 @@ class UNetConfig:
     freq_shift: float = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.attention_head_dim, int):
             object.__setattr__(self, "attention_head_dim", tuple(self.attention_head_dim))
-        check_counts(
-            self,
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "cross_attention_dim",
-            "transformer_layers_per_block",
-            "norm_num_groups",
-        )
+        check_range(self, 1, MAX_WIDTH, "in_channels", "out_channels", "cross_attention_dim")
+        check_range(self, 1, MAX_WIDTH, "attention_head_dim", "sample_size")
+        check_range(self, 1, MAX_LAYERS, "transformer_layers_per_block")
+        check_levels(self, transformer_layers=self.transformer_layers_per_block)
+        check_range(self, 1e-12, 1.0, "norm_eps")
+        check_range(self, 0, (self.block_out_channels[0] - 1) // 2, "freq_shift")
         levels = len(self.block_out_channels)
         for name, allowed in (
             ("down_block_types", ATTENTION_BLOCKS),
@@ -87,21 +95,15 @@ class UNetConfig:
             blocks = getattr(self, name)
             if len(blocks) != levels or any(block not in allowed for block in blocks):
                 raise ValueError(
-                    f"{name}={list(blocks)} must be {levels} of {sorted(allowed)}, "
+                    f"{name}={shown(list(blocks))} must be {levels} of {sorted(allowed)}, "
                     f"one for each of block_out_channels={list(self.block_out_channels)}"
                 )
         if self.mid_block_type not in MID_BLOCKS:
-            raise ValueError(f"mid_block_type={self.mid_block_type!r} must be one of {MID_BLOCKS}")
+            given = shown(self.mid_block_type)
+            raise ValueError(f"mid_block_type={given} must be one of {MID_BLOCKS}")
         if len(self.heads) != levels:
-            raise ValueError(
-                f"attention_head_dim={self.attention_head_dim} must be one number or {levels}"
-            )
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels={list(self.block_out_channels)}: each must be a multiple "
-                    f"of norm_num_groups={self.norm_num_groups}"
-                )
+            given = shown(self.attention_head_dim)
+            raise ValueError(f"attention_head_dim={given} must be one number or {levels}")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -112,7 +114,7 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in diffusers' words, every key of `UNet2DConditionModel`."""
-        return {"_class_name": "UNet2DConditionModel", **FIXED, **dataclasses.asdict(self)}
+        return {**FIXED, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -125,6 +127,7 @@ class UNetConfig:
 
 # Keys of UNet2DConditionModel that SD 1.x and 2.x leave at one value.
 FIXED: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
     "addition_embed_type": None,
     "addition_embed_type_num_heads": 64,
@@ -369,9 +372,19 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
-        """Read `config.json` and the weights beside it; ValueError if they do not fit."""
-        return load_network(cls, UNetConfig, Path(folder))
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Read `config.json` and the weights beside it; ValueError if they do not fit.
+
+        `variant` chooses other weights than the plain ones, such as "fp16"; `dtype` is what the
+        weights become.
+        """
+        return load_network(cls, UNetConfig, Path(folder), variant=variant, dtype=dtype)
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
         """Write the two files that `from_pretrained` and diffusers read."""

@@ -6,6 +6,7 @@ Shapes: B batch, f = 2^(levels-1) reduction, C latent channels.
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.config import check_counts, config_from_dict, load_network, save_network
+from latentdiff.formats.header import shown
+from latentdiff.models.config import (
+    MAX_LEVELS,
+    MAX_WIDTH,
+    check_levels,
+    check_range,
+    check_types,
+    config_from_dict,
+    load_network,
+    save_network,
+)
 from latentdiff.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 
 EPS = 1e-6  # of every GroupNorm, as in LDM
@@ -42,21 +53,12 @@ class VAEConfig:
     """Tells diffusers' half-precision users to decode in float32; our own code ignores it."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        check_counts(
-            self,
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "latent_channels",
-            "norm_num_groups",
-        )
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels={self.block_out_channels}: each must be a multiple of "
-                    f"norm_num_groups={self.norm_num_groups}"
-                )
+        check_levels(self)
+        check_range(self, 1, MAX_WIDTH, "in_channels", "out_channels", "latent_channels")
+        check_range(self, 1, MAX_WIDTH, "sample_size")
+        check_range(self, 1e-6, 1e6, "scaling_factor")
 
     @property
     def factor(self) -> int:
@@ -67,7 +69,6 @@ class VAEConfig:
         """The configuration in diffusers' words, every key that `AutoencoderKL` needs."""
         levels = len(self.block_out_channels)
         return {
-            "_class_name": "AutoencoderKL",
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
             **FIXED,
@@ -81,7 +82,12 @@ class VAEConfig:
         Raises ValueError, naming the key, for what this network cannot do.
         """
         values = dict(values)
-        levels = len(values.get("block_out_channels", (64,)))
+        channels = values.get("block_out_channels", ABSENT["block_out_channels"])
+        if not isinstance(channels, (list, tuple)) or len(channels) > MAX_LEVELS:
+            raise ValueError(
+                f"block_out_channels={shown(channels)} must be a list of 1 to {MAX_LEVELS} numbers"
+            )
+        levels = len(channels)
         fixed = {
             **FIXED,
             "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -92,12 +98,25 @@ class VAEConfig:
 
 # Keys of AutoencoderKL that have one supported value, and what an absent key means to diffusers.
 FIXED: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
 }
 ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
+
+
+# The attention's layers had other names before diffusers 0.17: the files of SD 1.5 and 2.1 do.
+_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _todays_name(name: str) -> str:
+    return re.sub(
+        r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)",
+        lambda match: _FORMER[match[1]],
+        name,
+    )
 
 
 @dataclass(frozen=True)
@@ -293,9 +312,21 @@ class VAE(nn.Module):
         out_weight *= std[None, :, None, None]
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
-        """Read `config.json` and the weights beside it; ValueError if they do not fit."""
-        return load_network(cls, VAEConfig, Path(folder))
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Read `config.json` and the weights beside it; ValueError if they do not fit.
+
+        `variant` chooses other weights than the plain ones, such as "fp16"; `dtype` is what the
+        weights become.
+        """
+        return load_network(
+            cls, VAEConfig, Path(folder), variant=variant, dtype=dtype, rename=_todays_name
+        )
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
         """Write the two files that `from_pretrained` and diffusers read."""

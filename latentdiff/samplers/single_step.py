@@ -1,26 +1,13 @@
-"""Samplers: functions that turn noise into a sample, given a denoiser and noise levels.
+"""Samplers whose steps know nothing of each other: DDPM, DDIM, Euler, Heun, …"""
 
-A sampler knows no network, schedule or prompt. Each yields once a step: the estimate of x0 at that
-step, to be looked at, and last of all the finished sample. Nothing waits for the device: every
-coefficient is computed from the levels before the first step.
-"""
-
-import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import (
-    Denoise,
-    Diffusion,
-    Grid,
-    NoiseLevels,
-    posterior_coefficients,
-    transition,
-)
+from latentdiff.diffusion import posterior_coefficients, transition
+from latentdiff.levels import Denoise, NoiseLevels
 
 Noise = Callable[[], Tensor]  # fresh N(0, I) of x's shape, each call
 
@@ -42,7 +29,7 @@ def ddpm(
     """
     if variance not in ("small", "large"):
         raise ValueError(f"variance={variance} must be small or large")
-    now, after = _pairs(levels)
+    now, after = levels.pairs()
     from_x0, from_x, posterior = posterior_coefficients(after, now)
     if variance == "large":
         # Var(x_s | x_t) of unit Gaussian data; the fraction is 1 wherever alpha^2 + sigma^2 = 1.
@@ -75,7 +62,7 @@ def ddim(
         raise ValueError(f"eta={eta} must be from 0 to 1")
     if eta > 0 and noise is None:
         raise ValueError(f"eta={eta} needs noise")
-    now, after = _pairs(levels)
+    now, after = levels.pairs()
     forward = transition(after, now)[1] / now[1] ** 2
     std = eta * after[1] * forward.sqrt()
     from_eps = after[1] * (1 - eta**2 * forward).clamp(min=0).sqrt()
@@ -91,6 +78,16 @@ def ddim(
     yield x
 
 
+def euler(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
+    """Euler's method on the probability-flow ODE: Karras et al. 2022 (arXiv:2206.00364), eq. 1.
+
+    x (B, C, H, W) is N(0, I). In their coordinates y = x / alpha, s = sigma / alpha:
+    y' = y + (s' - s) (y - x0) / s, first order. Multiplied out this is `ddim` with eta = 0, on a
+    flow's levels too; what differs in diffusers is the choice of levels.
+    """
+    return ddim(denoise, x, levels)
+
+
 def euler_ancestral(
     denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
 ) -> Iterator[Tensor]:
@@ -102,7 +99,7 @@ def euler_ancestral(
     this is `ddpm` with the small variance; what differs in diffusers is the choice of levels. The
     last step adds no noise if it ends on data.
     """
-    now, after = _pairs(levels)
+    now, after = levels.pairs()
     ratio = now[0] * after[1] / (after[0] * now[1])  # s' / s, finite at alpha = 0 too
     down = ratio**2  # s_down / s
     from_x = after[1] * ratio / now[1]  # alpha' s_down / (alpha s)
@@ -124,14 +121,14 @@ def heun(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
     averaged in the coordinates in which the noise grows evenly: x / alpha and sigma / alpha on
     variance-preserving levels, x and sigma on a flow, where alpha may be 0.
     """
-    now, after = _pairs(levels)
-    # alpha + sigma = 1 is a flow's mark; it cannot be asked for without waiting for the device.
-    flow = (levels.alpha + levels.sigma - 1).abs() < 8 * torch.finfo(levels.sigma.dtype).eps
-    scale = torch.where(flow, 1.0, levels.alpha)
+    now, after = levels.pairs()
+    scale = levels.straight_scale()
     ratio = after[1] / now[1]
     from_x0 = after[0] - now[0] * ratio  # Euler's step, which is DDIM's
-    # Averaging the slopes at both ends moves Euler's end by this much times the change of x0.
+    # Averaging the slopes at both ends moves Euler's end by this much times the change of x0. From
+    # pure noise the slope in x / alpha is infinite: that step stays Euler's.
     change = 0.5 * (now[1] * scale[1:] ** 2 / (scale[:-1] * after[1]) - scale[1:])
+    change = torch.where(scale[:-1] > 0, change, 0.0)
     last = len(levels) - 1
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
@@ -143,79 +140,59 @@ def heun(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
     yield x
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095), Algorithm 2.
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
+) -> Iterator[Tensor]:
+    """SDE-DPM-Solver++ with a midpoint: Lu et al. 2022 (arXiv:2211.01095), as k-diffusion has it.
 
-    x (B, C, H, W) is N(0, I). Second order with one call a step: the previous step's estimate
-    gives the slope. The first step is of first order, and so is the last if it ends on data or if
-    there are fewer than 15 (diffusers' `lower_order_final`).
+    x (B, C, H, W) is N(0, I). k-diffusion's sample_dpmpp_sde, diffusers' DPMSolverSDEScheduler:
+    each step goes to the level halfway in log(alpha / sigma), `levels.halfway`, asks there, and
+    goes the whole way with that estimate, each time with noise; 2N - 1 calls where the last step
+    ends on data, which takes one call, as does a step that begins where alpha is 0.
+
+    The two noises of a step are increments of one Brownian motion in s = sigma / alpha, from s to
+    s_half and from s to s', divided by their deviation. The second contains the first, so
+    z = c z_half + sqrt(1 - c^2) z_rest, c^2 = (s - s_half) / (s - s') = 1 / (1 + exp(-h / 2)) with
+    h the step in log(alpha / sigma): two independent normals give the exact law, without the
+    Brownian tree that the others need because they draw by s.
     """
-    now, after = _pairs(levels)
+    now, after = levels.pairs()
     ratio = after[1] / now[1]
-    from_x0 = after[0] - now[0] * ratio  # alpha' (1 - exp(-h)), finite where h is not
-    h = (after[0] / after[1]).log() - (now[0] / now[1]).log()
-    slope = torch.zeros_like(ratio)
-    slope[1:] = torch.where(after[1][1:] > 0, 0.5 * from_x0[1:] * h[1:] / h[:-1], 0.0)
-    if len(levels) < 15:
-        slope[-1] = 0
-    previous = None
-    last = len(levels) - 1
+    shrink = now[0] * ratio / after[0]  # exp(-h)
+    half = shrink.sqrt()
+    in_first = 1 / (1 + half)  # c^2
+    up = after[1] * (1 - shrink**2).sqrt()
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
-        if i < last:
+        if i < len(levels) - 1:
             yield x0
-        x = ratio[i] * x + from_x0[i] * x0
-        if previous is not None:
-            x = x + slope[i] * (x0 - previous)
-        previous = x0
+        z = noise() if up[i] > 0 else None
+        if z is not None and shrink[i] > 0:
+            middle = levels.halfway(i)
+            keep = middle.sigma / now[1][i] * half[i]
+            from_x0, std = middle.alpha * (1 - shrink[i]), middle.sigma * (1 - shrink[i]).sqrt()
+            x0 = denoise(keep * x + from_x0 * x0 + std * z, middle)
+            z = in_first[i].sqrt() * z + (1 - in_first[i]).sqrt() * noise()
+        x = ratio[i] * shrink[i] * x + after[0][i] * (1 - shrink[i] ** 2) * x0
+        if z is not None:
+            x = x + up[i] * z
     yield x
 
 
-def _pairs(levels: NoiseLevels) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(alpha, sigma) before and after each step, each (N,)."""
-    before = levels.alpha[:-1], levels.sigma[:-1]
-    return before, (levels.alpha[1:], levels.sigma[1:])
+def lcm(denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise) -> Iterator[Tensor]:
+    """Multistep consistency sampling: LCM (Luo et al. 2023, arXiv:2310.04378).
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """A sampler by name: the function, and the noise levels that diffusers gives its scheduler."""
-
-    function: Callable[..., Iterator[Tensor]]
-    grid: Grid
-    karras: bool = False
-    takes_noise: bool = False
-
-    def levels(
-        self, diffusion: Diffusion, steps: int, *, device: torch.device | str | None = None
-    ) -> NoiseLevels:
-        """This sampler's levels; ValueError if `steps` is out of range."""
-        return diffusion.levels(steps, grid=self.grid, karras=self.karras, device=device)
-
-    def __call__(
-        self, denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
-    ) -> Iterator[Tensor]:
-        """Previews, then the sample. noise is called only by the samplers that add noise."""
-        if self.takes_noise:
-            return self.function(denoise, x, levels, noise=noise)
-        return self.function(denoise, x, levels)
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm, "ddpm", takes_noise=True),
-    "ddim": Sampler(ddim, "ddim"),
-    "euler_ancestral": Sampler(euler_ancestral, "euler", takes_noise=True),
-    "heun": Sampler(heun, "euler"),
-    "dpmpp_2m": Sampler(dpmpp_2m, "dpm"),
-    "dpmpp_2m_karras": Sampler(dpmpp_2m, "dpm", karras=True),
-}
-
-
-def find_sampler(name: str) -> Sampler:
-    """The sampler of that name; ValueError names the nearest one."""
-    if name in SAMPLERS:
-        return SAMPLERS[name]
-    nearest = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0)[0]
-    raise ValueError(
-        f"sampler={name} is unknown; did you mean {nearest}? (known: {', '.join(SAMPLERS)})"
-    )
+    x (B, C, H, W) is N(0, I). For networks that were distilled to it: each step jumps to the data,
+    f = c_skip x + c_out x0, and the next begins from f with fresh noise. c_skip and c_out (Song et
+    al. 2023, arXiv:2303.01469, eq. 5) keep data as they are, with deviation 0.5 and timesteps times
+    10 as in LCM's code.
+    """
+    scaled = 10 * levels.timestep.double().clamp(min=0)
+    c_skip = 0.25 / (scaled**2 + 0.25)
+    c_out = scaled / (scaled**2 + 0.25).sqrt()
+    last = len(levels) - 1
+    for i in range(last):
+        x0 = c_skip[i] * x + c_out[i] * denoise(x, levels[i])
+        yield x0
+        x = levels.alpha[i + 1] * x0 + levels.sigma[i + 1] * noise()
+    yield c_skip[last] * x + c_out[last] * denoise(x, levels[last])

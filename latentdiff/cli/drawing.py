@@ -1,0 +1,184 @@
+"""What `latentdiff generate` does: prompts, or an earlier picture, to pictures in a folder."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentdiff.cli.record import (
+    file_record,
+    picture_parameters,
+    picture_record,
+    read_record,
+    same_file,
+    warn_of_changes,
+)
+from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
+from latentdiff.formats.png import LoraRecord, Record, save_png
+from latentdiff.pictures import picture_grid
+from latentdiff.pipeline import Pipeline
+from latentdiff.request import Request
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 64_000_000
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Draw, and write the pictures with how they were drawn; see `latentdiff generate --help`."""
+    arguments.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be: before any work
+    given = vars(arguments)
+    device = _device(arguments.device)
+    again, record = ({}, None) if arguments.again is None else read_record(arguments.again, given)
+    model = given.get("model") or _recorded_model(record)
+    dtype = given.get("dtype", record["dtype"] if record else "float32")
+    loras = _loras(given.get("lora"), record)
+    images = _images(given, record)
+    request = _request(given, again, images)  # what is wrong with it: before a model is loaded
+
+    pipeline = _pipeline(model, arguments, dtype=dtype, device=device)
+    digest = "" if arguments.no_metadata else pipeline.fingerprint()
+    if record is not None and digest:
+        warn_of_changes(record, pipeline, digest)
+    for lora in loras:
+        pipeline.loras.load(lora["name"], scale=lora["scale"])
+    output = pipeline.draw(request)
+
+    paths = _free_paths(arguments.out, output.seeds)
+    files = {name: file_record(path) for name, path in images.items()}
+    for i, (path, image) in enumerate(zip(paths, output.images, strict=True)):
+        if arguments.no_metadata:
+            save_png(image, path)
+        else:
+            parameters = picture_parameters(pipeline, request, i, image.size, model=model)
+            whole = picture_record(
+                pipeline, request, i, model=model, model_sha256=digest, files=files, loras=loras
+            )
+            save_png(image, path, parameters=parameters, record=whole)
+        print(f"{path}  {request.prompts[i]}")
+    if arguments.grid or (arguments.grid is None and len(paths) > 1):
+        path = arguments.out / "grid.png"
+        names = [path.name for path in paths]
+        picture_grid(output.images, request.prompts, plain=names).save(path)
+        print(path)
+
+
+def _recorded_model(record: Record | None) -> str:
+    """The model of the drawing to repeat, if it is on this machine; else the embedded one.
+
+    A picture may come from anybody, and must not make anything be fetched from the hub.
+    """
+    if record is None:
+        return "emoji"
+    model = record["model"]
+    if model not in EMBEDDED_MODELS and not Path(model).exists():
+        raise ValueError(
+            f"the picture was drawn with model {model!r}, which is not a file or folder here; "
+            "name the one to draw with as --model"
+        )
+    return model
+
+
+def _request(given: dict[str, Any], again: dict[str, Any], images: dict[str, Path]) -> Request:
+    names = [field.name for field in fields(Request) if field.init]
+    options = again | {name: value for name, value in given.items() if name in names}
+    if not given.get("prompt"):
+        options["prompt"] = again.get("prompt", "")
+    if not options["prompt"] and not again:
+        raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from a picture')
+    options |= {name: _opened(name, path) for name, path in images.items()}
+    return Request(**options)
+
+
+def _images(given: dict[str, Any], record: Record | None) -> dict[str, Path]:
+    """The picture to start from and its mask: those given, or those of the drawing to repeat."""
+    images = {name: given[name] for name in ("image", "mask_image") if name in given}
+    for name in ("image", "mask_image"):
+        recorded = None if record is None else record.get(name)
+        if recorded is not None and name not in images:
+            images[name] = same_file(recorded, f"--{name}")
+    return images
+
+
+def _opened(option: str, path: Path) -> Image.Image:
+    if not path.is_file():
+        raise ValueError(f"--{option}: {path} is not a file")
+    try:
+        image = Image.open(path, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"--{option}: {path} has {image.width} x {image.height} pixels; at most "
+                f"{MAX_PIXELS:,} are read"
+            )
+        image.load()
+    except OSError as error:
+        raise ValueError(
+            f"--{option}: {path} is not a whole picture of {', '.join(FORMATS)}"
+        ) from error
+    return image
+
+
+def _loras(given: Sequence[str] | None, record: Record | None) -> list[LoraRecord]:
+    """The LoRAs that are given, each FILE or FILE:SCALE, or those of the drawing to repeat."""
+    if given is None:
+        loras = record["loras"] if record else []
+        for lora in loras:
+            same_file(lora, "--lora")
+        return loras
+    loras = []
+    for text in given:
+        name, _, scale = text.rpartition(":")
+        try:
+            factor = float(scale)
+        except ValueError:
+            name, factor = text, 1.0
+        if not name or not Path(name).is_file():
+            raise ValueError(f"--lora {text}: {name or text} is not a file")
+        loras.append({**file_record(Path(name)), "scale": factor})
+    return loras
+
+
+def _pipeline(
+    model: str, arguments: argparse.Namespace, *, dtype: str, device: torch.device
+) -> Pipeline:
+    source = Path(model)
+    options = {"variant": arguments.variant, "revision": arguments.revision}
+    if not source.is_file():
+        source = find_model(model, **options)  # before bars go: a download shows its own
+    _quiet_transformers()
+    variant = arguments.variant
+    return Pipeline.from_pretrained(
+        source, variant=variant, dtype=getattr(torch, dtype), device=device
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    """The named device, checked by using it; without a name an accelerator, or else the CPU."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} cannot be used on this machine: {reason}") from error
+
+
+def _quiet_transformers() -> None:
+    """No bars and no advice while weights are read; must run before transformers reads any."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _free_paths(folder: Path, seeds: Sequence[int]) -> list[Path]:
+    """<index>-<seed>.png, counted on from the pictures that the folder holds already.
+
+    The prompt is no part of a name: it may hold any character, and too many of them.
+    """
+    taken = [path.name.split("-")[0] for path in folder.glob("*-*.png")]
+    first = 1 + max((int(index) for index in taken if index.isdecimal()), default=-1)
+    return [folder / f"{first + i:04d}-{seed}.png" for i, seed in enumerate(seeds)]

@@ -1,0 +1,127 @@
+"""How a picture was drawn: what `latentdiff generate` writes into it and reads from it."""
+
+import hashlib
+import warnings
+from collections.abc import Container, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import latentdiff
+from latentdiff.formats.a1111 import format_parameters, parse_parameters, pipeline_options
+from latentdiff.formats.png import FileRecord, LoraRecord, Record, read_png
+from latentdiff.pipeline import Pipeline
+from latentdiff.request import Request
+
+PACKAGES = ("torch", "transformers")  # a release of which may change a picture
+
+
+def file_record(path: Path) -> FileRecord:
+    """A file's path, as the user wrote it, and its SHA-256."""
+    with path.open("rb") as file:
+        return {"name": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def picture_record(
+    pipeline: Pipeline,
+    request: Request,
+    i: int,
+    *,
+    model: str,
+    model_sha256: str,
+    files: dict[str, FileRecord],
+    loras: Sequence[LoraRecord],
+) -> Record:
+    """Everything that decides the pixels of picture i; `files` are `image` and `mask_image`."""
+    record: dict[str, Any] = {
+        "request": request.record(i),
+        "model": model,
+        "model_sha256": model_sha256,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+        "packages": _packages(),
+        "loras": list(loras),
+    }
+    return {**record, **files}  # pyright: ignore[reportReturnType]
+
+
+def picture_parameters(
+    pipeline: Pipeline, request: Request, i: int, size: tuple[int, int], *, model: str
+) -> str:
+    """The same as AUTOMATIC1111's line, for other programs; `size` is (width, height)."""
+    varied = request.variation_strength > 0
+    spacing = request.level_spacing
+    if spacing is None and pipeline.diffusion.schedule != "flow":  # there each sampler has its own
+        spacing = pipeline.diffusion.timestep_spacing
+    return format_parameters(
+        prompt=request.prompts[i],
+        negative_prompt=request.negative_prompts[i],
+        steps=request.steps,
+        sampler=request.sampler,
+        level_spacing=spacing,
+        guidance_scale=request.guidance_scale,
+        seed=request.seeds[i],
+        width=size[0],
+        height=size[1],
+        version=latentdiff.__version__,
+        model=Path(model).name.removesuffix(".safetensors"),
+        strength=request.strength if request.images else None,
+        variation_seed=request.variation_seeds[i] if varied else None,
+        variation_strength=request.variation_strength,
+    )
+
+
+def read_record(path: Path, given: Container[str]) -> tuple[dict[str, Any], Record | None]:
+    """The options of the picture at `path`, and the whole record if we drew it.
+
+    What of another program's picture has no meaning here is named in a warning; what the options
+    `given` replace is not read. Raises ValueError for a file that says nothing, or nothing that
+    can be understood.
+    """
+    found = read_png(path)
+    if found.record is not None:
+        return dict(found.record["request"]), found.record
+    assert found.parameters is not None
+    settings = parse_parameters(found.parameters)
+    for option, name in (("sampler", "Sampler"), ("level_spacing", "Schedule type")):
+        if option in given:
+            settings.pop(name, None)
+    options, unused = pipeline_options(settings)
+    if unused:
+        warnings.warn(f"{path}: without a meaning here: {', '.join(unused)}", stacklevel=2)
+    return options, None
+
+
+def same_file(record: FileRecord, option: str) -> Path:
+    """The file that a record names; ValueError unless it is there and still the same."""
+    path = Path(record["name"])
+    if not path.is_file():
+        raise ValueError(f"{option}: {path}, which the picture was drawn from, is not there")
+    if file_record(path)["sha256"] != record["sha256"]:
+        raise ValueError(f"{option}: {path} is not the file that the picture was drawn from")
+    return path
+
+
+def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> None:
+    """Warn, in one sentence, if this is not what the record's picture was drawn with."""
+    dtype = str(pipeline.dtype).removeprefix("torch.")
+    now: dict[str, Any] = {"dtype": dtype, "device": pipeline.device.type, **_packages()}
+    then: dict[str, Any] = {"dtype": record["dtype"], "device": record["device"]}
+    then |= record["packages"]
+    if dtype == record["dtype"]:  # in another the weights are others too, by their rounding
+        now["model"], then["model"] = model_sha256, record["model_sha256"]
+    changed = [
+        f"{name} {then.get(name)} (here {value})"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
+    if changed:
+        warnings.warn(
+            f"the picture may come out differently: it was drawn with {', '.join(changed)}",
+            stacklevel=2,
+        )
+
+
+def _packages() -> dict[str, str]:
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"latentdiff": latentdiff.__version__, **versions}

@@ -1,0 +1,86 @@
+"""Image-to-image and inpainting: where sampling starts from, and what of a picture is to stay.
+
+Shapes: B pictures, C latent channels, H/W latent size, h/w picture size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.diffusion import Network
+from latentdiff.levels import Denoise, NoiseLevel
+from latentdiff.models.vae import VAE
+from latentdiff.noise import PictureNoise
+
+
+@dataclass(frozen=True)
+class Given:
+    """Pictures that are given, (B, 3, h, w) in [-1, 1], and where to draw them anew.
+
+    `masks` (B, 1, h, w) is 1 where to draw and 0 where to keep; None draws all of it anew.
+    """
+
+    images: Tensor
+    masks: Tensor | None = None
+
+    def latents(self, vae: VAE, noise: PictureNoise) -> Tensor:
+        """The pictures as latents, (B, C, H, W)."""
+        return _encode(vae, self.images, noise)
+
+    def channels(self, vae: VAE, noise: PictureNoise) -> Tensor:
+        """What an inpainting UNet sees beside x_t: mask and masked pictures, (B, 1 + C, H, W)."""
+        assert self.masks is not None
+        masked = _encode(vae, self.images * (1 - self.masks), noise)  # grey where it is drawn
+        return torch.cat([self.latent_masks(masked), masked], dim=1)
+
+    def latent_masks(self, latents: Tensor) -> Tensor:
+        """The masks at the latents' size, (B, 1, H, W): the nearest pixel, as in diffusers."""
+        assert self.masks is not None
+        return F.interpolate(self.masks, size=latents.shape[-2:])
+
+    def keep(
+        self, denoise: Denoise, latents: Tensor, eps: Tensor, *, noise_only: Tensor | None
+    ) -> Denoise:
+        """A denoiser that knows what to keep: there x0 is `latents`, and x_t that with noise eps.
+
+        So any model inpaints (Lugmayr et al. 2022, arXiv:2201.09865, eq. 8, without resampling).
+        As a sampler moves x by what the denoiser estimates, what is kept stays the picture: with
+        `ddim` exactly as if latents were blended after each step, which is what diffusers does.
+        `noise_only` is the sigma at which x_t is eps, if sampling starts from noise, as there.
+        """
+        masks = self.latent_masks(latents)
+
+        def denoise_rest(x: Tensor, level: NoiseLevel) -> Tensor:
+            known = level.alpha * latents + level.sigma * eps
+            if noise_only is not None and level.sigma == noise_only:
+                known = eps
+            x0 = denoise(masks * x + (1 - masks) * known, level)
+            return masks * x0 + (1 - masks) * latents
+
+        return denoise_rest
+
+    def paste(self, pictures: Tensor) -> Tensor:
+        """Drawn pictures with the kept pixels of the given ones, which the VAE would change."""
+        if self.masks is None:
+            return pictures
+        masks = self.masks.to(pictures)
+        return masks * pictures + (1 - masks) * self.images.to(pictures)
+
+
+def with_channels(network: Network, channels: Tensor) -> Network:
+    """A network that is shown `channels` (B, ..., H, W) beside x, in both halves of guidance."""
+
+    def call(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        more = channels.repeat(len(x) // len(channels), 1, 1, 1)
+        return network(torch.cat([x, more], dim=1), timestep, context)
+
+    return call
+
+
+def _encode(vae: VAE, images: Tensor, noise: PictureNoise) -> Tensor:
+    """A sample of each picture's posterior, one by one, so that neighbours change nothing."""
+    dtype = next(vae.parameters()).dtype
+    pairs = zip(images.to(dtype).split(1), noise().to(dtype).split(1), strict=True)
+    return torch.cat([vae.encode(x).sample(eps) for x, eps in pairs]).to(noise.dtype)

@@ -1,0 +1,1 @@
+"""Single files of LDM, A1111 and ComfyUI, in parts: names, shapes, description, conventions."""

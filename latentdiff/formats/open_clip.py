@@ -1,0 +1,278 @@
+"""open_clip's text towers: their names, shapes, tokens and weights, as transformers has them.
+
+The names are those of open_clip's `TextTransformer`, which single files of SD 2.x hold too.
+"""
+
+import dataclasses
+import difflib
+import gzip
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from latentdiff.formats.header import refuse_pickle
+from latentdiff.formats.ldm.keys import TEXT_MODEL
+
+VOCAB_SIZE = 49408
+
+_ENDS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_BLOCK = {
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in {
+        "ln_1": "layer_norm1",
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }.items()
+    for kind in ("weight", "bias")
+}
+_PROJECTION = "text_projection"  # of the pooled state; the name in CLIPTextModelWithProjection too
+_BLOCK_NAME = re.compile(r"transformer\.resblocks\.(0|[1-9][0-9]{0,3})\.(.+)")
+_LAYER_NAME = re.compile(r"encoder\.layers\.(0|[1-9][0-9]{0,3})\.(.+)")
+
+# What a file may hold beside the text tower: the rest of the CLIP, and a mask that old ones kept.
+_BESIDE = ("visual.", "logit_scale", "logit_bias", "attn_mask")
+
+# Fields of open_clip's CLIPTextCfg that a CLIPTextConfig can say, and those of the projection,
+# which a CLIPTextModel has not. Every other field must be as open_clip has it by default.
+_SAID = {"context_length", "width", "heads", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"}
+_SAID |= {"proj_bias", "proj_type", "output_tokens"}
+
+
+def to_transformers(
+    tensors: Mapping[str, Tensor], *, layers: int | None = None
+) -> dict[str, Tensor]:
+    """Tensors of an open_clip text tower under the names of a CLIPTextModel.
+
+    They may be those of a whole CLIP, of which the image tower is passed over, and the text tower's
+    may begin with `text.`. `text_projection`, where there is one, becomes `text_projection.weight`,
+    a name of CLIPTextModelWithProjection; all others begin with `text_model.`. layers: how many
+    blocks to keep, from the first; SD 2.x keeps 23 of 24, and the final norm stays behind them.
+    Raises ValueError for a name that a CLIPTextModel has no place for, and when `layers` is not
+    from 1 to the number of blocks.
+    """
+    names = {name: without_prefix(name) for name in tensors}
+    blocks = {int(match[1]) for name in names.values() if (match := _BLOCK_NAME.fullmatch(name))}
+    if layers is not None and not 1 <= layers <= len(blocks):
+        raise ValueError(f"layers={layers} must be from 1 to {len(blocks)}, all that there are")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        bare = names[name]
+        if bare.startswith(_BESIDE):
+            continue
+        if match := _BLOCK_NAME.fullmatch(bare):
+            if layers is not None and int(match[1]) >= layers:
+                continue
+            new = _split_block(match[1], match[2], name, tensor)
+        elif bare in _ENDS:
+            new = {TEXT_MODEL + _ENDS[bare]: tensor}
+        elif bare == _PROJECTION and tensor.ndim == 2:
+            new = {f"{_PROJECTION}.weight": tensor.T}
+        else:
+            raise _no_place(name, tensor)
+        if not found.keys().isdisjoint(new):
+            raise ValueError(f"{bare} is there twice, with `text.` and without")
+        found |= new
+    return found
+
+
+def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a CLIPTextModel, with `text_model.` or without, under open_clip's names.
+
+    Raises ValueError for a name that a CLIPTextModel has not, and for a layer without q, k or v.
+    """
+    ends = {ours: theirs for theirs, ours in _ENDS.items()}
+    block = {ours: theirs for theirs, ours in _BLOCK.items()}
+    found: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}  # of what open_clip keeps in one: q, k and v
+    for name, tensor in tensors.items():
+        bare = name.removeprefix(TEXT_MODEL)
+        match = _LAYER_NAME.fullmatch(bare)
+        if match and match[2] in block:
+            found[f"transformer.resblocks.{match[1]}.{block[match[2]]}"] = tensor
+        elif match and (part := re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", match[2])):
+            joined = f"transformer.resblocks.{match[1]}.attn.in_proj_{part[2]}"
+            parts.setdefault(joined, {})[part[1]] = tensor
+        elif bare in ends:
+            found[ends[bare]] = tensor
+        elif bare == f"{_PROJECTION}.weight" and tensor.ndim == 2:
+            found[_PROJECTION] = tensor.T
+        elif bare != "embeddings.position_ids":  # 0, 1, 2 …, which old files hold
+            raise _no_place(name, tensor)
+    for joined, qkv in parts.items():
+        if len(qkv) < 3:
+            raise ValueError(f"{joined} needs q, k and v; there is only {', '.join(sorted(qkv))}")
+        found[joined] = torch.cat([qkv["q"], qkv["k"], qkv["v"]])
+    return found
+
+
+def without_prefix(name: str) -> str:
+    """A name without the `text.` that it has in open_clip's CustomTextCLIP."""
+    return name.removeprefix("text.")
+
+
+def beside(name: str, *, layers: int | None) -> bool:
+    """Whether a file may hold this and a text tower of its first `layers` blocks needs it not."""
+    match = _BLOCK_NAME.fullmatch(name)
+    dropped = match is not None and layers is not None and int(match[1]) >= layers
+    return dropped or name.startswith((*_BESIDE, _PROJECTION))
+
+
+def text_config(name: str, *, layers: int | None = None) -> dict[str, Any]:
+    """What a CLIPTextConfig says of the text tower of an open_clip model, such as "ViT-H-14".
+
+    layers: how many of its blocks are kept. Raises ValueError for a name that open_clip does not
+    know and for a tower that a CLIPTextModel cannot express, naming what is in the way.
+    """
+    import open_clip
+
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        raise ValueError(
+            f"open_clip has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else "")
+        )
+    model = open_clip.get_model_config(name)
+    assert model is not None
+    tower = open_clip.CLIPTextCfg(**model["text_cfg"])
+    plain = open_clip.CLIPTextCfg()
+    for field in dataclasses.fields(tower):
+        value, default = getattr(tower, field.name), getattr(plain, field.name)
+        if field.name not in _SAID and value != default:
+            raise _cannot(name, field.name, value, f"only {default!r}")
+    activation = _activation(model, tower.act_kwargs)
+    if activation is None:
+        raise _cannot(name, "act_kwargs", tower.act_kwargs, "only {'approximate': 'tanh'}")
+    norm = tower.norm_kwargs or {}
+    if not norm.keys() <= {"eps"}:
+        raise _cannot(name, "norm_kwargs", norm, "only eps")
+    if layers is not None and not 1 <= layers <= tower.layers:
+        raise ValueError(f"layers={layers} must be from 1 to {tower.layers}, all that {name} has")
+    return {
+        "vocab_size": tower.vocab_size,
+        "hidden_size": tower.width,
+        "intermediate_size": int(tower.width * tower.mlp_ratio),
+        "projection_dim": model["embed_dim"],
+        "num_hidden_layers": tower.layers if layers is None else layers,
+        "num_attention_heads": tower.heads,
+        "max_position_embeddings": tower.context_length,
+        "hidden_act": activation,
+        "layer_norm_eps": norm.get("eps", 1e-5),
+        "bos_token_id": VOCAB_SIZE - 2,
+        "eos_token_id": VOCAB_SIZE - 1,
+        "pad_token_id": tower.pad_id,
+    }
+
+
+def clip_tokenizer(length: int) -> CLIPTokenizer:
+    """CLIP's tokenizer of 49,408 words from the file that open_clip brings; pads with "!", id 0.
+
+    It splits text as open_clip's `SimpleTokenizer` does, but does not clean it first (ftfy, HTML's
+    `&amp;`), knows no `<start_of_text>`, and a capital sigma that ends a word becomes σ, not ς.
+    """
+    from open_clip.tokenizer import default_bpe
+
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    symbols = list(bytes_to_unicode().values())
+    # The file has a title and more merges than the vocabulary has places for, beside the 256
+    # bytes, the same ending a word, start and end.
+    merges = [tuple(line.split()) for line in lines[1 : VOCAB_SIZE - 2 * len(symbols) - 2 + 1]]
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(m) for m in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    assert len(set(words)) == VOCAB_SIZE
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=merges,  # pyright: ignore[reportArgumentType] # annotated as text, pairs at run time
+        pad_token="!",
+        model_max_length=length,
+    )
+
+
+def find_weights(name: str, weights: Path | str) -> Path:
+    """The safetensors file of `weights`: a file itself, or a tag of open_clip's such as "openai".
+
+    A tag's file is fetched from the Hugging Face Hub into its cache, and taken from there offline.
+    Not by open_clip, which fetches the pickle where it finds nothing else. Raises ValueError for a
+    tag that `name` has not, whose activation is another one, or that is pickled only, and when the
+    file is neither in the cache nor in reach.
+    """
+    if isinstance(weights, Path) or Path(weights).suffix or Path(weights).is_file():
+        return Path(weights)
+    import open_clip
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    tag = open_clip.get_pretrained_cfg(name, weights)
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"weights={weights!r} is no file and no tag of {name}; its tags: {tags}")
+    quick = bool(tag.get("quick_gelu"))
+    if quick != (text_config(name)["hidden_act"] == "quick_gelu"):
+        other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
+        raise ValueError(
+            f"the weights {weights!r} were trained with {'quick_gelu' if quick else 'gelu'}, "
+            f"which {name} has not; the model with it is {other}"
+        )
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if not repository:
+        raise ValueError(refuse_pickle(Path(tag["url"])))
+    safe = Path(file).with_suffix(".safetensors").name if file else "open_clip_model.safetensors"
+    try:
+        return Path(hf_hub_download(repository, safe, library_name="latentdiff"))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{repository} on the Hugging Face Hub is out of reach, and {safe} is not in the cache"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(
+            refuse_pickle(Path(repository) / (file or "open_clip_pytorch_model.bin"))
+        ) from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{repository}: the Hugging Face Hub refuses it ({error})") from error
+
+
+def _split_block(block: str, name: str, whole: str, tensor: Tensor) -> dict[str, Tensor]:
+    layer = f"{TEXT_MODEL}encoder.layers.{block}"
+    if name in _BLOCK:
+        return {f"{layer}.{_BLOCK[name]}": tensor}
+    if name not in ("attn.in_proj_weight", "attn.in_proj_bias"):
+        raise _no_place(whole, tensor)
+    if tensor.ndim == 0 or len(tensor) % 3:
+        raise ValueError(f"{whole} of shape {tuple(tensor.shape)} must hold q, k and v")
+    kind = name.removeprefix("attn.in_proj_")
+    # Each a tensor of its own: parts of one would keep all three in memory, and in step.
+    return {
+        f"{layer}.self_attn.{part}_proj.{kind}": third.clone()
+        for part, third in zip("qkv", tensor.chunk(3), strict=True)
+    }
+
+
+def _activation(model: Mapping[str, Any], options: Mapping[str, Any] | None) -> str | None:
+    if not options:
+        return "quick_gelu" if model.get("quick_gelu") else "gelu"
+    return "gelu_pytorch_tanh" if dict(options) == {"approximate": "tanh"} else None
+
+
+def _cannot(name: str, field: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(
+        f"the text tower of {name} has {field}={value!r}, which a CLIPTextModel cannot express; "
+        f"{allowed}"
+    )
+
+
+def _no_place(name: str, tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"{name[:120]!r} of shape {tuple(tensor.shape)} has no place in a CLIP text tower"
+    )

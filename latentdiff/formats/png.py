@@ -1,0 +1,217 @@
+"""How a picture was drawn, kept in its PNG file: a line for people, a record to draw it again.
+
+`parameters` is the text that AUTOMATIC1111's web UI writes (formats/a1111.py), which many programs
+show. `latentdiff` is JSON of ours, the only thing here that is read to draw a picture again.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    Required,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from PIL import Image, PngImagePlugin
+
+from latentdiff.formats.weights import replacing
+
+PARAMETERS = "parameters"
+RECORD = "latentdiff"
+RECORD_VERSION = 1
+LONG = 1000  # characters; a longer record is compressed
+MAX_BYTES = 2**28  # of a file; Pillow reads a text chunk whole before it asks how long it is
+
+
+class FileRecord(TypedDict):
+    """A file that a picture was drawn from: its name, and what has to be in it."""
+
+    name: str
+    sha256: str
+
+
+class LoraRecord(FileRecord):
+    """A LoRA and how strongly it was applied."""
+
+    scale: float
+
+
+class RequestRecord(TypedDict, total=False):
+    """The options of `pipe(...)` that draw the picture alone; those left out have their default."""
+
+    prompt: Required[str]
+    seed: Required[int]
+    steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_interval: list[float]
+    guidance_eta: float
+    guidance_norm_threshold: float
+    guidance_momentum: float
+    negative_prompt: str
+    prompt_weighting: bool
+    height: int
+    width: int
+    sampler: str
+    level_spacing: str
+    strength: float
+    variation_strength: float
+    variation_seed: int
+
+
+class Record(TypedDict):
+    """Everything that decides the pixels of one picture."""
+
+    request: RequestRecord
+    image: NotRequired[FileRecord]
+    mask_image: NotRequired[FileRecord]
+    model: str
+    model_sha256: str | None
+    dtype: Literal["float32", "float16", "bfloat16"]
+    device: str
+    packages: dict[str, str]
+    loras: list[LoraRecord]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a PNG file says about its drawing; None where it says nothing."""
+
+    parameters: str | None
+    record: Record | None
+
+
+def save_png(
+    image: Image.Image,
+    path: str | Path,
+    *,
+    parameters: str | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a PNG file, atomically, with what is given about its drawing; the pixels stay the same.
+
+    `record` has the fields of `Record`; anything else is a ValueError.
+    Texts may hold any characters: in the record they come back as they were, in `parameters` those
+    that no PNG text can hold (NUL, lone surrogates) become question marks.
+    """
+    texts = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        printable = parameters.encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
+        texts.add_text(PARAMETERS, printable)
+    if record is not None:
+        # ASCII, because UTF-8 cannot hold the lone surrogates of an undecodable command line.
+        content = json.dumps({"version": RECORD_VERSION, **record}, allow_nan=False)
+        _record(content)  # what cannot be read is not written
+        texts.add_itxt(RECORD, content, zip=LONG < len(content) <= PngImagePlugin.MAX_TEXT_CHUNK)
+    with replacing(Path(path)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=texts)
+
+
+def read_png(path: str | Path) -> Metadata:
+    """Read what a PNG file says about its drawing; no pixel is decoded.
+
+    Raises ValueError, in one sentence that names the file, if it is not a PNG file or says nothing,
+    and if its record is damaged, of another version, or has fields that are unknown, missing or of
+    a wrong type.
+    """
+    path = Path(path)
+    info = _info(path)
+    parameters, content = info.get(PARAMETERS), info.get(RECORD)
+    if not isinstance(parameters, str):
+        parameters = None
+    if not isinstance(content, str):
+        if parameters is None:
+            raise ValueError(f"{path}: has no metadata that says how the picture was drawn")
+        return Metadata(parameters, None)
+    try:
+        return Metadata(parameters, _record(content))
+    except ValueError as error:
+        raise ValueError(f"{path}: its record of the drawing cannot be read: {error}") from error
+
+
+def _info(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a PNG picture")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, too large to be read")
+    try:
+        with warnings.catch_warnings():
+            # Nothing is decoded, so that a huge picture does no harm.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG"]) as image:
+                return dict(image.info)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path}: is not a PNG picture, or is damaged") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a PNG picture ({error})") from error
+
+
+def _record(content: str) -> Record:
+    try:
+        values = json.loads(content, parse_constant=_refuse_constant)
+        if not isinstance(values, dict):
+            raise ValueError(f"it is a JSON {type(values).__name__}, not an object")
+        version = values.pop("version", None)
+        if version != RECORD_VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"its version={_short(version)} is not {RECORD_VERSION}, the one known here"
+            )
+        return _checked(values, Record, "record")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    """A JSON value as the Python type `kind`; ValueError names what is not of it."""
+    if is_typeddict(kind):
+        return _fields(value, kind, name)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # X | None
+        assert arguments[1] is NoneType
+        return None if value is None else _checked(value, arguments[0], name)
+    if origin is dict and isinstance(value, dict):
+        return {
+            k: _checked(item, arguments[1], f"{name}[{_short(k)}]") for k, item in value.items()
+        }
+    if origin is list and isinstance(value, list):
+        return [_checked(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value)]
+    if origin is Literal and isinstance(value, str) and value in arguments:
+        return value
+    if kind is float and type(value) is int and abs(value) < 2**64:  # far from overflowing
+        return float(value)
+    if type(value) is not kind:  # not isinstance: True is an int
+        wanted = kind.__name__ if origin is None else str(kind)
+        wanted = f"one of {', '.join(arguments)}" if origin is Literal else f"of type {wanted}"
+        raise ValueError(f"{name}={_short(value)} must be {wanted}")
+    return value
+
+
+def _fields(value: Any, kind: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={_short(value)} must be an object")
+    hints = get_type_hints(kind)
+    for field in sorted(value.keys() - hints.keys()):
+        raise ValueError(f"{name} has a field {_short(field)} that is unknown")
+    for field in sorted(kind.__required_keys__ - value.keys()):
+        raise ValueError(f"{name} has no field {field}")
+    return {field: _checked(value[field], hints[field], f"{name}.{field}") for field in value}
+
+
+def _short(value: Any) -> str:
+    """How a value looks, in as many characters as a sentence bears."""
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

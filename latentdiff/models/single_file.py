@@ -1,0 +1,82 @@
+"""The networks of a single file, both ways: formats/single_file.py has the file itself."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.formats.hub import fetch_tokenizer
+from latentdiff.formats.ldm.loaders import SD2_TOWER, differences
+from latentdiff.formats.open_clip import TEXT_MODEL
+from latentdiff.formats.single_file import TOKENIZER_FILES, SingleFile
+from latentdiff.models.text import TextEncoder, empty_tower, fill_tower, save_tokenizer
+from latentdiff.models.text_config import load_tokenizer
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.vae import VAE, VAEConfig
+
+# CLIP's own tokenizer, which SD 1.x and 2.x share and no single file but ours holds.
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+
+
+def networks(
+    file: SingleFile, *, tokenizer: str | Path | None = None
+) -> tuple[UNet, VAE, TextEncoder]:
+    """UNet, VAE and text encoder of a single file; their weights are the file's, not copies.
+
+    tokenizer: a folder with a CLIP tokenizer, or a hub id; by default the one that the file holds,
+    or else CLIP's own from the hub (or its cache). Raises ValueError if configurations and weights
+    do not fit each other, or if there is no tokenizer.
+    """
+    unet = _network(UNet, UNetConfig, file.unet_config, file.unet)
+    vae = _network(VAE, VAEConfig, file.vae_config, file.vae)
+    tower = fill_tower(empty_tower(file.text_config), file.text_encoder)
+    with tempfile.TemporaryDirectory() as temporary:
+        if tokenizer is not None or file.tokenizer is None:
+            folder = Path(CLIP_TOKENIZER if tokenizer is None else tokenizer)
+            folder = folder if folder.is_dir() else fetch_tokenizer(str(folder))
+        else:
+            folder = Path(temporary)
+            for name, text in file.tokenizer.items():
+                if name in TOKENIZER_FILES:  # never a path of the file's choice
+                    (folder / name).write_text(text, encoding="utf-8")
+        words = load_tokenizer(folder, tower.config)
+    is_sd2 = not differences(file.text_config, SD2_TOWER)
+    if tokenizer is None and file.tokenizer is None and is_sd2:
+        words.pad_token = "!"  # as open_clip pads with token 0, which SD 2.x was trained on
+    return unet, vae, TextEncoder(tower, words)
+
+
+def single_file(
+    unet: UNet, vae: VAE, text_encoder: TextEncoder, scheduler_config: dict[str, Any]
+) -> SingleFile:
+    """A model as `formats.single_file.write_single_file` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(text_encoder.tokenizer, Path(folder))
+        paths = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file()]
+        tokenizer = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    return SingleFile(
+        unet=unet.state_dict(),
+        vae=vae.state_dict(),
+        text_encoder={
+            TEXT_MODEL + name.removeprefix(TEXT_MODEL): tensor
+            for name, tensor in text_encoder.model.state_dict().items()
+        },
+        unet_config=unet.config.to_dict(),
+        vae_config=vae.config.to_dict(),
+        text_config=json.loads(text_encoder.model.config.to_json_string(use_diff=False)),
+        scheduler_config=scheduler_config,
+        tokenizer=tokenizer,
+    )
+
+
+def _network(cls: Any, config_cls: Any, values: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    with torch.device("meta"):
+        network = cls(config_cls.from_dict(values))
+    try:
+        network.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # torch lists everything, a line each
+        raise ValueError(f"the weights do not fit the {cls.__name__}: {error}") from error
+    return network.eval()

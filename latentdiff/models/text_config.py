@@ -1,0 +1,105 @@
+"""Configuration and tokenizer of a text tower, read from files that anyone may have written.
+
+Nothing of `config.json` reaches transformers but the keys named here, each checked: others choose
+code to run there (attention kernels from the Hub, quantizers) or say how much memory to take.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers.activations import ACT2FN
+
+from latentdiff.formats.header import shown
+
+# Far above every published tower; under these even an absurd one is built, empty, in a second.
+_MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**15,
+    "intermediate_size": 2**17,
+    "projection_dim": 2**15,
+    "num_hidden_layers": 2**8,
+    "num_attention_heads": 2**10,
+    "max_position_embeddings": 2**16,
+}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NUMBERS = ("layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor")
+
+
+def tower_config(values: Mapping[str, Any]) -> CLIPTextConfig:
+    """The configuration of a CLIP text tower, from the keys of a `config.json`.
+
+    That of a whole CLIP (`model_type` "clip") has the tower's keys under `text_config`. What the
+    tower computes with is taken, and all the rest passed over. Raises ValueError, naming key and
+    value, for another kind of model and for values of a wrong type or beyond all towers there are.
+    """
+    kind = values.get("model_type", "clip_text_model")
+    if kind == "clip" and isinstance(values.get("text_config"), dict):
+        values = values["text_config"]
+    elif kind != "clip_text_model":
+        raise ValueError(
+            f"the text encoder has model_type={shown(kind)}; only clip_text_model is supported"
+        )
+    for key, most in _MOST.items():
+        value = values.get(key, 1)
+        if key == "projection_dim" and value is None:  # of what comes behind the tower
+            continue
+        if not (type(value) is int and 1 <= value <= most):
+            raise _refused(key, value, f"a whole number from 1 to {most}")
+    for key in _TOKENS:
+        value = values.get(key, 0)
+        if not (type(value) is int and 0 <= value < _MOST["vocab_size"]):
+            raise _refused(key, value, f"a token's number, from 0 to {_MOST['vocab_size'] - 1}")
+    for key in _NUMBERS:
+        value = values.get(key, 0)
+        if not (type(value) in (int, float) and 0 <= value <= 1000):  # nor is NaN
+            raise _refused(key, value, "a number from 0 to 1000")
+    activation = values.get("hidden_act", "gelu")
+    if not (isinstance(activation, str) and activation in ACT2FN):
+        raise _refused("hidden_act", activation, "the name of an activation, as quick_gelu")
+    keys = (*_MOST, *_TOKENS, *_NUMBERS, "hidden_act")
+    known = {key: values[key] for key in keys if key in values}
+    known |= {key: float(known[key]) for key in _NUMBERS if key in known}  # transformers asks
+    width, heads = (
+        known.get(key, getattr(CLIPTextConfig, key))
+        for key in ("hidden_size", "num_attention_heads")
+    )
+    if width % heads:
+        raise ValueError(f"hidden_size={width} must be divisible by num_attention_heads={heads}")
+    return CLIPTextConfig(**known)
+
+
+def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
+    """Read a CLIPTokenizer for the tower of this configuration.
+
+    Raises ValueError when the files are not a tokenizer's, when a prompt has other tokens than the
+    tower, and when one has more tokens than the tower has places for.
+    """
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers has no class of its own for what it cannot read
+        raise ValueError(f"{folder} holds no CLIP tokenizer ({shown(str(error))})") from error
+    length, places = tokenizer.model_max_length, config.max_position_embeddings
+    if type(length) is not int or not 3 <= length <= places:
+        raise ValueError(
+            f"{folder}: model_max_length={shown(length)} must be from 3 to the text encoder's "
+            f"max_position_embeddings={places}"
+        )
+    words = tokenizer.get_vocab()
+    most = max(words.values())
+    if most >= config.vocab_size:
+        raise ValueError(
+            f"{folder}: token {most} is beyond the text encoder's vocab_size={config.vocab_size}"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"{folder}: the tokenizer has no {name.removesuffix('_id')}")
+    unknown = tokenizer.backend_tokenizer.model.unk_token  # which text would stop at
+    if unknown is not None and unknown not in words:
+        raise ValueError(f"{folder}: unk_token={shown(unknown)} is not in the vocabulary")
+    return tokenizer
+
+
+def _refused(key: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{key}={shown(value)} of the text encoder must be {allowed}")

@@ -1,0 +1,223 @@
+"""What one call of the pipeline asks for: every option, checked as far as no model is needed."""
+
+import functools
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from PIL import Image
+
+from latentdiff.guidance import Guidance
+from latentdiff.levels import LevelSpacing
+from latentdiff.samplers import find_sampler
+
+P = ParamSpec("P")
+Owner = TypeVar("Owner")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Draw `num_images` pictures of each prompt.
+
+    The same seed gives the same picture on the same device, alone or among others: a picture's
+    first noise is `torch.randn((1, C, H, W), generator=torch.Generator().manual_seed(seed))`, and
+    the noise that a sampler adds on the way comes from the same generator. On the CPU that holds
+    bit for bit; on an accelerator, whose kernels change with the batch, up to rounding.
+
+    Raises ValueError, naming the field, for anything that cannot be drawn.
+    """
+
+    prompt: str | Sequence[str]
+    """Plain text of any length: what the text encoder cannot read at once it reads in chunks."""
+    _: KW_ONLY
+    steps: int = 50
+    """Noise levels walked through, >= 1."""
+    num_inference_steps: int | None = None
+    """Another word for `steps`."""
+    guidance_scale: float = 7.5
+    """How far from the negative prompt, >= 0; 1 is off and halves the time."""
+    guidance_rescale: float = 0.0
+    """This and the next four: the other fields of `latentdiff.guidance.Guidance`."""
+    guidance_interval: Sequence[float] | None = None
+    guidance_eta: float = 1.0
+    guidance_norm_threshold: float | None = None
+    guidance_momentum: float = 0.0
+    negative_prompt: str | Sequence[str] = ""
+    """What to stay away from: one for all prompts, or one for each."""
+    prompt_weighting: bool = False
+    """Whether "(word:1.2)" weighs a word; otherwise brackets are brackets."""
+    height: int | None = None
+    """In pixels, as is width; by default those of `image`, or what the UNet was trained on."""
+    width: int | None = None
+    seed: int | Sequence[int] | None = None
+    """One for each picture; one number counts up from there; None draws fresh ones."""
+    num_images: int = 1
+    sampler: str = "ddim"
+    """A name in `latentdiff.samplers.SAMPLERS`, or that of a scheduler class of diffusers."""
+    level_spacing: LevelSpacing | None = None
+    """How the noise levels are spaced; None is as the model's configuration says."""
+    image: Image.Image | Sequence[Image.Image] | None = None
+    """Image-to-image: the picture to start from, one for all prompts or one for each."""
+    strength: float | None = None
+    """0 … 1: how much of `image` is given up, which is the share of `steps` that is walked; by
+    default 0.8, or 1 with a mask."""
+    mask_image: Image.Image | Sequence[Image.Image] | None = None
+    """Inpainting: white is drawn anew, black is kept; one for all prompts or one for each."""
+    variation_seed: int | Sequence[int] | None = None
+    """As `seed`, of the noise that `variation_strength` goes towards."""
+    variation_strength: float = 0.0
+    """0 … 1: how far the first noise goes from that of `seed` to that of `variation_seed`. Above 0
+    a single `seed` is that of all pictures: only the variation seeds count up."""
+    progress: bool = field(default=True, repr=False)
+    """Whether a bar shows the steps."""
+
+    prompts: tuple[str, ...] = field(init=False, repr=False)
+    """This and the next five: an entry for each picture, prompt by prompt."""
+    negative_prompts: tuple[str, ...] = field(init=False, repr=False)
+    seeds: tuple[int, ...] = field(init=False, repr=False)
+    variation_seeds: tuple[int, ...] = field(init=False, repr=False)
+    images: tuple[Image.Image, ...] = field(init=False, repr=False)
+    masks: tuple[Image.Image, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps is not None:
+            self._set("steps", self.num_inference_steps)
+            self._set("num_inference_steps", None)
+        for name in ("steps", "num_images", "height", "width"):
+            value = getattr(self, name)
+            if not (value is None and name in ("height", "width")):
+                _check_count(name, value)
+        find_sampler(self.sampler)
+        for name, one in (("prompt", "text"), ("negative_prompt", "text")):
+            values = _listed(name, getattr(self, name), str, one)
+            self._set(f"{name}s", self._for_each_picture(name, values))
+        for name, plural in (("image", "images"), ("mask_image", "masks")):
+            value = getattr(self, name)
+            values = [] if value is None else _listed(name, value, Image.Image, "picture")
+            self._set(plural, self._for_each_picture(name, values) if values else ())
+        self._check_image()
+        self._check_seeds()
+        _ = self.guidance  # which checks its fields
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def _for_each_picture(self, name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+        prompts = 1 if isinstance(self.prompt, str) else len(self.prompt)
+        if len(values) == 1:
+            values = list(values) * prompts
+        if len(values) != prompts:
+            raise ValueError(
+                f"{name} lists {len(values)} for {prompts} prompts; give one, or one for each"
+            )
+        return tuple(value for value in values for _ in range(self.num_images))
+
+    def _check_image(self) -> None:
+        if self.strength is None:
+            self._set("strength", 1.0 if self.masks else 0.8 if self.images else 1.0)
+        elif not self.images:
+            raise ValueError(f"strength={self.strength} needs an image to start from")
+        if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
+            raise ValueError(f"strength={self.strength!r} must be a number from 0 to 1")
+        if self.walked_steps < 1:
+            raise ValueError(
+                f"strength={self.strength} leaves none of steps={self.steps}: it must be at least "
+                f"{1 / self.steps:.3g}"
+            )
+        if self.masks and not self.images:
+            raise ValueError("mask_image needs an image, of which it says what to keep")
+
+    def _check_seeds(self) -> None:
+        count, varied = len(self.prompts), self.variation_strength
+        if not isinstance(varied, int | float) or not 0 <= varied <= 1:
+            raise ValueError(f"variation_strength={varied!r} must be a number from 0 to 1")
+        if self.variation_seed is not None and not varied:
+            raise ValueError(
+                f"variation_seed={self.variation_seed} needs a variation_strength above 0"
+            )
+        same = varied > 0 and isinstance(self.seed, int)
+        self._set("seeds", _seeds("seed", [self.seed] * count if same else self.seed, count))
+        self._set("variation_seeds", _seeds("variation_seed", self.variation_seed, count))
+
+    @property
+    def walked_steps(self) -> int:
+        """How many of the steps are walked, the last ones: all of them unless `strength` is < 1."""
+        return int(self.steps * (1 if self.strength is None else self.strength))
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance that the fields `guidance_…` describe."""
+        names = [f.name for f in fields(Guidance)]
+        return Guidance(**{name: getattr(self, f"guidance_{name}") for name in names})
+
+    def record(self, i: int) -> dict[str, Any]:
+        """Every option of picture i alone that is not None, for JSON.
+
+        `Request(**record)` asks for it again, once `image` and `mask_image` are given as they were;
+        defaults are in it, because a later release may choose others.
+        """
+        alone: dict[str, Any] = {
+            "prompt": self.prompts[i],
+            "negative_prompt": self.negative_prompts[i],
+            "seed": self.seeds[i],
+            "strength": self.strength if self.images else None,
+            "variation_seed": self.variation_seeds[i] if self.variation_strength else None,
+        }
+        left_out = ("image", "mask_image", "num_images", "progress")
+        names = [f.name for f in fields(self) if f.init and f.name not in left_out]
+        values = {name: alone.get(name, getattr(self, name)) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def asks(
+    request: Callable[P, Request],
+) -> Callable[[Callable[[Owner, Request], Result]], Callable[Concatenate[Owner, P], Result]]:
+    """Give a method that takes a Request the request's own arguments: pipe("a cat", steps=50)."""
+
+    def decorate(
+        method: Callable[[Owner, Request], Result],
+    ) -> Callable[Concatenate[Owner, P], Result]:
+        @functools.wraps(method)
+        def call(self: Owner, *args: P.args, **options: P.kwargs) -> Result:
+            return method(self, request(*args, **options))
+
+        owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = inspect.signature(request)
+        result = inspect.signature(method).return_annotation
+        shown = signature.replace(  # by help() and editors
+            parameters=[owner, *signature.parameters.values()], return_annotation=result
+        )
+        setattr(call, "__signature__", shown)  # noqa: B010 - which type checkers do not know
+        return call
+
+    return decorate
+
+
+def _listed(name: str, value: Any, kind: type, one: str) -> list[Any]:
+    values = [value] if isinstance(value, str | Image.Image) else list(value)
+    if not values:
+        raise ValueError(f"{name} is an empty list; give at least one {one}")
+    for item in values:
+        if not isinstance(item, kind):
+            raise ValueError(f"{name} holds {item!r}; it must be a {one} or a list of them")
+    return values
+
+
+def _seeds(name: str, seed: Any, count: int) -> tuple[int, ...]:
+    if seed is None:
+        return tuple(random.SystemRandom().randrange(2**32) for _ in range(count))
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"{name} lists {len(seeds)} seeds for {count} pictures; give one for each")
+    for one in seeds:
+        if not isinstance(one, int) or not 0 <= one < 2**64:
+            raise ValueError(f"{name}={one!r} must be a whole number from 0 to 2**64 - 1")
+    return tuple(seeds)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")

@@ -1,0 +1,153 @@
+"""`latentdiff generate --from picture.png`: the same picture again, or one sentence why not."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from tiny import tiny_pipeline
+
+from latentdiff.cli import main
+from latentdiff.diffusion import Diffusion
+from latentdiff.formats.png import read_png
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline(folder / "tokens").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        sys.exit(main(["generate", *arguments]))
+    return int(exit_.value.code or 0)
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["a cat", "--seed", "7"],
+        ["a <b>猫</b>, (hat:1.3)\nand more words than fit", "--prompt_weighting", "--steps", "3"],
+        ["a", "b", "--num_images", "2", "--negative_prompt", "x", "--sampler", "euler_ancestral"],
+        ["a", "--level_spacing", "karras", "--sampler", "dpmpp_2m", "--guidance_rescale", "0.5"],
+        ["a", "--guidance_interval", "0.5", "5", "--height", "12", "--width", "24"],
+        ["a", "--guidance_eta", "0", "--guidance_norm_threshold", "2", "--dtype", "bfloat16"],
+        ["a", "--variation_strength", "0.3", "--num_images", "2"],
+        ["a", "--image", "PHOTO", "--strength", "0.6"],
+        ["a", "--image", "PHOTO", "--mask_image", "PHOTO"],
+    ],
+)
+def test_a_picture_is_drawn_again_bit_for_bit(
+    model: str,
+    photo: str,
+    tmp_path: Path,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [photo if option == "PHOTO" else option for option in options]
+    if "--steps" not in options:
+        options += ["--steps", "4"]
+    assert run(*options, "--model", model, "--out", str(tmp_path / "first"), "--no-grid") == 0
+    pictures = sorted((tmp_path / "first").iterdir())
+    for i, path in enumerate(pictures):
+        again = tmp_path / f"again{i}"
+        assert run("--from", str(path), "--out", str(again)) == 0
+        (drawn,) = again.iterdir()
+        assert pixels(drawn) == pixels(path)
+        assert read_png(drawn) == read_png(path)
+    assert "latentdiff:" not in capsys.readouterr().err  # no warning
+
+
+def test_what_is_given_besides_replaces_what_the_picture_says(model: str, tmp_path: Path) -> None:
+    first = ["a cat", "--model", model, "--steps", "3", "--out", str(tmp_path / "1"), "--seed", "1"]
+    assert run(*first) == 0
+    (path,) = (tmp_path / "1").iterdir()
+    assert run("--from", str(path), "--seed", "2", "--out", str(tmp_path / "2")) == 0
+    assert run(*first[:-3], str(tmp_path / "3"), "--seed", "2") == 0
+    assert pixels(tmp_path / "2" / "0000-2.png") == pixels(tmp_path / "3" / "0000-2.png")
+    assert pixels(tmp_path / "2" / "0000-2.png") != pixels(path)
+
+
+def test_another_model_is_said_to_be_another(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    tiny_pipeline(other / "tokens", seed=5).save_pretrained(other)
+    assert run("a", "--model", model, "--steps", "2", "--out", str(tmp_path / "out")) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    assert run("--from", str(path), "--model", str(other), "--out", str(tmp_path / "again")) == 0
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("latentdiff:")]
+    assert "the picture may come out differently: it was drawn with model" in line
+    assert "torch" not in line
+
+
+def test_a_picture_of_the_webui_is_drawn_with_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diffusion = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading")
+    tiny_pipeline(tmp_path / "tokens", diffusion).save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    theirs = PngImagePlugin.PngInfo()
+    theirs.add_text(
+        "parameters",
+        "a cat\nNegative prompt: a dog\nSteps: 3, Sampler: Euler a, CFG scale: 2, Seed: 9, "
+        "Size: 16x16, Model hash: cc6cb27103, Model: v1-5, Clip skip: 2, Version: v1.10.1",
+    )
+    path = tmp_path / "webui.png"
+    Image.new("RGB", (16, 16)).save(path, pnginfo=theirs)
+    assert run("--from", str(path), "--model", model, "--out", str(tmp_path / "1")) == 0
+    assert "without a meaning here: Model: v1-5, Clip skip: 2" in capsys.readouterr().err
+    same = ["a cat", "--negative_prompt", "a dog", "--steps", "3", "--sampler", "euler_ancestral"]
+    same += ["--guidance_scale", "2", "--seed", "9", "--level_spacing", "linspace"]
+    assert run(*same, "--model", model, "--out", str(tmp_path / "2")) == 0
+    assert pixels(tmp_path / "1" / "0000-9.png") == pixels(tmp_path / "2" / "0000-9.png")
+
+
+def test_no_metadata_writes_the_same_pixels_and_nothing_else(model: str, tmp_path: Path) -> None:
+    options = ["a cat", "--model", model, "--steps", "2", "--seed", "3", "--out"]
+    assert run(*options, str(tmp_path / "with")) == 0
+    assert run(*options, str(tmp_path / "without"), "--no-metadata") == 0
+    with Image.open(tmp_path / "without" / "0000-3.png") as image:
+        assert image.info == {}
+    assert pixels(tmp_path / "with" / "0000-3.png") == pixels(tmp_path / "without" / "0000-3.png")
+
+
+def test_what_cannot_be_drawn_again_is_one_sentence(
+    model: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    own = tmp_path / "own.png"
+    own.write_bytes(Path(photo).read_bytes())
+    assert run("a", "--model", model, "--steps", "3", "--image", str(own), *out) == 0
+    (drawn,) = (tmp_path / "out").iterdir()
+    capsys.readouterr()
+
+    assert run("--from", photo, *out) == 2
+    assert "photo.png: has no metadata" in capsys.readouterr().err
+    Image.new("RGB", (16, 16)).save(own)
+    assert run("--from", str(drawn), *out) == 2
+    assert "own.png is not the file that the picture was drawn from" in capsys.readouterr().err
+    own.unlink()
+    assert run("--from", str(drawn), *out) == 2
+    assert "own.png, which the picture was drawn from, is not there" in capsys.readouterr().err
+    assert run("--from", str(drawn), "--image", photo, *out) == 0
+    assert run("a", "--image", str(own), *out) == 2
+    assert f"--image: {own} is not a file" in capsys.readouterr().err
+    assert run(*out) == 2
+    assert "nothing to draw" in capsys.readouterr().err
