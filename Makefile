@@ -31,19 +31,19 @@ demo: $(VENV)/.installed ## draw "a cat" and a grid of twelve prompts with the e
 	@echo "The pictures:"
 	@printf '  %s\n' "$(CURDIR)/$(DEMO)"/a-cat/*.png "$(CURDIR)/$(DEMO)/grid/grid.png"
 
-check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests: about a minute
+check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests: a minute and a half
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick lint types
 
 quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses=2
 
 test: lint types ## every check and every test: at most 15 minutes on two cores
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 --numprocesses=2
 
 interchange: $(VENV)/.installed-dev ## measure every file format against other tools, into docs/interchange.md
 	$(BIN)/python -m pytest -q --interchange-table docs/interchange.md tests/test_interchange.py \
-	    tests/test_full_size.py tests/test_single_file.py tests/test_open_clip.py tests/test_lora.py \
-	    tests/test_a1111.py tests/test_editing.py
+	    tests/test_full_size.py tests/test_single_file.py tests/test_single_file_reading.py \
+	    tests/test_open_clip.py tests/test_lora.py tests/test_a1111.py tests/test_editing.py
 
 lint: $(VENV)/.installed-dev ## style, formatting and the import contracts
 	$(BIN)/ruff check

@@ -337,9 +337,9 @@ def test_denoiser_takes_a_level_of_its_own_for_each_picture():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "sigmoid"}, "schedule=sigmoid must be one of linear, scaled_linear"),
-        ({"prediction": "noise"}, "prediction=noise must be one of epsilon, sample"),
-        ({"timestep_spacing": "even"}, "timestep_spacing=even must be one of leading"),
+        ({"schedule": "sigmoid"}, "schedule='sigmoid' must be one of linear, scaled_linear"),
+        ({"prediction": "noise"}, "prediction='noise' must be one of epsilon, sample"),
+        ({"timestep_spacing": "even"}, "timestep_spacing='even' must be one of leading"),
         ({"num_timesteps": 1}, "num_timesteps=1 must be 2 to 100000"),
         ({"num_timesteps": 10**9}, "num_timesteps=1000000000 must be 2 to 100000"),
         (

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
+from table import DIFFUSERS, Measured
 from tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -214,17 +215,17 @@ def model(
         path.unlink()  # 2 to 3 GB
 
 
-def agree(ours: Tensor, theirs: Tensor, what: str) -> None:
+def agree(ours: Tensor, theirs: Tensor, tool: str, what: str, measured: Measured) -> None:
     largest = theirs.abs().max()
     difference = float((ours - theirs).abs().max() / largest)
-    print(f"{what}: largest difference {difference:.1e} of the largest number {largest:.2f}")
+    measured("folder, full size", "read", tool, f"{what} output, float32", difference)
     assert torch.isfinite(theirs).all()
     assert 0.01 < float(theirs.std()) < 1000
     assert difference < 1e-4
 
 
 @torch.no_grad()
-def test_the_unet_agrees_with_diffusers(model: Path) -> None:
+def test_the_unet_agrees_with_diffusers(model: Path, measured: Measured) -> None:
     width = MODELS[model.name]["unet"]["cross_attention_dim"]
     x, context = torch.randn(LATENTS), torch.randn(1, 77, width)
     reference = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
@@ -232,28 +233,31 @@ def test_the_unet_agrees_with_diffusers(model: Path) -> None:
     del reference
     gc.collect()
     network = UNet.from_pretrained(model / "unet")
-    agree(network(x, torch.tensor([981]), context), theirs, f"{model.name} UNet")
+    agree(
+        network(x, torch.tensor([981]), context), theirs, DIFFUSERS, f"{model.name} UNet", measured
+    )
 
 
 @torch.no_grad()
-def test_the_autoencoder_agrees_with_diffusers(model: Path) -> None:
+def test_the_autoencoder_agrees_with_diffusers(model: Path, measured: Measured) -> None:
     images, latents = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 4, 8, 8)
     reference = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).eval()
     network = VAE.from_pretrained(model / "vae")
     mean = reference.encode(images).latent_dist.mean * 0.18215
-    agree(network.encode(images).mean, mean, f"{model.name} encoder")
+    agree(network.encode(images).mean, mean, DIFFUSERS, f"{model.name} VAE encoder", measured)
     decoded = reference.decode(latents / 0.18215).sample
-    agree(network.decode(latents), decoded, f"{model.name} decoder")
+    agree(network.decode(latents), decoded, DIFFUSERS, f"{model.name} VAE decoder", measured)
 
 
 @torch.no_grad()
-def test_the_text_encoder_agrees_with_transformers(model: Path) -> None:
+def test_the_text_encoder_agrees_with_transformers(model: Path, measured: Measured) -> None:
     network = TextEncoder.from_pretrained(model)
     reference = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32).eval()
     prompts = ["a photograph of an astronaut riding a horse", ""]
     ids = network.tokenize(prompts)
     assert ids.shape == (2, 77)
-    agree(network(prompts), reference(ids).last_hidden_state, f"{model.name} text encoder")
+    theirs = reference(ids).last_hidden_state
+    agree(network(prompts), theirs, "transformers", f"{model.name} text encoder", measured)
 
 
 def test_the_folder_is_one_that_we_read_and_says_what_the_unet_predicts(model: Path) -> None:

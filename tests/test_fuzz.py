@@ -42,7 +42,10 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the watch needs Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the watch needs Linux"),
+]
 
 SECONDS = 10.0  # of one case; most take a thousandth of it
 MEMORY = 300_000_000  # above what the process has; half of that was enough when measured

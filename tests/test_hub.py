@@ -15,6 +15,8 @@ from latentdiff.formats import hub
 from latentdiff.formats.diffusers import STEMS, check_pipeline_folder, find_model
 from latentdiff.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 HUB_ID = "somebody/tiny-diffusion"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 

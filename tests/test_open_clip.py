@@ -25,14 +25,10 @@ from latentdiff.formats.weights import save_safetensors
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower
 from latentdiff.models.text_config import tower_config
 
+pytestmark = pytest.mark.slow
+
 SIMPLE = SimpleTokenizer()
-PROMPTS = [
-    "",
-    "a photo of a cat!",
-    "red, green & blue; it's 12 o'clock",
-    "三个 苹果 🌕",
-    "word " * 90,
-]
+PROMPTS = ["", "a photo of a cat!", "red & blue; it's 12 o'clock", "三个 苹果 🌕", "word " * 90]
 TINY = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 8, "patch_size": 8, "width": 8, "layers": 1, "head_width": 8},

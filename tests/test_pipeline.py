@@ -34,7 +34,14 @@ def beta_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return tiny_pipeline(tmp_path_factory.mktemp("tokenizer"), diffusion)
 
 
-@pytest.fixture(params=SAMPLERS)
+QUICK = ("ddim", "euler_ancestral", "dpmpp_2m", "pndm")  # one of each kind
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SAMPLERS
+    ]
+)
 def sampler(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -20,6 +20,7 @@ from latentdiff.samplers import find_sampler, pndm
 from latentdiff.samplers.adapter import SCHEDULERS
 
 pytestmark = [
+    pytest.mark.slow,
     # diffusers hands tensors to numpy in ways that numpy 2 deprecates.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),

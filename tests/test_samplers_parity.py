@@ -15,7 +15,10 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.samplers import SAMPLERS, ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm
 
 # diffusers hands tensors to numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])

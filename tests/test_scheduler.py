@@ -148,7 +148,7 @@ def test_unipc_flow_is_read():
             {"use_flow_sigmas": True, "prediction_type": "v_prediction"},
             "prediction_type=v_prediction is not supported on a flow",
         ),
-        ({"prediction_type": "noise"}, "prediction=noise must be one of epsilon"),
+        ({"prediction_type": "noise"}, "prediction='noise' must be one of epsilon"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_sentence(config, message):
