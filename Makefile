@@ -43,7 +43,8 @@ test: lint types ## every check and every test: at most 15 minutes on two cores
 interchange: $(VENV)/.installed-dev ## measure every file format against other tools, into docs/interchange.md
 	$(BIN)/python -m pytest -q --interchange-table docs/interchange.md tests/test_interchange.py \
 	    tests/test_full_size.py tests/test_single_file.py tests/test_single_file_reading.py \
-	    tests/test_open_clip.py tests/test_lora.py tests/test_a1111.py tests/test_editing.py
+	    tests/test_open_clip.py tests/test_lora.py tests/test_a1111.py tests/test_editing.py \
+	    tests/test_convert.py
 
 lint: $(VENV)/.installed-dev ## style, formatting and the import contracts
 	$(BIN)/ruff check

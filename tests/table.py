@@ -25,21 +25,25 @@ class Row(NamedTuple):
     difference: float
 
 
-def markdown(rows: list[Row]) -> str:
-    """The rows as a table, sorted, one for each of (format, direction, tool, compared)."""
-    largest: dict[tuple[str, str, str, str], float] = {}
-    for *key, difference in rows:
-        name = (key[0], key[1], key[2], key[3])
-        largest[name] = max(difference, largest.get(name, 0.0))
-    lines = [
-        f"| {' | '.join(name)} | {'0 (bit for bit)' if d == 0 else f'{d:.1e}'} |\n"
-        for name, d in sorted(largest.items())
-    ]
-    return HEAD + "".join(lines)
+def merged(table: str, rows: list[Row]) -> str:
+    """The table with these rows, one for each of (format, direction, tool, compared), sorted.
+
+    Rows of what was not measured now stay as they are.
+    """
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    found = {tuple(line.split(" | ")[:4]): line for line in lines}
+    largest: dict[tuple[str, ...], float] = {}
+    for *names, difference in rows:
+        key = (f"| {names[0]}", *map(str, names[1:]))
+        largest[key] = max(difference, largest.get(key, 0.0))
+    for key, difference in largest.items():
+        shown = "0 (bit for bit)" if difference == 0 else f"{difference:.1e}"
+        found[key] = f"{' | '.join(key)} | {shown} |"
+    return HEAD + "".join(f"{line}\n" for _, line in sorted(found.items()))
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """Replace the table in a Markdown file that has the two marks."""
+    """Put rows into the table of a Markdown file that has the two marks."""
     before, rest = path.read_text(encoding="utf-8").split(START)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{START}\n{markdown(rows)}{END}{after}", encoding="utf-8")
+    table, after = rest.split(END)
+    path.write_text(f"{before}{START}\n{merged(table, rows)}{END}{after}", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table import Measured
 
 from latentdiff.formats.a1111 import (
     SAMPLERS,
@@ -142,9 +143,10 @@ def test_options_written_are_the_options_read(sampler: str, spacing: str | None)
     assert left_out == ["RNG: CPU"]
 
 
-def test_a_picture_of_the_web_ui_gives_what_it_can() -> None:
+def test_a_picture_of_the_web_ui_gives_what_it_can(measured: Measured) -> None:
     parsed = parse_parameters(THEIRS)
     assert parsed == their_reading(THEIRS)
+    measured("PNG parameters", "read and written", "A1111's rules", "every setting", 0)
     options, left_out = pipeline_options(parsed)
     assert options == {
         "prompt_weighting": True,  # as always there

@@ -12,6 +12,7 @@ import pytest
 import torch
 from parity import same_weights
 from safetensors.torch import load_file
+from table import Measured
 from tiny import tiny_pipeline
 
 from latentdiff.cli import main
@@ -65,11 +66,14 @@ def assert_same_model(one: Path, other: Path) -> None:
     assert ours.unet.config == theirs.unet.config
 
 
-def test_folder_to_single_file_to_folder_is_bit_exact(model: Path, tmp_path: Path) -> None:
+def test_folder_to_single_file_to_folder_is_bit_exact(
+    model: Path, tmp_path: Path, measured: Measured
+) -> None:
     assert convert(model, tmp_path / "one.safetensors") == 0
     assert convert(tmp_path / "one.safetensors", tmp_path / "folder") == 0
     assert_same_model(model, tmp_path / "one.safetensors")
     assert_same_model(model, tmp_path / "folder")
+    measured("latentdiff convert", "folder to single file and back", "latentdiff", "files", 0)
 
 
 def test_weights_keep_their_precision_unless_another_is_asked_for(
@@ -98,7 +102,11 @@ def test_nothing_is_overwritten_and_no_pickle_is_written(
 
 
 def test_a_folder_of_pickles_becomes_the_model_that_it_was(
-    model: Path, pickled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    pickled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    measured: Measured,
 ) -> None:
     assert convert(pickled, tmp_path / "refused") == 2
     assert "latentdiff convert --unsafe-pickle" in capsys.readouterr().err
@@ -108,6 +116,7 @@ def test_a_folder_of_pickles_becomes_the_model_that_it_was(
     assert_same_model(model, tmp_path / "one.safetensors")
     assert {path.name for path in tmp_path.iterdir()} >= {"folder", "one.safetensors"}
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".convert")]
+    measured(".bin folder", "read", "torch.save, by --unsafe-pickle", "weights", 0)
 
 
 @pytest.mark.parametrize("ending", [".ckpt", ".pt", ".bin", ".safetensors"])
@@ -128,13 +137,16 @@ def test_a_checkpoint_becomes_safetensors_with_its_names(
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_single_file_of_pickles_becomes_a_folder(model: Path, tmp_path: Path) -> None:
+def test_a_single_file_of_pickles_becomes_a_folder(
+    model: Path, tmp_path: Path, measured: Measured
+) -> None:
     assert convert(model, tmp_path / "one.safetensors") == 0
     tensors: dict[str, Any] = dict(load_safetensors(tmp_path / "one.safetensors"))
     torch.save({"state_dict": tensors}, tmp_path / "one.ckpt")
     assert convert(tmp_path / "one.ckpt", tmp_path / "same.safetensors", "--unsafe-pickle") == 0
     again = load_safetensors(tmp_path / "same.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    measured(".ckpt", "read", "torch.save, by --unsafe-pickle", "weights", 0)
 
 
 class Canary:
