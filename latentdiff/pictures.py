@@ -52,14 +52,14 @@ def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return to_floats(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """As a viewer shows it: upright, in 8 bits, on white where it is transparent."""
+def to_rgb(image: Image.Image, *, background: str = "white") -> Image.Image:
+    """As a viewer shows it: upright, in 8 bits, on the background where it is transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

@@ -206,16 +206,16 @@ def no_caption(data: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_metadata, r"set'.*no metadata\.jsonl; write one .*file_name"),
+        (no_metadata, r"set' has no column 'text', only \['image'\].* metadata\.jsonl .*file_name"),
         (no_rows, r"metadata\.jsonl has no rows"),
-        (no_picture, r"metadata\.jsonl has captions without pictures: 1 of 3.*'b\.png'"),
+        (no_picture, r"set': 1 of 3 samples are bad, .*: 1 missing picture; the first is 'b\.png'"),
         (
             bad_line,
             r"""metadata\.jsonl, line 4: expected .*file_name, got '\{"file_name": "d\.p'""",
         ),
         (no_file_name, r"metadata\.jsonl, line 4: expected a JSON object with file_name"),
-        (mixed_types, r"set' cannot be read as an image folder: .*text.* changed from string"),
-        (no_caption, r"set': 1 pictures have no caption in \['text'\], the first is row 3"),
+        (mixed_types, r"set': the column 'text' holds different kinds of values"),
+        (no_caption, r"set': 1 of 4 samples are bad, .*: 1 no caption; the first is 'a\.png'"),
     ],
 )
 def test_broken_folders_are_refused_in_one_sentence(
@@ -254,7 +254,9 @@ def test_damaged_pictures_are_refused_by_row(tmp_path: Path) -> None:
     dataset = CaptionedImages(config(data))
     for damaged in (whole[: len(whole) // 2], b"no picture"):
         (data / "1.jpg").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"set': the picture of row 1 cannot be read"):
+        with pytest.raises(
+            ValueError, match=r"set': the picture of row 1, '1\.jpg', cannot be used"
+        ):
             dataset.image(1)
 
 
@@ -266,7 +268,7 @@ def test_unknown_data_is_named(name: str) -> None:
 
 def test_a_folder_without_anything_is_refused_even_without_captions(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    with pytest.raises(ValueError, match="set' cannot be read as an image folder"):
+    with pytest.raises(ValueError, match="set' holds no pictures"):
         CaptionedImages(config(tmp_path / "set", caption_columns=()))
 
 

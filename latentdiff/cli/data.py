@@ -1,4 +1,4 @@
-"""`latentdiff data`: data sets of captioned pictures that build themselves."""
+"""`latentdiff data`: data sets of captioned pictures that build themselves, and a check of any."""
 
 import argparse
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command, its kinds and their arguments."""
-    data = commands.add_parser("data", help="make a data set of captioned pictures")
+    data = commands.add_parser("data", help="make or check a data set of captioned pictures")
     kinds = data.add_subparsers(metavar="KIND", required=True)
     _add_emoji(kinds.add_parser("emoji", help="every emoji of a font", allow_abbrev=False))
     _add_shapes(kinds.add_parser("shapes", help="scenes of coloured shapes", allow_abbrev=False))
+    _add_check(kinds.add_parser("check", help="find what cannot be used", allow_abbrev=False))
 
 
 def _add_emoji(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +29,27 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_data_shapes, parser=parser)
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="a folder, .tar or .parquet files, or a hub data set")
+    parser.add_argument("--split", help="default: all")
+    parser.add_argument("--out", type=Path, help="folder for the two files; default: the data's")
+    parser.add_argument("--max_bad", type=float, default=0.01, help="share that may be bad")
+    parser.add_argument("--image_size", type=int, default=1, help="smaller pictures are bad")
+    parser.add_argument("--upscale_limit", type=float, default=1.0, help="unless by this factor")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument(
+        "--caption_columns", type=_names, default=("text",), help='such as text,text_zh; "" is none'
+    )
+    parser.add_argument("--allow_empty_caption", action="store_true")
+    parser.add_argument("--max_megapixels", type=float, default=64, help="larger is bad")
+    parser.add_argument("--first_frame", action="store_true", help="take it from animations")
+    parser.add_argument("--background", default="white", help="behind transparent pictures")
+    parser.add_argument("--num_workers", type=int, default=0, help="threads that decode")
+    parser.set_defaults(run=_data_check, parser=parser)
+
+
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _data_emoji(arguments: argparse.Namespace) -> None:
@@ -48,6 +68,47 @@ def _data_shapes(arguments: argparse.Namespace) -> None:
         arguments.out, count=arguments.count, seed=arguments.seed, size=arguments.size
     )
     _report(arguments.out, counts)
+
+
+def _data_check(arguments: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from latentdiff.data.check import check_data
+    from latentdiff.data.images import DataConfig, breakdown
+
+    names = {field.name for field in fields(DataConfig)} - {"split"}
+    config = DataConfig(**{name: v for name, v in vars(arguments).items() if name in names})
+    out = arguments.out
+    if out is None:
+        if not Path(config.data).exists():
+            raise ValueError(f"--out is needed: data={config.data!r} is no folder to write into")
+        out = Path(config.data) if Path(config.data).is_dir() else Path(config.data).parent
+    summary = check_data(config, out, split=arguments.split)
+    rows = {
+        "samples": ", ".join(f"{count} {split}" for split, count in summary.splits.items()),
+        "bad": f"{summary.bad}: {breakdown(summary.reasons)}" if summary.bad else "0",
+        "converted": breakdown(summary.notes) or "0",
+        "shorter side": _range(summary.shorter_side),
+        "aspect ratios": breakdown(summary.aspect_ratios),
+        "captions each": _range(summary.captions_each),
+        "characters each": _range(summary.caption_lengths),
+        "same files": str(summary.duplicates["files"]),
+        "extra files": str(summary.extra_files["count"]),
+    }
+    for name, value in rows.items():
+        print(f"{name:16}{value}")
+    print(f"written: {out}/bad_samples.jsonl, summary.json")
+    if summary.bad > config.max_bad * summary.samples:
+        raise ValueError(
+            f"{summary.bad} of {summary.samples} samples are bad, more than "
+            f"max_bad={config.max_bad}: {breakdown(summary.reasons)}"
+        )
+
+
+def _range(spread: dict[str, float]) -> str:
+    if not spread:
+        return "none"
+    return f"{spread['min']:g} to {spread['max']:g}, median {spread['median']:g}"
 
 
 def _report(folder: Path, counts: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """Which examples make up which training step: a function of (seed, step), without state."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -53,6 +54,7 @@ def batches(
         batch_sampler=_Batches(ids),  # pyright: ignore[reportArgumentType] # any iterable will do
         num_workers=num_workers,
         collate_fn=collate,
+        worker_init_fn=_outlive_signals,
     )
     return iter(loader)
 
@@ -61,6 +63,13 @@ def shard(rows: Any, rank: int, world_size: int) -> Any:
     """The rows of a global batch, a sequence or a tensor's first axis, that are one process's."""
     size = len(rows) // world_size
     return rows[rank * size : (rank + 1) * size]
+
+
+def _outlive_signals(worker: int) -> None:
+    """A batch system sends its signals to workers too, which the main process needs to the end."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Batches:

@@ -1,0 +1,150 @@
+"""The captions of a table's rows, made when they are asked for: a million stay on disk."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentdiff.data.decode import BadSample
+
+PLACES = 100  # for a picture's weighted captions, more only if there are more captions
+WEIGHT_ERROR = 1e-3
+
+
+class Captions(Sequence[list[str]]):
+    """`captions[i]` is the list of row i's captions: of all columns, in all forms.
+
+    A caption with a weight is in the list as often as the weight says; one without has weight 1,
+    and the forms of a caption share its weight.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        columns: Sequence[str],
+        *,
+        templates: Mapping[str, Sequence[str]],
+        weights: Mapping[str, str],
+        allow_empty: bool = False,
+    ) -> None:
+        """`weights` names, for a column of captions, the column with their weights.
+
+        Raises ValueError when a column holds no texts, or a column of weights no numbers.
+        """
+        self.columns, self.templates, self.weights_of = columns, templates, weights
+        self.allow_empty = allow_empty
+        self.rows = rows.select_columns(list(dict.fromkeys((*columns, *weights.values()))))
+        for name in columns:
+            _check(rows, name, "texts", (pa.types.is_string, pa.types.is_large_string))
+        for name in weights.values():
+            _check(rows, name, "numbers", (pa.types.is_floating, pa.types.is_integer))
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.columns else 0
+
+    @overload
+    def __getitem__(self, index: int) -> list[str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[str]]: ...
+    def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._of(self.rows[index])
+
+    def __iter__(self) -> Iterator[list[str]]:
+        if not self.columns:
+            return
+        for batch in self.rows.iter(batch_size=1000):
+            assert isinstance(batch, dict)
+            for values in zip(*batch.values(), strict=True):
+                yield self._of(dict(zip(batch, values, strict=True)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        pairs = itertools.zip_longest(self, other)
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in pairs)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType] # it equals lists, which have none
+
+    def present(self) -> np.ndarray:
+        """(N,) bool: which rows have a caption; of a table as it is on disk, not of a selection."""
+        assert self.rows._indices is None
+        found = np.zeros(len(self.rows), dtype=bool)
+        for name in self.columns:
+            start = 0
+            for chunk in self.rows.data.column(name).chunks:
+                found[start : start + len(chunk)] |= _nonempty(chunk)
+                start += len(chunk)
+        return found
+
+    def _of(self, row: Mapping[str, Any]) -> list[str]:
+        pairs = list(self._weighted(row))
+        if not pairs and self.allow_empty:
+            return [""]
+        return _repeated(pairs) if self.weights_of else [text for text, _ in pairs]
+
+    def _weighted(self, row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+        for name in self.columns:
+            texts, weights = _list(row[name]), None
+            if name in self.weights_of:
+                weights = _list(row[self.weights_of[name]])
+                if len(weights) != len(texts):
+                    raise BadSample(
+                        "weights do not fit", f"{len(weights)} for {len(texts)} captions"
+                    )
+            forms = self.templates.get(name, ("{}",))
+            for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
+                if text and not text.isspace():
+                    for form in forms:
+                        yield form.replace("{}", text), weight / len(forms)
+
+
+def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
+    """Each text about as often as its weight says, so that a plain choice has the weights."""
+    weights = [weight for _, weight in pairs]
+    total = sum(weights)
+    if pairs and (min(weights) < 0 or not 0 < total < math.inf):
+        raise BadSample("weights do not fit", f"{weights} must not be negative, nor all 0")
+    shares = [weight / total for weight in weights]
+    best, counts = math.inf, list[int]()
+    for length in range(1, PLACES + 1):
+        tried = [max(1, round(share * length)) if share > 0 else 0 for share in shares]
+        pieces = zip(tried, shares, strict=True)
+        error = max((abs(n / sum(tried) - share) for n, share in pieces), default=0.0)
+        if error < best - WEIGHT_ERROR:  # a longer list must be worth it
+            best, counts = error, tried
+    return [text for (text, _), n in zip(pairs, counts, strict=True) for _ in range(n)]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check(
+    rows: datasets.Dataset, name: str, what: str, fits: Sequence[Callable[[pa.DataType], bool]]
+) -> None:
+    kind = rows.data.schema.field(name).type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if not any(fit(kind) for fit in (*fits, pa.types.is_null)):
+        raise ValueError(f"the column {name!r} must hold {what} or lists of them, not {kind}")
+
+
+def _nonempty(chunk: pa.Array) -> np.ndarray:
+    """(N,) bool: texts that are not blank, lists that have one."""
+    if pa.types.is_null(chunk.type):
+        return np.zeros(len(chunk), dtype=bool)
+    if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+        found = np.zeros(len(chunk), dtype=bool)
+        parents = chunk.value_parent_indices().to_numpy(zero_copy_only=False)
+        found[parents[_nonempty(chunk.flatten())]] = True
+        return found
+    trimmed = pc.call_function("utf8_trim_whitespace", [chunk])
+    lengths = pc.call_function("binary_length", [trimmed])
+    return lengths.fill_null(0).to_numpy(zero_copy_only=False) > 0

@@ -1,0 +1,136 @@
+"""Bytes of a picture file to RGB in one place: whole and upright, or refused with a reason."""
+
+import io
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+
+from latentdiff.pictures import to_rgb
+
+# Only these decoders look at a file: Pillow has dozens, and the rare ones are where its holes are.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+)
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+MOST_MEGAPIXELS = 178  # where Pillow itself refuses
+
+
+class BadSample(ValueError):
+    """A sample that cannot be trained on; `reason` is one of a few, `detail` is about this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:
+        return BadSample, (self.reason, self.detail)  # out of a DataLoader's worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How files become pictures.
+
+    Raises ValueError for an unknown colour, or a limit that Pillow would not get to.
+    """
+
+    background: str = "white"
+    max_megapixels: float = 64
+    first_frame: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_megapixels <= MOST_MEGAPIXELS:
+            raise ValueError(
+                f"max_megapixels={self.max_megapixels} must be above 0 and at most "
+                f"{MOST_MEGAPIXELS}, where Pillow stops"
+            )
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise ValueError(
+                f"background={self.background!r} must be a colour such as 'white' or '#808080'"
+            ) from error
+
+
+class Picture(NamedTuple):
+    """RGB, upright, and what had to be done for it."""
+
+    image: Image.Image
+    notes: tuple[str, ...]
+
+
+def decode(data: bytes, rules: Decoding) -> Picture:
+    """Decode a file to its last byte. Raises BadSample."""
+    with _open(data, rules) as image:
+        try:
+            image.load()
+            turned = image.getexif().get(ORIENTATION, 1) != 1
+            image = ImageOps.exif_transpose(image)
+        except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
+            raise BadSample("cannot be decoded", _line(error)) from error
+        notes = ["turned upright"] if turned else []
+        if image.mode == "CMYK":
+            image, note = _from_cmyk(image)
+            notes.append(note)
+        elif image.mode in ("F", "I"):
+            image = _scaled(image)
+            notes.append("more than 8 bits")
+        elif image.mode.startswith("I;16"):
+            notes.append("more than 8 bits")  # to_rgb scales them
+        if image.has_transparency_data:
+            notes.append("transparent")
+        return Picture(to_rgb(image, background=rules.background), tuple(notes))
+
+
+def _open(data: bytes, rules: Decoding) -> Image.Image:
+    """The header alone, which says whether the rest is wanted."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample("too large", _line(error)) from error
+    except Exception as error:  # as above
+        raise BadSample("cannot be decoded", _line(error)) from error
+    width, height = image.size
+    if width * height > rules.max_megapixels * 1e6:
+        raise BadSample("too large", f"{width} x {height}")
+    # A phone's MPO is a photograph with its depth map or thumbnail, not an animation.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1 and not rules.first_frame:
+        raise BadSample("animated", f"{frames} frames")
+    return image
+
+
+def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
+    """By the profile in the file; without one, or with a broken one, by Pillow's plain formula."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image,
+                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                ImageCms.createProfile("sRGB"),
+                outputMode="RGB",
+            )
+        except (ImageCms.PyCMSError, OSError):
+            converted = None
+        if converted is not None:
+            return converted, "CMYK by its profile"
+    return image.convert("RGB"), "CMYK without a profile"
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Floats from 0 to 1 as 0 … 255; of anything else nobody knows what is white."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "I" or not (np.isfinite([low, high]).all() and low >= 0 and high <= 1):
+        raise BadSample("unknown range of values", f"mode {image.mode}, {low:g} to {high:g}")
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own words name an address in memory
+        return f"none of {', '.join(FORMATS)}"
+    return " ".join(str(error).split()) or type(error).__name__

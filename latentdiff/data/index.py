@@ -1,0 +1,117 @@
+"""A table of samples on disk, memory-mapped: made once from metadata, then opened in no time."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import pyarrow as pa
+from datasets.table import MemoryMappedTable
+
+VERSION = 1  # of what the readers make of metadata; a change makes every index anew
+ROWS = 20_000  # in memory at a time
+
+
+def open_index(
+    data: str, key: object, tables: Callable[[], Iterable[pa.Table]]
+) -> datasets.Dataset:
+    """The rows of all tables, memory-mapped from `datasets`' cache folder.
+
+    `data` is named in errors. `key` says what the tables are made from (files with sizes and
+    times), and is serializable as JSON; with the same key they are not read again. `tables` may
+    be called more than once.
+
+    Raises ValueError when a column holds different kinds of things, or there are no rows.
+    """
+    digest = hashlib.sha256(json.dumps([VERSION, data, key]).encode()).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "latentdiff" / f"{digest[:32]}.arrow"
+    if not path.is_file():
+        try:
+            _write(path, tables)
+        except _Kinds as error:
+            raise ValueError(f"data={data!r}: {error}") from error
+    return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest[:16])
+
+
+def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
+    """Rows as tables of up to ROWS rows, with a column for every key that any of them has."""
+    rows = iter(rows)
+    while part := list(islice(rows, ROWS)):
+        names = dict.fromkeys(name for row in part for name in row)
+        columns = {}
+        for name in names:
+            try:
+                columns[name] = pa.array([row.get(name) for row in part])
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise _Kinds(f"the column {name!r} holds different kinds of values") from error
+        yield pa.table(columns)
+
+
+class _Kinds(ValueError):
+    """Rows that make no table."""
+
+
+def _write(path: Path, tables: Callable[[], Iterable[pa.Table]]) -> None:
+    """Whole or not at all; several processes may do it at once, and the last one's file stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=".index-", dir=path.parent)
+    os.close(descriptor)
+    try:
+        schema = None
+        while (wider := _attempt(Path(name), tables, schema)) is not None:
+            schema = wider  # a column that was empty so far had text further down: from the start
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _attempt(
+    path: Path, tables: Callable[[], Iterable[pa.Table]], schema: pa.Schema | None
+) -> pa.Schema | None:
+    """Write all rows with the schema; None when it was wide enough, else one that is wider."""
+    writer = None
+    try:
+        for table in tables():
+            wider = _wider(schema, table.schema)
+            if schema is not None and wider != schema:
+                return wider
+            schema = wider
+            if writer is None:
+                writer = pa.ipc.new_stream(str(path), schema)
+            writer.write_table(_fitted(table, schema))
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is None:
+        raise _Kinds("it has no samples")
+    return None
+
+
+def _wider(schema: pa.Schema | None, other: pa.Schema) -> pa.Schema:
+    other = other.remove_metadata()
+    if schema is None:
+        return other
+    try:
+        return pa.unify_schemas([schema, other], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        changed = [
+            f"{name!r} from {schema.field(name).type} to {other.field(name).type}"
+            for name in other.names
+            if name in schema.names and schema.field(name).type != other.field(name).type
+        ]
+        raise _Kinds(f"a column holds different kinds of values: {', '.join(changed)}") from error
+
+
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)

@@ -1,0 +1,179 @@
+"""Captions beside pictures: metadata.jsonl, .csv or .parquet, or a .txt for each picture."""
+
+import codecs
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentdiff.data.decode import SUFFIXES, BadSample
+from latentdiff.data.index import ROWS, batched
+from latentdiff.data.tar import TEXT_LIMIT, strict_text
+
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
+    """The rows of a metadata file as tables; `file_name` is relative to the data's root.
+
+    `folder` is the file's own, relative to that root. A row whose text is not UTF-8 has the reason
+    in `_fault` and `_detail`. Raises ValueError, with file and line, for what is no metadata and
+    for names that lead out of the folder.
+    """
+    readers = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
+    found = False
+    for table in readers[path.suffix](path):
+        found = True
+        if "file_name" not in table.column_names:
+            raise ValueError(f"{path} has no column 'file_name', only {table.column_names}")
+        names = table["file_name"].to_pylist()
+        for name in names:
+            if not _inside(name):
+                raise ValueError(
+                    f"{path}: file_name={name!r} must be a path inside the file's folder"
+                )
+        if folder:
+            names = [f"{folder}/{name}" for name in names]
+        column = table.column_names.index("file_name")
+        yield table.set_column(column, "file_name", pa.array(names, pa.string()))
+    if not found:
+        raise ValueError(f"{path} has no rows")
+
+
+def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:
+    """A row for each picture with the text of the file beside it, where there is one."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for name in names:
+            row = {"file_name": name}
+            path = (root / name).with_suffix(".txt")
+            if path.is_file():
+                try:
+                    if path.stat().st_size > TEXT_LIMIT:
+                        raise BadSample("text is too long", path.name)
+                    row["text"] = strict_text(path.read_bytes(), path.name).strip()
+                except BadSample as error:
+                    row |= {"_fault": error.reason, "_detail": error.detail}
+            yield row
+
+    return batched(rows())
+
+
+def pictures_in(folder: Path, root: Path) -> list[str]:
+    """The picture files below a folder, relative to the root, in the order of their names."""
+    inside = "" if folder == root else folder.relative_to(root).as_posix() + "/"
+    found = walk(folder, lambda name: os.path.splitext(name)[1].lower() in SUFFIXES)
+    return [inside + name for name in found]
+
+
+def walk(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """The files below a folder whose own names are wanted, relative to it, sorted, with `/`."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(place).relative_to(folder).as_posix() + "/"
+        inside = "" if inside == "./" else inside
+        found += [inside + name for name in names if name[0] != "." and wanted(name)]
+    return sorted(found)
+
+
+def _inside(name: object) -> bool:
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    if name[0] != "/" and ".." not in name and name[1:2] != ":":
+        return True  # of a million names all but a few; the rest takes longer
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and name[1:2] != ":"
+
+
+def _json_lines(path: Path) -> Iterator[pa.Table]:
+    return batched(_json_rows(path))
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            start, offset = offset, offset + len(line)
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                start = offset - len(line)
+            if not line.strip():
+                continue
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield {
+                    "file_name": _name_in(line) or f"{path.name}, line {number}",
+                    "_fault": "text is not UTF-8",
+                    "_detail": f"{path.name}, byte {start + error.start}",
+                }
+                continue
+            try:
+                row = json.loads(text)
+                row["file_name"] = str(row["file_name"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object with file_name, "
+                    f"got {text.strip()[:200]!r}"
+                ) from error
+            yield row
+
+
+def _name_in(line: bytes) -> str | None:
+    """The picture that a damaged line is about, when it is not the name that is damaged."""
+    try:
+        name = json.loads(line.decode("utf-8", "replace"))["file_name"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and "\ufffd" not in name else None
+
+
+def _csv(path: Path) -> Iterator[pa.Table]:
+    """Everything in a CSV file is text; an empty cell is a missing value."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} "
+                        "cells, as in the first line"
+                    )
+                yield {name: value or None for name, value in row.items()}
+
+    try:
+        yield from batched(rows())
+    except UnicodeDecodeError as error:  # its own offset counts from the last piece read
+        place = _first_wrong_byte(path)
+        raise ValueError(f"{path} is not UTF-8: byte {place}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+
+
+def _first_wrong_byte(path: Path) -> int:
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return offset + error.start
+            offset += len(line)
+    return offset
+
+
+def _parquet(path: Path) -> Iterator[pa.Table]:
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS):
+                batch.validate(full=True)  # the texts are UTF-8
+                yield pa.Table.from_batches([batch])
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no parquet file: {' '.join(str(error).split())}") from error

@@ -1,0 +1,98 @@
+"""Files to RGB: every row of the table of data faults that is about a picture."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from broken_pictures import BAD, GOOD, animated, cmyk, cmyk_profile, floats, photograph, saved
+from PIL import Image
+
+from latentdiff.data.decode import BadSample, Decoding, decode
+
+RULES = Decoding()
+SHOWN = {
+    "cmyk.tif": (0, 255, 255),
+    "cmyk_icc.tif": (119, 119, 119),  # L* = 50
+    "transparent.png": (255, 255, 255),
+    "palette.png": (255, 255, 255),
+    "sixteen.png": (128, 128, 128),
+    "float.tif": (128, 128, 128),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_can_be_shown_is_shown(name: str) -> None:
+    make, note = GOOD[name]
+    image, notes = decode(make(), RULES)
+    assert image.mode == "RGB"
+    assert notes == (() if note is None else (note,))
+    if name in SHOWN:
+        np.testing.assert_allclose(image.getpixel((5, 5)), SHOWN[name], atol=3)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "small.png"])
+def test_what_cannot_be_trusted_is_refused_with_a_reason(name: str) -> None:
+    make, reason = BAD[name]
+    with pytest.raises(BadSample) as caught:
+        decode(make(), RULES)
+    assert caught.value.reason == reason
+
+
+def test_a_picture_is_turned_before_it_is_measured() -> None:
+    image, _ = decode(GOOD["rotated.png"][0](), RULES)
+    assert image.size == (32, 48)
+    assert image.getpixel((31, 5)) == (255, 0, 0)
+    assert image.getpixel((0, 5)) == (0, 0, 255)
+
+
+def test_the_limit_of_pixels_is_configurable() -> None:
+    data = saved(photograph((200, 100)))
+    assert decode(data, replace(RULES, max_megapixels=0.02)).image.size == (200, 100)
+    with pytest.raises(BadSample, match="too large: 200 x 100"):
+        decode(data, replace(RULES, max_megapixels=0.019))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_is_taken_on_request(kind: str) -> None:
+    image, _ = decode(animated(kind), replace(RULES, first_frame=True))
+    np.testing.assert_allclose(image.getpixel((5, 5)), (255, 0, 0), atol=3)
+
+
+def test_the_background_is_configurable() -> None:
+    half = saved(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))
+    image, _ = decode(half, replace(RULES, background="#102030"))
+    assert image.getpixel((0, 0)) == (0x10, 0x20, 0x30)
+
+
+def test_a_broken_profile_is_as_good_as_none() -> None:
+    for profile in (b"no profile", cmyk_profile()[:200]):
+        image, notes = decode(cmyk(icc_profile=profile), RULES)
+        assert notes == ("CMYK without a profile",)
+        assert image.getpixel((0, 0)) == (0, 255, 255)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5])
+def test_floats_of_an_unknown_range_are_refused(value: float) -> None:
+    with pytest.raises(BadSample, match="unknown range of values: mode F"):
+        decode(floats(value), RULES)
+
+
+def test_every_cut_of_a_file_is_refused() -> None:
+    for kind in ("PNG", "JPEG", "WEBP"):
+        whole = saved(photograph(), kind)
+        for share in (0.1, 0.5, 0.9):
+            with pytest.raises(BadSample, match="cannot be decoded"):
+                decode(whole[: int(share * len(whole))], RULES)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_megapixels", 0, "max_megapixels=0 must be above 0 and at most 178"),
+        ("max_megapixels", 179, "max_megapixels=179 must be above 0"),
+        ("background", "whyte", "background='whyte' must be a colour"),
+    ],
+)
+def test_impossible_rules_are_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RULES, **{field: value})
