@@ -1,0 +1,119 @@
+"""`latentdiff plan`: what a training run would take, before it starts."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latentdiff.training.plan import Plan
+
+GIB = 2**30
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its arguments."""
+    parser = commands.add_parser(
+        "plan", help="memory, time and disk of a training run", allow_abbrev=False
+    )
+    parser.set_defaults(run=_plan, parser=parser)
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="of train_unet, train_vae or train_clip")
+    add("--device", default="cpu", help="a GPU's name, such as a100-80gb; default: this CPU")
+    add("--device_memory", type=float, metavar="GIB", help="of each process; default: the GPU's")
+    add("--processes", type=int, default=1, help="of the whole run, one a GPU; default: 1")
+    add("--efficiency", type=float, default=0.4, help="share of the peak FLOP/s; default: 0.4")
+    add("--pictures", type=int, metavar="N", help="in the data set, for the latent cache")
+    given = parser.add_argument_group("in place of what the configuration says")
+    for name in ("batch_size", "accumulation", "image_size", "max_steps"):
+        given.add_argument(f"--{name}", type=int, metavar="N")
+    given.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"))
+    for name in ("vae", "text_encoder"):
+        given.add_argument(f"--{name}", help="a folder, emoji, or sd15 for SD 1.x's shapes")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from latentdiff.training.plan import DEVICES, make_plan, measure_cpu, read_settings
+
+    names = ("batch_size", "accumulation", "image_size", "max_steps", "mixed_precision")
+    given = {name: getattr(arguments, name) for name in (*names, "vae", "text_encoder")}
+    settings = read_settings(arguments.config, given)
+    name: str = arguments.device
+    if name != "cpu" and name not in DEVICES:
+        raise ValueError(f"device={name!r} must be one of cpu, {', '.join(DEVICES)}")
+    device = measure_cpu() if name == "cpu" else DEVICES[name]
+    memory = None if arguments.device_memory is None else arguments.device_memory * GIB
+    plan = make_plan(
+        settings,
+        device=device,
+        gpu=name != "cpu",
+        processes=arguments.processes,
+        memory=memory,
+        efficiency=arguments.efficiency,
+    )
+    peak = device.flops[plan.precision] / 1e12
+    print(
+        f"{plan.kind}: batch_size {settings['batch_size']} on {arguments.processes} × {name}, "
+        f"{plan.parts} pictures at a time each, mixed precision {plan.precision}"
+    )
+    for title, value in (*_counts(plan), *_memory(plan, cpu=name == "cpu")):
+        print(f"{title:<38}{value}")
+    rate = plan.pictures_per_second
+    share = f"{arguments.efficiency:.0%} of {peak:.4g} TFLOP/s"
+    print(f"{'pictures a second':<38}{_rate(rate)} at {share}")
+    steps = settings.get("max_steps")
+    if steps is not None:
+        seconds = steps * settings["batch_size"] / rate
+        print(f"{f'time of {steps:,} steps':<38}{_time(seconds)}")
+    if plan.cache_bytes is not None:
+        count = 1_000_000 if arguments.pictures is None else arguments.pictures
+        size = plan.cache_bytes * count / 1e9
+        print(f"{f'disk, latents of {count:,} pictures':<38}{size:,.2f} GB")
+    kept = settings.get("keep_checkpoints", 2)
+    size = plan.checkpoint_bytes / 1e9
+    # One more than are kept: a new one is whole before an old one goes.
+    print(f"{'disk, a checkpoint':<38}{size:,.2f} GB; {(kept + 1) * size:,.2f} GB at most")
+
+
+def _counts(plan: "Plan") -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{plan.footprint.parameters / 1e6:,.2f} M"),
+        ("FLOP a picture, forward", f"{plan.forward_flop / 1e9:,.2f} G"),
+        ("FLOP a picture, training", f"{plan.training_flop / 1e9:,.2f} G"),
+    ]
+
+
+def _memory(plan: "Plan", *, cpu: bool) -> list[tuple[str, str]]:
+    gib = {name: size for name, size in plan.resident.items() if size}
+    gib["kept for the backward pass"] = plan.footprint.activations
+    gib["a step at its peak, with gradients"] = plan.footprint.step
+    lines = [(f"  {name}", _size(size)) for name, size in gib.items()]
+    note = "with the heap's losses, beside Python's own" if cpu else "of tensors"
+    lines = [
+        ("memory of each process", ""),
+        *lines,
+        ("  peak", f"{_size(plan.peak)} {note}"),
+    ]
+    if plan.limit is not None:
+        verdict = "fits" if plan.peak <= plan.limit else "does NOT fit"
+        most = (
+            "not even one picture does"
+            if plan.largest == 0
+            else (f"the most at a time is {plan.largest} pictures")
+        )
+        lines.append(("  " + verdict, f"in {_size(plan.limit)}; {most}"))
+    return lines
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.2f}"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} seconds"

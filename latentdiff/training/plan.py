@@ -1,0 +1,351 @@
+"""The preflight of a training run: its arithmetic, memory, time and disk, before anything starts.
+
+It reads a configuration of train_unet.py, train_vae.py or train_clip.py as the script writes it
+whole, and knows nothing of the data but its size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from latentdiff.diffusion import Diffusion
+from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.weights import load_json
+from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.text_config import tower_config
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.vae import VAE, Posterior, VAEConfig
+from latentdiff.training.footprint import Footprint, Model, Work, footprint
+from latentdiff.training.losses import vae_loss
+
+SD15 = "sd15"
+"""In place of a folder for `vae` and `text_encoder`: the shapes of Stable Diffusion 1.x."""
+# Shapes of the text tower of CLIP ViT-L/14 (Radford et al. 2021, table 20), SD 1.x's.
+_SD15_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "hidden_act": "quick_gelu",
+}
+# Keys in which the defaults of a script differ from those of its network's class.
+_NEEDED = {
+    "unet": ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block"),
+    "vae": ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention"),
+    "clip": tuple(field.name for field in fields(CLIPSize)),
+}
+_NETWORKS = {"unet": UNetConfig, "vae": VAEConfig, "clip": CLIPSize}
+
+HEAP = 1.3
+"""On a CPU: bytes that the process takes for each byte of tensors; glibc keeps freed blocks.
+
+Measured with torch 2.12.1 on Linux: 1.20 to 1.28 for UNets, 1.33 to 1.41 for VAEs."""
+MARGIN = 0.1
+"""Share of a GPU's memory that is left to the driver, workspaces and fragmentation: assumed."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a processor can do at most: FLOP/s by precision, and its memory in bytes."""
+
+    flops: Mapping[str, float]
+    memory: float | None = None
+
+    @property
+    def precision(self) -> str:
+        """What mixed_precision "auto" is there."""
+        return "bf16" if "bf16" in self.flops else "no"
+
+
+def _gpu(memory: int, fp32: float, fp16: float, *, bf16: bool = True) -> Device:
+    peaks = {"no": fp32 * 1e12, "fp16": fp16 * 1e12}
+    return Device(peaks | ({"bf16": fp16 * 1e12} if bf16 else {}), memory * 2**30)
+
+
+DEVICES = {
+    "t4": _gpu(16, 8.1, 65, bf16=False),
+    "v100-32gb": _gpu(32, 15.7, 125, bf16=False),
+    "rtx-3090": _gpu(24, 35.6, 71),
+    "rtx-4090": _gpu(24, 82.6, 165.2),
+    "l4": _gpu(24, 30.3, 121),
+    "l40s": _gpu(48, 91.6, 362),
+    "a100-40gb": _gpu(40, 19.5, 312),
+    "a100-80gb": _gpu(80, 19.5, 312),
+    "h100": _gpu(80, 67, 989),
+    "h200": _gpu(141, 67, 989),
+}
+"""GiB and peak TFLOP/s (float32 without tensor cores; half precision with float32 sums, dense).
+
+From NVIDIA's data sheets of T4, V100 (SXM), L4, L40S, A100 (SXM), H100 (SXM) and H200 (SXM), and,
+for the RTX cards, its GA102 and Ada white papers. Half of what a sheet states with sparsity."""
+
+
+def measure_cpu(precision: str | None = None) -> Device:
+    """This machine's processor: the rate of a product of two matrices, in a second or so."""
+    names = {"no": torch.float32}
+    if precision == "bf16" or (precision is None and torch.cpu._is_avx512_bf16_supported()):
+        names["bf16"] = torch.bfloat16
+    rates = {}
+    for name, dtype in names.items():
+        a = torch.ones(1024, 1024, dtype=dtype)
+        torch.mm(a, a)  # the first call also chooses its kernel
+        seconds = []
+        for _ in range(5):
+            start = perf_counter()
+            torch.mm(a, a)
+            seconds.append(perf_counter() - start)
+        rates[name] = 2 * 1024**3 / min(seconds)
+    return Device(rates)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was counted for one process, and what follows for the run; bytes, FLOP and seconds."""
+
+    kind: str
+    precision: str
+    parts: int
+    """Examples of one part of one process's share of the batch."""
+    footprint: Footprint
+    resident: Mapping[str, int]
+    peak: float
+    """Of one process; on the CPU with `HEAP`, without Python and its libraries."""
+    limit: float | None
+    """The memory that a process may take, or None if that of the device is not known."""
+    largest: int | None
+    """The largest part that stays under the limit, 0 if none does, None without a limit."""
+    forward_flop: float
+    """Of the model, a picture."""
+    training_flop: float
+    """A picture in training: forward, backward, frozen networks."""
+    pictures_per_second: float
+    """Of all processes together."""
+    cache_bytes: int | None
+    """A picture's latent moments in float16; None if nothing is cached."""
+    checkpoint_bytes: int
+    """Weights, average and both moments of AdamW of one checkpoint."""
+
+
+def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration file with what is not None of `overrides`; ValueError for another file."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must be a YAML mapping, such as a training script reads")
+    settings |= {key: value for key, value in overrides.items() if value is not None}
+    return settings
+
+
+def make_plan(
+    settings: Mapping[str, Any],
+    *,
+    device: Device,
+    gpu: bool,
+    processes: int = 1,
+    memory: float | None = None,
+    efficiency: float = 0.4,
+) -> Plan:
+    """Run a step of the configured training without numbers, and say what follows.
+
+    `memory` (bytes) replaces that of the device; `efficiency` is the share of the device's peak
+    that training reaches. Raises ValueError, naming the key, for settings that are missing or
+    do not fit together.
+    """
+    for name, value in (("processes", processes), ("efficiency", efficiency), ("memory", memory)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be positive")
+    batch, accumulation = _count(settings, "batch_size"), _count(settings, "accumulation", 1)
+    share = processes * accumulation
+    if batch % share:
+        raise ValueError(
+            f"batch_size={batch} must be divisible by {share}: "
+            f"{processes} processes with accumulation={accumulation}"
+        )
+    precision = settings.get("mixed_precision", "auto")
+    precision = device.precision if precision == "auto" else precision
+    if precision not in device.flops:
+        raise ValueError(
+            f"mixed_precision={precision!r} is not of this device; it has {sorted(device.flops)}"
+        )
+    kind, work, cache_bytes = work_of(settings, processes=processes, gpu=gpu)
+
+    def look(part: int) -> tuple[Footprint, Mapping[str, int], float]:
+        found = footprint(work, part, accumulation=accumulation, precision=precision, gpu=gpu)
+        resident = found.resident(emas=1, processes=processes)
+        return found, resident, (sum(resident.values()) + found.step) * (1.0 if gpu else HEAP)
+
+    part = batch // share
+    found, resident, peak = look(part)
+    limit = device.memory if memory is None else memory
+    limit = None if limit is None else limit * (1 - MARGIN if gpu else 1.0)
+    training = found.step_flop / part
+    return Plan(
+        kind=kind,
+        precision=precision,
+        parts=part,
+        footprint=found,
+        resident=resident,
+        peak=peak,
+        limit=limit,
+        largest=None if limit is None else _largest(lambda n: look(n)[2], part, peak, limit),
+        forward_flop=found.forward_flop / part,
+        training_flop=training,
+        pictures_per_second=processes * efficiency * device.flops[precision] / training,
+        cache_bytes=cache_bytes,
+        checkpoint_bytes=2 * found.weights + 8 * found.parameters,
+    )
+
+
+def work_of(
+    settings: Mapping[str, Any], *, processes: int = 1, gpu: bool = False
+) -> tuple[str, Work, int | None]:
+    """Which network is trained, how, and the bytes of a picture in a cache of latents, if any.
+
+    Raises ValueError, naming the key, for settings that are missing or do not fit together.
+    """
+    kind, network = _network(settings)
+    if isinstance(network, UNetConfig):
+        return kind, *_unet(settings, network)
+    if isinstance(network, VAEConfig):
+        return kind, _vae(network, _count(settings, "image_size")), None
+    return kind, _clip(settings, network, processes=processes, eager=not gpu), None
+
+
+def _largest(peak_of: Callable[[int], float], part: int, peak: float, limit: float) -> int:
+    """The most examples whose peak stays under the limit; the peak grows in pieces of lines."""
+    other = part + 1 if part == 1 else 1
+    slope = (peak_of(other) - peak) / (other - part)
+    n = max(0, int(part + (limit - peak) / slope))
+    while n and (over := peak_of(n) - limit) > 0:
+        n = max(0, n - max(1, int(over / slope)))
+    return n
+
+
+def _network(settings: Mapping[str, Any]) -> tuple[str, UNetConfig | VAEConfig | CLIPSize]:
+    kinds = [kind for kind in _NETWORKS if isinstance(settings.get(kind), dict)]
+    if len(kinds) != 1:
+        raise ValueError(
+            "the configuration must have one of unet, vae and clip with the network's keys; "
+            "a training script with --print_config writes all"
+        )
+    kind = kinds[0]
+    values = settings[kind]
+    missing = [key for key in _NEEDED[kind] if key not in values]
+    if missing:
+        raise ValueError(
+            f"{kind}.{missing[0]} is missing; a training script with --print_config writes all"
+        )
+    known = [field.name for field in fields(_NETWORKS[kind])]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{kind}.{key} is unknown; {kind} has {', '.join(known)}")
+    return kind, _NETWORKS[kind](**values)
+
+
+def _count(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = settings.get(key, default)
+    if value is None:
+        raise ValueError(f"{key} is missing; give it in the configuration or as --{key}")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key}={value!r} must be a whole number of at least 1")
+    return value
+
+
+def _unet(settings: Mapping[str, Any], config: UNetConfig) -> tuple[Work, int]:
+    """The UNet's training, and the bytes of a picture in its latent cache."""
+    vae, text = _frozen(settings)
+    size = _count(settings, "image_size")
+    if size % vae.factor:
+        raise ValueError(f"image_size={size} must be divisible by {vae.factor}, the VAE's factor")
+    C, side = vae.latent_channels, size // vae.factor
+    config = replace(
+        config,
+        in_channels=C,
+        out_channels=C,
+        sample_size=side,
+        cross_attention_dim=text.hidden_size,
+    )
+    diffusion = Diffusion("flow", "flow_prediction")  # all kinds compute the same sizes
+
+    def loss(model: Model, frozen: Sequence[Model], n: int) -> Tensor:
+        posterior = Posterior.from_moments(torch.randn(n, 2 * C, side, side))
+        x0 = posterior.sample(torch.randn(n, C, side, side))
+        with torch.no_grad():
+            ids = torch.zeros(n, text.max_position_embeddings or 77, dtype=torch.long)
+            context = frozen[0](input_ids=ids).last_hidden_state
+        t = torch.rand(n) * diffusion.num_timesteps
+        noise = torch.randn(n, C, side, side)
+        return diffusion.loss(model, x0, context, noise=noise, t=t).mean()
+
+    def frozen() -> list[nn.Module]:
+        return [net.requires_grad_(False).eval() for net in (CLIPTextModel(text), VAE(vae))]
+
+    return Work(lambda: UNet(config), loss, frozen), 2 * 2 * C * side * side
+
+
+def _frozen(settings: Mapping[str, Any]) -> tuple[VAEConfig, CLIPTextConfig]:
+    """What the VAE and the text encoder are; of each only config.json is read."""
+    vae, text = (settings.get(key, "emoji") for key in ("vae", "text_encoder"))
+    if vae == SD15:
+        vae_config = VAEConfig()
+    else:
+        vae_config = VAEConfig.from_dict(load_json(find_part(vae, "vae") / "config.json"))
+    if text == SD15:
+        text_config = tower_config(_SD15_TEXT)
+    else:
+        folder = find_part(text, "text_encoder") / "text_encoder"
+        text_config = tower_config(load_json(folder / "config.json"))
+    return vae_config, text_config
+
+
+def _vae(config: VAEConfig, size: int) -> Work:
+    if size % config.factor:
+        raise ValueError(f"image_size={size} must be divisible by {config.factor}")
+    C, side = config.latent_channels, size // config.factor
+
+    def loss(model: Model, frozen: Sequence[Model], n: int) -> Tensor:
+        images = torch.rand(n, 3, size, size) * 2 - 1
+        reconstruction, posterior = model(images, torch.randn(n, C, side, side))
+        return vae_loss(reconstruction, images, posterior, norm="l1", kl_weight=1e-3)[0]
+
+    return Work(lambda: VAE(config), loss)
+
+
+def _clip(settings: Mapping[str, Any], size: CLIPSize, *, processes: int, eager: bool) -> Work:
+    length, words = _count(settings, "max_tokens"), _count(settings, "vocab_size")
+    side = _count(settings, "image_size")
+    # A vocabulary of the right length; nothing is ever tokenised with it.
+    names = ["<|startoftext|>", "<|endoftext|>", *(f"word{i}" for i in range(2, words))]
+    tokenizer = CLIPTokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=length
+    )
+
+    def model() -> nn.Module:
+        towers = new_clip(size, tokenizer, image_size=side)
+        if eager:  # as train_clip.py does on a CPU
+            towers.set_attn_implementation("eager")
+        return towers
+
+    def loss(model: Model, frozen: Sequence[Model], n: int) -> Tensor:
+        ids = torch.zeros(n, length, dtype=torch.long)
+        output = model(input_ids=ids, pixel_values=torch.rand(n, 3, side, side))
+        image, text = output.image_embeds.float(), output.text_embeds.float()
+        own = torch.arange(n)
+        # Each process compares its own pictures and captions with those of all (open_clip).
+        pictures, captions = image.repeat(processes, 1), text.repeat(processes, 1)
+        losses = (100 * image @ captions.T, 100 * text @ pictures.T)
+        return (F.cross_entropy(losses[0], own) + F.cross_entropy(losses[1], own)) / 2
+
+    return Work(model, loss)

@@ -1,0 +1,263 @@
+"""The preflight: counted arithmetic against formulas, memory against what training really takes."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from latentdiff.cli import plan as command
+from latentdiff.models.layers import Attention
+from latentdiff.models.unet import UNet
+from latentdiff.training.footprint import Work, footprint, nbytes
+from latentdiff.training.plan import DEVICES, HEAP, Device, make_plan, read_settings, work_of
+
+ANY = Device({"no": 1e12, "bf16": 2e12})
+ROOT = Path(__file__).parents[1]
+
+
+def unet(width: int, batch: int, size: int, precision: str = "no") -> dict[str, Any]:
+    network = {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [width, 2 * width, 4 * width],
+        "layers_per_block": 1,
+        "attention_head_dim": [1, 2, 4],
+        "use_linear_projection": True,
+    }
+    shared = {"batch_size": batch, "image_size": size, "mixed_precision": precision}
+    return {"unet": network, **shared}
+
+
+def vae(width: int, batch: int, size: int, precision: str = "no") -> dict[str, Any]:
+    network = {
+        "block_out_channels": [width, 2 * width, 4 * width],
+        "layers_per_block": 1,
+        "norm_num_groups": 16,
+        "mid_block_add_attention": False,
+    }
+    shared = {"batch_size": batch, "image_size": size, "mixed_precision": precision}
+    return {"vae": network, **shared}
+
+
+def clip(batch: int) -> dict[str, Any]:
+    towers = {"text_width": 32, "text_layers": 2, "text_heads": 2, "image_width": 48}
+    towers |= {"image_layers": 2, "image_heads": 2, "patch_size": 8, "projection_dim": 16}
+    shared = {"batch_size": batch, "image_size": 32, "vocab_size": 600, "max_tokens": 12}
+    return {"clip": towers, "mixed_precision": "no", **shared}
+
+
+class Small(nn.Module):
+    """A convolution, attention of its pixels, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.attention = Attention(16, heads=2)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(self.conv(x).flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("side", [8, 16])  # products for few tokens, the fused kernel for many
+def test_arithmetic_is_that_of_the_formulas(side: int) -> None:
+    n, N, C = 2, side * side, 16
+    work = Work(Small, lambda model, _, n: model(torch.randn(n, 3, side, side)).mean())
+    found = footprint(work, n)
+    conv, linear, attention = 2 * 9 * 3 * C * N, 2 * C * 5 * N, 4 * N * N * C
+    projections = 4 * 2 * C * C * N
+    assert found.forward_flop == n * (conv + linear + projections + attention)
+    # Backward, a product for the weight and one for the input, which the first layer's has not;
+    # fused attention computes its scores a second time, one more product of five.
+    again = 2 * attention + (0 if side == 8 else attention // 2)
+    backward = conv + 2 * (linear + projections) + again
+    assert found.step_flop == found.forward_flop + n * backward
+
+
+@pytest.mark.parametrize("settings", [unet(32, 2, 32), vae(16, 2, 16), clip(3)])
+def test_arithmetic_is_what_torch_counts_on_real_tensors(settings: dict[str, Any]) -> None:
+    work = work_of(settings)[1]
+    batch = settings["batch_size"]
+    model, frozen = work.model(), work.frozen()
+    # The CPU's fused attention, which the text encoder calls, torch's counter has to be told of.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formula = {fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=formula) as counter:
+        work.loss(model, frozen, batch).backward()
+    assert footprint(work, batch).step_flop == counter.get_total_flops()
+
+
+@pytest.mark.slow
+def test_the_parameters_of_sd_15_are_859_520_964() -> None:
+    """The number of the published weights, and 803 GFLOP a forward pass of 64×64 latents."""
+    plan = make_plan(sd15(), device=DEVICES["a100-80gb"], gpu=True, processes=8)
+    assert plan.footprint.parameters == 859_520_964
+    assert plan.forward_flop == pytest.approx(803.3e9, rel=1e-3)
+    assert plan.cache_bytes == 2 * 8 * 64 * 64
+    assert plan.resident["buckets of gradients"] == 4 * 859_520_964
+
+
+def sd15() -> dict[str, Any]:
+    """The configuration of docs/scaling.md."""
+    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+
+
+def test_the_memory_of_a_network_is_that_of_its_tensors() -> None:
+    plan = make_plan(unet(32, 2, 32), device=ANY, gpu=False)
+    network = work_of(unet(32, 2, 32))[1].model()
+    assert isinstance(network, UNet)
+    assert plan.footprint.weights == nbytes(network)
+    optimizer = torch.optim.AdamW(network.parameters())
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert plan.resident["optimizer"] == sum(moment.nbytes for moment in moments)
+    assert plan.checkpoint_bytes == 2 * nbytes(network) + plan.resident["optimizer"]
+
+
+def test_what_autograd_keeps_is_counted() -> None:
+    """Against torch's own hooks, on real tensors; the rest is the loss, and the batch itself."""
+    work = work_of(vae(16, 4, 32))[1]
+    model = work.model()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = work.loss(model, [], 4)
+    assert loss.requires_grad
+    assert footprint(work, 4).activations == pytest.approx(sum(kept.values()), rel=0.03)
+
+
+def test_half_precision_and_smaller_parts_need_less() -> None:
+    work = work_of(vae(16, 8, 32))[1]
+
+    def step(precision: str, *, accumulation: int = 1, gpu: bool = False) -> int:
+        part = 8 // accumulation
+        return footprint(work, part, accumulation=accumulation, precision=precision, gpu=gpu).step
+
+    assert step("bf16") < 0.8 * step("no")
+    assert step("bf16") < step("bf16", gpu=True) < step("no", gpu=True)
+    assert step("no", accumulation=4) < 0.5 * step("no")
+
+
+def test_accumulation_changes_no_arithmetic() -> None:
+    whole, parts = (
+        make_plan({**vae(16, 8, 32), "accumulation": parts}, device=ANY, gpu=False)
+        for parts in (1, 4)
+    )
+    assert whole.training_flop == parts.training_flop
+    assert whole.forward_flop == parts.forward_flop
+
+
+@pytest.mark.slow
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    def peak(batch: int) -> float:
+        return make_plan(vae(16, batch, 32), device=ANY, gpu=False).peak
+
+    limit = 60e6
+    plan = make_plan(vae(16, 1, 32), device=ANY, gpu=False, memory=limit)
+    assert plan.largest is not None
+    assert plan.largest > 1
+    assert peak(plan.largest) <= limit < peak(plan.largest + 1)
+    assert make_plan(vae(16, 1, 32), device=ANY, gpu=False, memory=1e6).largest == 0
+
+
+def test_twice_the_processes_take_half_the_time() -> None:
+    one, two = (make_plan(clip(4), device=ANY, gpu=True, processes=n) for n in (1, 2))
+    assert two.pictures_per_second == pytest.approx(2 * one.pictures_per_second, rel=0.01)
+
+
+def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(clip(8)))
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    given = ["plan", "--config", str(path), "--device", "l4", "--batch_size", "4"]
+    arguments = parser.parse_args([*given, "--processes", "2", "--max_steps", "1000"])
+    arguments.run(arguments)
+    printed = capsys.readouterr().out
+    assert "clip: batch_size 4 on 2 × l4, 2 pictures at a time each" in printed
+    assert "time of 1,000 steps" in printed
+    assert "fits" in printed
+    arguments.device = "a toaster"
+    with pytest.raises(ValueError, match="device='a toaster' must be one of cpu, t4"):
+        arguments.run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"image_size": 31}, "image_size=31 must be divisible by 4"),
+        ({"image_size": None}, "image_size is missing"),
+        ({"batch_size": 3}, "batch_size=3 must be divisible by 2"),
+        ({"batch_size": "many"}, "batch_size='many' must be a whole number"),
+        ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
+        ({"vae": {"layers_per_block": 1}}, "vae.block_out_channels is missing"),
+        ({"vae": {**vae(16, 1, 8)["vae"], "width": 3}}, "vae.width is unknown"),
+        ({"vae": "emoji"}, "one of unet, vae and clip"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], sentence: str) -> None:
+    settings = {**vae(16, 2, 32), **change}
+    with pytest.raises(ValueError, match=sentence):
+        make_plan(settings, device=ANY, gpu=False, processes=2)
+
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text, sentence in (("- 1", "must be a YAML mapping"), ("a: [", "is not YAML")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            read_settings(path, {})
+
+
+TINY = {"UNet": unet(32, 1, 32), "VAE": vae(16, 1, 16)}
+SIZES = [
+    unet(64, 16, 64),
+    unet(64, 64, 64),
+    unet(64, 16, 128, "bf16"),
+    vae(32, 8, 64),
+    vae(32, 16, 64),
+    vae(32, 8, 128, "bf16"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("settings", SIZES)
+def test_the_peak_is_within_15_percent_of_what_training_takes(settings: dict[str, Any]) -> None:
+    """Four real steps in a process of their own, with the heap as every user has it."""
+    tiny = {**TINY["UNet" if "unet" in settings else "VAE"]}
+    tiny["mixed_precision"] = settings["mixed_precision"]
+    script = Path(__file__).parent / "planning.py"
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(settings), json.dumps(tiny)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")},
+    )
+    measured = int(done.stdout)
+    plan = make_plan(settings, device=ANY, gpu=False)
+    print(
+        f"measured {measured / 1e6:.0f} MB, planned {plan.peak / 1e6:.0f} MB, of tensors "
+        f"{plan.peak / HEAP / 1e6:.0f} MB; planned / measured {plan.peak / measured:.3f}"
+    )
+    assert plan.peak == pytest.approx(measured, rel=0.15)
