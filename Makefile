@@ -38,7 +38,11 @@ quick: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses=2
 
 test: lint types ## every check and every test: at most 15 minutes on two cores
-	$(BIN)/python -m pytest -q --durations=10 --numprocesses=2
+	$(BIN)/python -m pytest -q -m "not faults" --durations=10 --numprocesses=2
+
+.PHONY: test-faults
+test-faults: $(VENV)/.installed-dev ## kill, stop and starve real training runs in every way: half an hour
+	$(BIN)/python -m pytest -q --durations=10 tests/test_faults.py
 
 interchange: $(VENV)/.installed-dev ## measure every file format against other tools, into docs/interchange.md
 	$(BIN)/python -m pytest -q --interchange-table docs/interchange.md tests/test_interchange.py \

@@ -1,5 +1,7 @@
 """Checkpoints: complete or absent, the newest few, safetensors and JSON only."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, verify
 from latentdiff.training.learner import Learner, OptimizerConfig
+
+MANIFEST = {"configuration": {"seed": 1}, "fingerprints": {"data": "abc"}}
 
 
 class Interrupted(Learner):
@@ -37,51 +41,58 @@ def test_a_checkpoint_restores_every_learner_and_says_the_step(tmp_path: Path) -
     old = {"unet": learner(0), "critic": learner(1)}
     train(old["unet"], 3)
     train(old["critic"], 2)
-    save_checkpoint(tmp_path, 7, old, keep=2)
+    save_checkpoint(tmp_path, 7, old, keep=2, manifest=MANIFEST)
     new = {"unet": learner(2), "critic": learner(3)}
-    assert load_checkpoint(tmp_path, new) == 7
+    assert load_checkpoint(tmp_path, new, manifest=MANIFEST) == 7
     for name in old:
         torch.testing.assert_close(state(new[name]), state(old[name]), rtol=0, atol=0)
     assert (new["unet"].num_updates, new["critic"].num_updates) == (3, 2)
     names = sorted(path.name for path in (tmp_path / "step-7").iterdir())
-    assert names == ["critic.safetensors", "state.json", "unet.safetensors"]
+    assert names == ["critic.safetensors", "manifest.json", "unet.safetensors"]
 
 
 def test_without_a_checkpoint_training_starts_at_zero(tmp_path: Path) -> None:
     subject = learner(0)
     before = state(subject)
-    assert load_checkpoint(tmp_path / "none", {"net": subject}) == 0
+    assert load_checkpoint(tmp_path / "none", {"net": subject}, manifest=MANIFEST) == 0
     torch.testing.assert_close(state(subject), before, rtol=0, atol=0)
 
 
 def test_the_newest_few_are_kept_in_the_order_of_numbers(tmp_path: Path) -> None:
     subject = {"net": learner(0)}
     for step in (8, 9, 10, 11):
-        save_checkpoint(tmp_path, step, subject, keep=3)
+        save_checkpoint(tmp_path, step, subject, keep=3, manifest=MANIFEST)
     assert [step for step, _ in checkpoints(tmp_path)] == [9, 10, 11]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-11", "step-9"]
-    assert load_checkpoint(tmp_path, subject) == 11
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step-10",
+        "step-11",
+        "step-9",
+    ]
+    assert load_checkpoint(tmp_path, subject, manifest=MANIFEST) == 11
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     subject = learner(0)
-    save_checkpoint(tmp_path, 5, {"net": subject}, keep=2)
+    save_checkpoint(tmp_path, 5, {"net": subject}, keep=2, manifest=MANIFEST)
     train(subject, 1)
-    save_checkpoint(tmp_path, 5, {"net": subject}, keep=2)
+    save_checkpoint(tmp_path, 5, {"net": subject}, keep=2, manifest=MANIFEST)
     other = learner(1)
-    load_checkpoint(tmp_path, {"net": other})
+    load_checkpoint(tmp_path, {"net": other}, manifest=MANIFEST)
     torch.testing.assert_close(state(other), state(subject), rtol=0, atol=0)
 
 
 def test_an_interrupted_checkpoint_is_absent_and_in_nobodys_way(tmp_path: Path) -> None:
     whole = learner(0)
-    save_checkpoint(tmp_path, 1, {"a": whole, "b": whole}, keep=2)
+    save_checkpoint(tmp_path, 1, {"a": whole, "b": whole}, keep=2, manifest=MANIFEST)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, {"a": whole, "b": learner(1, kind=Interrupted)}, keep=2)
+        save_checkpoint(
+            tmp_path, 2, {"a": whole, "b": learner(1, kind=Interrupted)}, keep=2, manifest=MANIFEST
+        )
     assert (tmp_path / ".step-2.tmp" / "a.safetensors").is_file()
-    assert load_checkpoint(tmp_path, {"a": learner(2), "b": learner(3)}) == 1
-    save_checkpoint(tmp_path, 2, {"a": whole, "b": whole}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
+    assert load_checkpoint(tmp_path, {"a": learner(2), "b": learner(3)}, manifest=MANIFEST) == 1
+    save_checkpoint(tmp_path, 2, {"a": whole, "b": whole}, keep=2, manifest=MANIFEST)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-2"]
 
 
 def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
@@ -92,11 +103,11 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
 
 def test_checkpoints_of_another_network_are_refused_with_advice(tmp_path: Path) -> None:
     """Changing --unet.… and running the same command again ended in a traceback."""
-    save_checkpoint(tmp_path, 4, {"net": learner(0)}, keep=1)
+    save_checkpoint(tmp_path, 4, {"net": learner(0)}, keep=1, manifest=MANIFEST)
     with pytest.raises(
         ValueError, match=r"step-4 was made with .*model.weight is \(4, 3\).*output_dir"
     ):
-        load_checkpoint(tmp_path, {"net": learner(0, width=5)})
+        load_checkpoint(tmp_path, {"net": learner(0, width=5)}, manifest=MANIFEST)
 
 
 def test_checkpoints_open_whatever_their_first_byte(tmp_path: Path) -> None:
@@ -106,19 +117,76 @@ def test_checkpoints_open_whatever_their_first_byte(tmp_path: Path) -> None:
         network = nn.Module()
         network.register_parameter("w" * (1 + length), nn.Parameter(torch.ones(2)))
         subject = Learner(network, OptimizerConfig(), Accelerator(cpu=True, mixed_precision="no"))
-        save_checkpoint(tmp_path, 1, {"net": subject}, keep=1)
+        save_checkpoint(tmp_path, 1, {"net": subject}, keep=1, manifest=MANIFEST)
         seen.add((tmp_path / "step-1" / "net.safetensors").read_bytes()[0])
-        assert load_checkpoint(tmp_path, {"net": subject}) == 1
+        assert load_checkpoint(tmp_path, {"net": subject}, manifest=MANIFEST) == 1
     assert 0x80 in seen
 
 
-@pytest.mark.parametrize("name", ["net.safetensors", "state.json"])
-def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    save_checkpoint(tmp_path, 4, {"net": learner(0)}, keep=1)
-    path = tmp_path / "step-4" / name
+FILES = ("net.safetensors", "manifest.json")
+
+
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=name):
-        load_checkpoint(tmp_path, {"net": learner(0)})
-    path.unlink()
-    with pytest.raises(ValueError, match=name):
-        load_checkpoint(tmp_path, {"net": learner(0)})
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_damage_is_named_and_the_next_older_checkpoint_taken(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    subject = learner(0)
+    save_checkpoint(tmp_path, 4, {"net": subject}, keep=2, manifest=MANIFEST)
+    expected = state(subject)
+    train(subject, 1)
+    save_checkpoint(tmp_path, 8, {"net": subject}, keep=2, manifest=MANIFEST)
+    damage(tmp_path / "step-8" / name)
+    with pytest.raises(ValueError, match=f"step-8/{name}"):  # asked for, so not replaced
+        load_checkpoint(tmp_path, {"net": learner(1)}, manifest=MANIFEST, path=tmp_path / "step-8")
+    other = learner(1)
+    with pytest.warns(UserWarning, match=f"step-8/{name}.*going on from step-4"):
+        assert load_checkpoint(tmp_path, {"net": other}, manifest=MANIFEST) == 4
+    torch.testing.assert_close(state(other), expected, rtol=0, atol=0)
+    damage(tmp_path / "step-4" / name)
+    with pytest.raises(ValueError, match=f"no checkpoint in .* is whole: .*{name}"):
+        load_checkpoint(tmp_path, {"net": other}, manifest=MANIFEST)
+
+
+def test_damaged_checkpoints_neither_count_as_kept_nor_stay_in_the_way(tmp_path: Path) -> None:
+    """A run goes back before a damaged one, and must not prune the good for it."""
+    subject = {"net": learner(0)}
+    for step in (4, 8):
+        save_checkpoint(tmp_path, step, subject, keep=2, manifest=MANIFEST)
+    cut(tmp_path / "step-8" / "manifest.json")
+    save_checkpoint(tmp_path, 6, subject, keep=1, manifest=MANIFEST)
+    with pytest.warns(UserWarning, match="going on from step-6"):
+        assert load_checkpoint(tmp_path, subject, manifest=MANIFEST) == 6
+    save_checkpoint(tmp_path, 8, subject, keep=1, manifest=MANIFEST)
+    assert [step for step, _ in checkpoints(tmp_path)] == [8]
+    assert load_checkpoint(tmp_path, subject, manifest=MANIFEST) == 8
+
+
+def test_the_manifest_says_what_made_the_checkpoint_and_what_is_in_it(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 4, {"net": learner(0)}, keep=1, manifest=MANIFEST)
+    manifest = verify(tmp_path / "step-4")
+    assert manifest["configuration"] == {"seed": 1}
+    assert manifest["step"] == 4
+    assert manifest["versions"]["torch"] == torch.__version__
+    weights = tmp_path / "step-4" / "net.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    entry = {"size": weights.stat().st_size, "sha256": digest}
+    assert manifest["files"] == {"net.safetensors": entry}
+    assert (tmp_path / "latest").read_text() == "step-4\n"
+
+
+def test_checkpoints_of_other_data_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 4, {"net": learner(0)}, keep=1, manifest=MANIFEST)
+    other = {**MANIFEST, "fingerprints": {"data": "xyz"}}
+    with pytest.raises(ValueError, match=r"step-4 was made with another data than this run's"):
+        load_checkpoint(tmp_path, {"net": learner(0)}, manifest=other)

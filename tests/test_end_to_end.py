@@ -40,6 +40,7 @@ TINY = {
     ),
 }
 SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"
+TIMED = {"samples_per_second", "data_wait", "memory"}
 NETWORKS = {"train_clip": "clip", "train_vae": "vae", "train_unet": "unet"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -49,7 +50,7 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with pictures, and the variables under which all scripts run."""
     folder = tmp_path_factory.mktemp("home")
-    build_shapes(folder / "data", count=50, seed=0, size=32)
+    build_shapes(folder / "data", count=50, seed=0, size=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
@@ -102,7 +103,7 @@ def log(folder: Path) -> list[dict[str, float]]:
 
 
 def untimed(records: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in r.items() if k != "samples_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in records]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -112,9 +113,10 @@ def test_a_run_folder_has_all_its_parts(runs: Path, name: str) -> None:
     assert (config["max_steps"], config["batch_size"], config["seed"]) == (4, 8, 0)
     records = log(folder)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    fields = {"step", "loss", "grad_norm", "learning_rate", "samples_per_second"}
+    fields = {"step", "loss", "grad_norm", "learning_rate", "skipped", *TIMED}
     assert all(fields <= record.keys() for record in records)
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["latest", "step-2", "step-4"]
     for picture in ("loss.png", "previews/step-0000004.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("*.tmp"))
@@ -168,7 +170,8 @@ def test_scripts_resume_bit_for_bit(home: Path, runs: Path, tmp_path: Path, name
     found, expected = load_safetensors(part / state), load_safetensors(whole / state)
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    assert sorted(path.name for path in (part / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    kept = sorted(path.name for path in (part / "checkpoints").iterdir())
+    assert kept == ["latest", "step-2", "step-4"]
     for path in (whole / "model").rglob("*.safetensors"):
         again = load_safetensors(part / path.relative_to(whole))
         assert all(torch.equal(again[key], value) for key, value in load_safetensors(path).items())
@@ -184,7 +187,7 @@ def test_the_same_command_with_more_steps_goes_on(
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[:4] == log(runs / NETWORKS[name])
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step-4", "step-6"]
+    assert names == ["latest", "step-4", "step-6"]
     assert (tmp_path / "run" / "previews" / "step-0000006.png").is_file()
 
 
@@ -214,12 +217,25 @@ def test_two_processes_train_as_one(home: Path, runs: Path, tmp_path: Path, name
     found, expected = log(tmp_path / "run"), log(runs / NETWORKS[name])
     assert [record["step"] for record in found] == [1, 2, 3]
     for record, alone in zip(found, expected, strict=False):
-        for field in record.keys() - {"samples_per_second"}:
+        for field in record.keys() - TIMED:
             assert record[field] == pytest.approx(alone[field], rel=1e-4, abs=1e-7), field
     if name == "train_unet":
         for file in ("moments.npy", "captions.jsonl"):
             written = (tmp_path / "run" / "cache" / file).read_bytes()
             assert len(written) == len((runs / "cache" / file).read_bytes())
+
+
+@pytest.mark.parametrize("name", ["train_vae", "train_unet"])
+def test_accumulation_trains_as_whole_batches_do(
+    home: Path, runs: Path, tmp_path: Path, name: str
+) -> None:
+    args = arguments(name, home, tmp_path / "run", 3)
+    call(name, *args, "--accumulation=4")
+    found, expected = log(tmp_path / "run"), log(runs / NETWORKS[name])
+    assert [record["step"] for record in found] == [1, 2, 3]
+    for record, whole in zip(found, expected, strict=False):
+        for field in record.keys() - TIMED:
+            assert record[field] == pytest.approx(whole[field], rel=1e-4, abs=1e-7), field
 
 
 @pytest.mark.parametrize("name", ["train_clip", "train_vae", "cache_latents", "train_unet"])
@@ -229,7 +245,7 @@ def test_default_networks_train_on_default_terms(home: Path, tmp_path: Path, nam
     if name != "cache_latents":
         args += ["--max_steps=1", "--mixed_precision=no"]
     call(name, *args)
-    written = "header.json" if name == "cache_latents" else "checkpoints/step-1/state.json"
+    written = "header.json" if name == "cache_latents" else "checkpoints/step-1/manifest.json"
     assert (tmp_path / "run" / written).is_file()
 
 
@@ -263,6 +279,10 @@ def no_captions(home: Path) -> list[str]:
     return ["train_clip", "--data", f"{home}/data", "--caption_columns=[]"]
 
 
+def parts_of_a_batch(home: Path) -> list[str]:
+    return ["train_clip", "--data", f"{home}/data", "--accumulation=2"]
+
+
 def odd_patches(home: Path) -> list[str]:
     return ["train_clip", "--data", f"{home}/data", "--image_size=36"]
 
@@ -282,9 +302,13 @@ def odd_cache(home: Path) -> list[str]:
         (no_vae, "nowhere"),
         (no_text_encoder, "holds no text encoder: text_encoder/config.json is missing"),
         (other_vae, "was encoded by another VAE"),
-        (other_network, "step-4 was made with another configuration"),
+        (
+            other_network,
+            "another configuration: vae.block_out_channels was [8, 8, 16] and is [8, 16]",
+        ),
         (no_data, "nowhere' cannot be read"),
         (no_captions, "caption_columns is empty"),
+        (parts_of_a_batch, "accumulation=2 must be 1: the contrastive loss"),
         (odd_patches, "image_size=36 must be divisible by patch_size=8"),
         (odd_size, "30) must be divisible by 4"),
         (odd_cache, "30) must be divisible by 4"),

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.randomness import Share
 
 CONFIG = OptimizerConfig(
     learning_rate=0.05, max_steps=20, warmup_steps=4, cooldown_steps=5, ema_decay=0.8
@@ -143,3 +144,53 @@ def test_tensors_of_another_network_are_refused_by_name() -> None:
         state = Learner(other, CONFIG, accelerator).tensors()
         with pytest.raises(ValueError, match=r"(model|ema)\.\d\.\w+ is .* in the checkpoint"):
             learner().load_tensors(state, num_updates=0)
+
+
+def test_parts_of_a_batch_add_up_to_the_step_of_the_whole() -> None:
+    whole, split = learner(), learner()
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        x, y = torch.randn(8, 3, generator=draw), torch.randn(8, 2, generator=draw)
+        expected = whole.update((whole.model(x) - y).square().mean())
+        norms = []
+        for share in (Share(i, 4) for i in range(4)):
+            error = split.model(share.rows(x)) - share.rows(y)
+            norms.append(split.update(error.square().mean(), share))
+        assert [float(norm) for norm in norms[:3]] == [0.0] * 3
+        torch.testing.assert_close(norms[3], expected)
+    assert split.num_updates == 5
+    torch.testing.assert_close(split.raw.state_dict(), whole.raw.state_dict())
+    torch.testing.assert_close(split.ema.state_dict(), whole.ema.state_dict())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_without_a_finite_gradient_changes_no_bit(bad: float) -> None:
+    subject, reference = learner(), learner()
+    train(subject, 0, 3)
+    train(reference, 0, 3)
+    before = {name: tensor.clone() for name, tensor in subject.tensors().items()}
+    for count in (1, 2):
+        subject.update(loss_of(subject.model, 3) * bad)
+        assert (int(subject.skipped), int(subject.skipped_in_a_row)) == (1, count)
+    after = subject.tensors()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert subject.num_updates == 5  # the learning rate is one of the step alone
+    reference.num_updates = 5
+    assert train(subject, 5, 9) == train(reference, 5, 9)
+    assert (int(subject.skipped), int(subject.skipped_in_a_row)) == (0, 0)
+
+
+def test_the_scale_of_half_precision_is_restored() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    first = Learner(network(), CONFIG, accelerator)
+    train(first, 0, 3)
+    kept = {name: tensor.clone() for name, tensor in first.tensors().items()}
+    assert float(kept["scaler.scale"]) == 16.0
+    expected = train(first, 3, 8)
+    again = Accelerator(cpu=True, mixed_precision="no")
+    again.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    second = Learner(network(1), CONFIG, again)
+    second.load_tensors(kept, num_updates=3)
+    assert train(second, 3, 8) == expected
+    assert second.tensors()["scaler.scale"] == first.tensors()["scaler.scale"]

@@ -19,9 +19,11 @@ from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.loop import Log, LoopConfig, Metrics, computes_bf16, fit
+from latentdiff.training.loop import LoopConfig, computes_bf16, fit, make_accelerator
 from latentdiff.training.losses import vae_loss
-from latentdiff.training.randomness import generator
+from latentdiff.training.meter import Log, Metrics
+from latentdiff.training.randomness import Share, generator
+from latentdiff.training.run_folder import RunFolder
 from latentdiff.training.tokenizer import train_tokenizer
 
 OPTIMIZER = OptimizerConfig(
@@ -30,7 +32,8 @@ OPTIMIZER = OptimizerConfig(
 LOOP = LoopConfig(
     max_steps=8, batch_size=4, log_every=3, preview_every=4, checkpoint_every=4, seed=1
 )
-Step = Callable[[Any, int], Metrics]
+TIMED = ("samples_per_second", "data_wait", "memory")
+Step = Callable[[Any, int, Share], Metrics]
 
 
 def unet(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
@@ -49,13 +52,13 @@ def unet(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, St
     learner = Learner(UNet(blocks), config, accelerator)
     diffusion = Diffusion("flow", "flow_prediction")
 
-    def step(batch: list[Tensor], number: int) -> Metrics:
+    def step(batch: list[Tensor], number: int, share: Share) -> Metrics:
         draw = generator(LOOP.seed, number, "noise")
         noise = torch.randn(batch[0].shape, generator=draw)
         t = diffusion.sample_t(len(noise), generator=draw)
         context = torch.randn(len(noise), 5, 6, generator=draw)
         loss = diffusion.loss(learner.model, batch[0], context, noise=noise, t=t).mean()
-        return {"loss": loss, "grad_norm": learner.update(loss)}
+        return {"loss": loss, "grad_norm": learner.update(loss, share)}
 
     return learner, step
 
@@ -65,11 +68,11 @@ def vae(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Ste
     blocks = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
     learner = Learner(VAE(blocks), config, accelerator)
 
-    def step(batch: list[Tensor], number: int) -> Metrics:
+    def step(batch: list[Tensor], number: int, share: Share) -> Metrics:
         noise = torch.randn(len(batch[0]), 4, 4, 4, generator=generator(LOOP.seed, number, "z"))
         reconstruction, posterior = learner.model(batch[0], noise)
         loss, _, kl = vae_loss(reconstruction, batch[0], posterior, norm="l1", kl_weight=0.1)
-        return {"loss": loss, "kl": kl, "grad_norm": learner.update(loss)}
+        return {"loss": loss, "kl": kl, "grad_norm": learner.update(loss, share)}
 
     return learner, step
 
@@ -91,9 +94,9 @@ def clip(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, St
     words = ["a cat", "a dog", "cats", "dogs"]
     ids = tokenizer(words, padding="max_length", return_tensors="pt").input_ids
 
-    def step(batch: list[Tensor], number: int) -> Metrics:
+    def step(batch: list[Tensor], number: int, share: Share) -> Metrics:
         output = learner.model(input_ids=ids, pixel_values=batch[0], return_loss=True)
-        return {"loss": output.loss, "grad_norm": learner.update(output.loss)}
+        return {"loss": output.loss, "grad_norm": learner.update(output.loss, share)}
 
     return learner, step
 
@@ -123,10 +126,10 @@ def run(
             stop=config.max_steps,
         )
 
-    def interrupted(batch: list[Tensor], number: int) -> Metrics:
+    def interrupted(batch: list[Tensor], number: int, share: Share) -> Metrics:
         if number == until:
             raise KeyboardInterrupt
-        return step(batch, number)
+        return step(batch, number, share)
 
     def save(path: Path) -> None:
         assert not (folder / "checkpoints" / f"step-{learner.num_updates}").exists()
@@ -142,7 +145,7 @@ def run(
         {"net": learner},
         config,
         accelerator,
-        settings=f"max_steps: {config.max_steps}\n",
+        RunFolder(folder, f"max_steps: {config.max_steps}\n"),
         save=save,
         preview=preview,
     )
@@ -155,7 +158,7 @@ def log(folder: Path) -> list[dict[str, float]]:
 
 
 def untimed(records: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in r.items() if k != "samples_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in records]
 
 
 def newest(folder: Path) -> dict[str, Tensor]:
@@ -244,11 +247,28 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
         "preview_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "accumulation",
+        "max_bad_steps",
+        "timeout",
     ],
 )
 def test_counts_of_nothing_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
         replace(LOOP, **{name: 0})
+
+
+def test_a_batch_that_cannot_be_cut_into_parts_is_refused() -> None:
+    config = replace(LOOP, batch_size=6, accumulation=4, mixed_precision="no")
+    with pytest.raises(ValueError, match="batch_size=6 must be divisible by 4: 1 processes with"):
+        make_accelerator(config)
+
+
+def test_logs_say_where_time_and_memory_went(tmp_path: Path) -> None:
+    run(tmp_path)
+    for record in log(tmp_path):
+        assert 0 <= record["data_wait"] < 1
+        assert 1e7 < record["memory"] < 1e11
+        assert record["skipped"] == 0
 
 
 def test_a_negative_seed_is_refused() -> None:

@@ -10,6 +10,7 @@ from latentdiff.data.images import CaptionedImages, DataConfig
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.vae import VAE
 from latentdiff.training.config import parse_config, run_script, write_config
+from latentdiff.training.loop import uses_cpu
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class CacheLatents(DataConfig):
 
 def main() -> None:
     config, text = parse_config(CacheLatents)
-    accelerator = Accelerator(mixed_precision="no")  # written once, so exactly
+    accelerator = Accelerator(cpu=uses_cpu(), mixed_precision="no")  # written once, so exactly
     vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
     with accelerator.main_process_first():
         dataset = CaptionedImages(config)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging
 
-from latentdiff.data.batches import batches, shard
+from latentdiff.data.batches import batches
+from latentdiff.data.cache import data_fingerprint
 from latentdiff.data.images import CaptionedImages, DataConfig, collate
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text import TextEncoder
@@ -22,7 +23,9 @@ from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
-from latentdiff.training.randomness import choose, generator
+from latentdiff.training.processes import Processes
+from latentdiff.training.randomness import Share, choose, generator
+from latentdiff.training.run_folder import RunFolder
 from latentdiff.training.tokenizer import train_tokenizer
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5: clipped to keep training stable
@@ -53,6 +56,11 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
     def __post_init__(self) -> None:
         for part in (DataConfig, LoopConfig, OptimizerConfig):
             part.__post_init__(self)
+        if self.accumulation != 1:
+            raise ValueError(
+                f"accumulation={self.accumulation} must be 1: the contrastive loss compares each "
+                "picture with every caption of the batch, so that parts of it have another loss"
+            )
         for name in ("blur", "noise"):
             if not 0 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 8")
@@ -63,6 +71,7 @@ def main() -> None:
     logging.disable_progress_bar()  # transformers' would break into ours
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    run = RunFolder(config.output_dir, settings, Processes(accelerator))
     with accelerator.main_process_first():
         dataset = CaptionedImages(config)
     captions = [caption for texts in dataset.captions for caption in texts]
@@ -86,25 +95,25 @@ def main() -> None:
         encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return encoded.input_ids.to(accelerator.device)
 
-    def draw(number: int, purpose: str, *shape: int) -> Tensor:
-        """This process's rows of a global batch that is uniform in [0, 1), (B, *shape)."""
-        source = generator(config.seed, number, purpose)
-        return shard(torch.rand(config.batch_size, *shape, generator=source), rank, world_size)
+    def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
+        def draw(purpose: str, *shape: int) -> Tensor:
+            """This process's rows of a global batch that is uniform in [0, 1), (B, *shape)."""
+            source = generator(config.seed, number, purpose)
+            return share.rows(torch.rand(config.batch_size, *shape, generator=source))
 
-    def gaussian(number: int, purpose: str, *shape: int) -> Tensor:
-        """This process's rows of a global batch of N(0, I), (B, *shape)."""
-        source = generator(config.seed, number, purpose)
-        return shard(torch.randn(config.batch_size, *shape, generator=source), rank, world_size)
+        def gaussian(purpose: str, *shape: int) -> Tensor:
+            """This process's rows of a global batch of N(0, I), (B, *shape)."""
+            source = generator(config.seed, number, purpose)
+            return share.rows(torch.randn(config.batch_size, *shape, generator=source))
 
-    def step(batch: dict[str, Any], number: int) -> Metrics:
         images = to_floats(batch["images"].to(accelerator.device))
-        images = crop(images, draw(number, "crop", 3).to(images), scale=config.crop_scale)
+        images = crop(images, draw("crop", 3).to(images), scale=config.crop_scale)
         if config.blur > 0:
-            images = blur(images, config.blur * draw(number, "blur").to(images))
+            images = blur(images, config.blur * draw("blur").to(images))
         if config.noise > 0:
-            strength = config.noise * draw(number, "noise strength", 1, 1, 1).to(images)
-            images = images + strength * gaussian(number, "noise", *images.shape[1:]).to(images)
-        words = choose(batch["captions"], draw(number, "caption").tolist())
+            strength = config.noise * draw("noise strength", 1, 1, 1).to(images)
+            images = images + strength * gaussian("noise", *images.shape[1:]).to(images)
+        words = choose(batch["captions"], draw("caption").tolist())
         output = learner.model(input_ids=tokenize(words), pixel_values=images)
         image, text = output.image_embeds, output.text_embeds  # (B, D), of length 1
         loss = contrastive(image, text, raw.logit_scale.exp())
@@ -113,7 +122,7 @@ def main() -> None:
             texts = accelerator.gather(text)
             assert isinstance(texts, Tensor)
             accuracy = (image @ texts.T).argmax(dim=1).eq(own).float().mean()
-        grad_norm = learner.update(loss)
+        grad_norm = learner.update(loss, share)
         raw.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         return {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
 
@@ -166,9 +175,10 @@ def main() -> None:
         {"clip": learner},
         config,
         accelerator,
-        settings=settings,
+        run,
         save=save,
         preview=preview,
+        fingerprints={"data": data_fingerprint(dataset)},
     )
 
 

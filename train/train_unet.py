@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from transformers.utils import logging
 
-from latentdiff.data.batches import batches, shard
+from latentdiff.data.batches import batches
 from latentdiff.data.cache import LatentCache, collate_moments, write_cache
 from latentdiff.data.images import CaptionedImages, DataConfig
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_part
+from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior
@@ -23,7 +24,9 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
-from latentdiff.training.randomness import choose, generator
+from latentdiff.training.processes import Processes
+from latentdiff.training.randomness import Share, choose, generator, parts
+from latentdiff.training.run_folder import RunFolder
 
 SMALL = UNetConfig(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -74,6 +77,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    run = RunFolder(config.output_dir, settings, Processes(accelerator))
     vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
     text_encoder = TextEncoder.from_pretrained(find_part(config.text_encoder, "text_encoder"))
     text_encoder.to(accelerator.device)
@@ -90,38 +94,38 @@ def main() -> None:
     learner = Learner(UNet(unet_config), config, accelerator)
     diffusion = config.diffusion
 
-    def draw(number: int, purpose: str, *shape: int) -> torch.Tensor:
-        """This process's rows of a global batch of N(0, I), (B, *shape)."""
-        source = generator(config.seed, number, purpose)
-        whole = torch.randn(config.batch_size, *shape, generator=source)
-        return shard(whole, rank, world_size).to(accelerator.device)
+    def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
+        def draw(purpose: str) -> torch.Tensor:
+            """This part's rows of a global batch of N(0, I), (B, *latent)."""
+            source = generator(config.seed, number, purpose)
+            whole = torch.randn(config.batch_size, *latent, generator=source)
+            return share.rows(whole).to(accelerator.device)
 
-    def step(batch: dict[str, Any], number: int) -> Metrics:
         posterior = Posterior.from_moments(batch["moments"].to(accelerator.device))
-        x0 = posterior.sample(draw(number, "posterior", *latent))
+        x0 = posterior.sample(draw("posterior"))
         with accelerator.autocast():
-            context = text_encoder(captions(batch, number))
+            context = text_encoder(captions(batch, number, share))
         t = diffusion.sample_t(
             config.batch_size,
             generator=generator(config.seed, number, "t"),
             shift=config.timestep_shift,
         )
-        t = shard(t, rank, world_size).to(accelerator.device)
-        noise = draw(number, "noise", *latent)
+        t = share.rows(t).to(accelerator.device)
+        noise = draw("noise")
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
         loss = diffusion.loss(learner.model, x0, context, noise=noise, t=t).mean()
-        return {"loss": loss, "grad_norm": learner.update(loss)}
+        return {"loss": loss, "grad_norm": learner.update(loss, share)}
 
-    def captions(batch: dict[str, Any], number: int) -> list[str]:
-        """One caption an example, or none: the same whatever the number of processes."""
+    def captions(batch: dict[str, Any], number: int, share: Share) -> list[str]:
+        """One caption an example, or none: the same whatever the number of parts."""
         source = generator(config.seed, number, "caption")
-        draws = shard(torch.rand(config.batch_size, 2, generator=source), rank, world_size).tolist()
+        draws = share.rows(torch.rand(config.batch_size, 2, generator=source)).tolist()
         words = choose(batch["captions"], [place for place, _ in draws])
         kept = [dropout >= config.caption_dropout for _, dropout in draws]
         return [word if keep_it else "" for word, keep_it in zip(words, kept, strict=True)]
 
     def data(start: int) -> Iterator[dict[str, Any]]:
-        return batches(
+        shares = batches(
             cache,
             start,
             num_samples=len(cache),
@@ -133,6 +137,7 @@ def main() -> None:
             num_workers=config.num_workers,
             collate=collate_moments,
         )
+        return parts(shares, config.accumulation)
 
     ema = learner.ema
     assert isinstance(ema, UNet)
@@ -151,9 +156,14 @@ def main() -> None:
         {"unet": learner},
         config,
         accelerator,
-        settings=settings,
+        run,
         save=pipeline.save_pretrained,
         preview=preview,
+        fingerprints={
+            "data": cache.header["data"],
+            "vae": cache.header["vae"],
+            "text_encoder": fingerprint(text_encoder.model, {}),
+        },
     )
 
 

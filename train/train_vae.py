@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from latentdiff.data.batches import batches, shard
+from latentdiff.data.batches import batches
+from latentdiff.data.cache import data_fingerprint
 from latentdiff.data.images import CaptionedImages, DataConfig, collate
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.pictures import picture_grid, to_floats, to_pil
@@ -15,7 +16,9 @@ from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
 from latentdiff.training.losses import Reconstruction, vae_loss
-from latentdiff.training.randomness import generator
+from latentdiff.training.processes import Processes
+from latentdiff.training.randomness import Share, generator, parts
+from latentdiff.training.run_folder import RunFolder
 
 SMALL = VAEConfig(
     block_out_channels=(32, 64, 128),
@@ -50,6 +53,7 @@ def main() -> None:
     config, settings = parse_config(TrainVAE)
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    run = RunFolder(config.output_dir, settings, Processes(accelerator))
     with accelerator.main_process_first():
         dataset = CaptionedImages(config)
     vae_config = replace(config.vae, sample_size=config.image_size)
@@ -59,12 +63,12 @@ def main() -> None:
     assert isinstance(ema, VAE)
     latent = (vae_config.latent_channels, *(config.image_size // vae_config.factor,) * 2)
 
-    def step(batch: dict[str, Any], number: int) -> Metrics:
+    def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
         images = to_floats(batch["images"].to(accelerator.device))
         noise = torch.randn(
             config.batch_size, *latent, generator=generator(config.seed, number, "posterior")
         )
-        reconstruction, posterior = learner.model(images, shard(noise, rank, world_size).to(images))
+        reconstruction, posterior = learner.model(images, share.rows(noise).to(images))
         loss, distance, kl = vae_loss(
             reconstruction,
             images,
@@ -72,11 +76,11 @@ def main() -> None:
             norm=config.reconstruction,
             kl_weight=config.kl_weight,
         )
-        grad_norm = learner.update(loss)
+        grad_norm = learner.update(loss, share)
         return {"loss": loss, config.reconstruction: distance, "kl": kl, "grad_norm": grad_norm}
 
     def data(start: int) -> Iterator[dict[str, Any]]:
-        return batches(
+        shares = batches(
             dataset,
             start,
             num_samples=len(dataset),
@@ -88,6 +92,7 @@ def main() -> None:
             num_workers=config.num_workers,
             collate=collate,
         )
+        return parts(shares, config.accumulation)
 
     shown = torch.stack([dataset.image(i * len(dataset) // 16) for i in range(16)])
 
@@ -114,9 +119,10 @@ def main() -> None:
         {"vae": learner},
         config,
         accelerator,
-        settings=settings,
+        run,
         save=save,
         preview=preview,
+        fingerprints={"data": data_fingerprint(dataset)},
     )
 
 

@@ -1,55 +1,244 @@
-"""Training checkpoints: a folder a step, complete or absent; safetensors and JSON only."""
+"""Training checkpoints: a folder a step, whole and verified or absent; safetensors and JSON only.
 
+A checkpoint holds a safetensors file a learner and `manifest.json`: every file's size and SHA-256,
+the step, the configuration, library versions and fingerprints. There is no state of generators in
+it, since every random number of a run is a function of (seed, step, purpose).
+"""
+
+import hashlib
+import json
 import os
+import platform
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from latentdiff.formats.weights import load_json, load_safetensors, save_json, save_safetensors
+import accelerate
+import safetensors
+import torch
+
+from latentdiff.formats.weights import (
+    load_json,
+    load_safetensors,
+    replacing,
+    save_json,
+    save_safetensors,
+)
 from latentdiff.training.learner import Learner
+from latentdiff.training.processes import Processes
+
+MANIFEST = "manifest.json"
+LIBRARIES = (torch, accelerate, safetensors)
 
 
-def save_checkpoint(folder: Path, step: int, learners: Mapping[str, Learner], *, keep: int) -> None:
-    """Write `step-N/` beside its final name, rename it, then drop all but the newest `keep`."""
-    staging = folder / f".step-{step}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for name, learner in learners.items():
-        save_safetensors(learner.tensors(), staging / f"{name}.safetensors")
-    updates = {name: learner.num_updates for name, learner in learners.items()}
-    save_json({"step": step, "num_updates": updates}, staging / "state.json")
-    final = folder / f"step-{step}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staging, final)
-    for _, old in checkpoints(folder)[:-keep]:
-        doomed = old.rename(folder / f".{old.name}.tmp")  # at no moment half there
-        shutil.rmtree(doomed)
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    learners: Mapping[str, Learner],
+    *,
+    keep: int,
+    manifest: Mapping[str, Any],
+    processes: Processes | None = None,
+) -> None:
+    """Write `step-N/` beside its final name, verify it, rename it, then drop all but `keep`.
 
-
-def load_checkpoint(folder: Path, learners: Mapping[str, Learner]) -> int:
-    """Restore the newest checkpoint, if there is one; returns the step to go on from, else 0.
-
-    Raises ValueError when it is damaged or of other networks than these.
+    Every process calls it, and they share the learners among them. At every moment at least one
+    whole checkpoint is there once the first was: the older ones go when the new one has its name.
+    `manifest` is what goes into manifest.json beside the files and the step.
+    Raises OSError, or in several processes ValueError, when it cannot be written; then nothing
+    is left of it and the older checkpoints are as they were.
     """
-    found = checkpoints(folder)
-    if not found:
+    processes = Processes() if processes is None else processes
+    staging = folder / f".step-{step}.tmp"
+    try:
+        processes.on_first(lambda: _begin(folder, staging))
+        processes.everywhere(lambda: _write(staging, learners, processes))
+        processes.on_first(lambda: _finish(folder, staging, step, learners, manifest))
+    except (ValueError, OSError):
+        if processes.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    processes.on_first(lambda: _prune(folder, step, keep))
+
+
+def load_checkpoint(
+    folder: Path,
+    learners: Mapping[str, Learner],
+    *,
+    manifest: Mapping[str, Any],
+    path: Path | None = None,
+    processes: Processes | None = None,
+) -> int:
+    """Restore the newest whole checkpoint, if there is one; returns the step to go on from, else 0.
+
+    A damaged one is skipped with a warning that names the file. `path` asks for one checkpoint in
+    place of the newest. Raises ValueError when that one is damaged, when there are checkpoints but
+    none is whole, and when it is of other networks or other data (`fingerprints` of `manifest`).
+    """
+    processes = Processes() if processes is None else processes
+    found = processes.on_first(lambda: find_checkpoint(folder, path))
+    if found is None:
         return 0
-    step, newest = found[-1]
-    state = load_json(newest / "state.json")
+    content = load_json(found / MANIFEST)
+    recorded, now = content.get("fingerprints", {}), manifest.get("fingerprints", {})
+    changed = [name for name in recorded.keys() & now.keys() if recorded[name] != now[name]]
+    if changed:
+        raise ValueError(
+            f"{found} was made with another {' and another '.join(sorted(changed))} than "
+            "this run's; go back to that or choose another output_dir"
+        )
     for name, learner in learners.items():
-        tensors = load_safetensors(newest / f"{name}.safetensors")
+        tensors = load_safetensors(found / f"{name}.safetensors")
         try:
-            learner.load_tensors(tensors, num_updates=state["num_updates"][name])
-        except ValueError as error:
+            learner.load_tensors(tensors, num_updates=content["num_updates"][name])
+        except (ValueError, KeyError) as error:
             raise ValueError(
-                f"{newest} was made with another configuration ({error}); "
+                f"{found} was made with another configuration ({error}); "
                 "go back to that one or choose another output_dir"
             ) from error
-    return step
+    return content["step"]
+
+
+def find_checkpoint(folder: Path, path: Path | None = None) -> Path | None:
+    """`path`, or else the newest checkpoint of the folder, that is whole; None if there is none.
+
+    Raises ValueError as `load_checkpoint` does.
+    """
+    if path is not None:
+        verify(path)
+        return path
+    damaged = []
+    for _, candidate in reversed(checkpoints(folder)):
+        try:
+            verify(candidate)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        for message in damaged:
+            warnings.warn(f"{message}; going on from {candidate.name}", stacklevel=2)
+        return candidate
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {folder} is whole: {'; '.join(damaged)}; "
+            "delete them to begin anew or choose another output_dir"
+        )
+    return None
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints, oldest first: (step, path)."""
+    """Checkpoints that were finished, oldest first: (step, path)."""
     found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; ValueError names the file that is missing, or not as written."""
+    manifest = load_json(path / MANIFEST)
+    recorded = manifest.pop("sha256", None)
+    if recorded != _digest(manifest):
+        raise ValueError(f"{path / MANIFEST} is damaged: it differs from its own SHA-256")
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise ValueError(f"{file} is damaged: {size} bytes, not {expected['size']}")
+        if _sha256(file) != expected["sha256"]:
+            raise ValueError(f"{file} is damaged: its SHA-256 differs from the manifest's")
+    return manifest
+
+
+def _begin(folder: Path, staging: Path) -> None:
+    _sweep(folder)
+    staging.mkdir(parents=True)
+
+
+def _write(staging: Path, learners: Mapping[str, Learner], processes: Processes) -> None:
+    for number, (name, learner) in enumerate(learners.items()):
+        tensors = learner.tensors()
+        if number % processes.count == processes.rank:
+            path = staging / f"{name}.safetensors"
+            try:
+                save_safetensors(tensors, path)
+            except (
+                safetensors.SafetensorError
+            ) as error:  # a full disk, seen from inside the library
+                raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _finish(
+    folder: Path,
+    staging: Path,
+    step: int,
+    learners: Mapping[str, Learner],
+    manifest: Mapping[str, Any],
+) -> None:
+    """Seal what all have written, give it its name, and point at it."""
+    content = {
+        **manifest,
+        "step": step,
+        "num_updates": {name: learner.num_updates for name, learner in learners.items()},
+        "versions": _versions(),
+        "files": {
+            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
+            for file in sorted(staging.iterdir())
+        },
+    }
+    # JSON has no tuples: the digest is of what will be read.
+    content = json.loads(json.dumps(content))
+    save_json({**content, "sha256": _digest(content)}, staging / MANIFEST)
+    _sync(staging)
+    final = folder / f"step-{step}"
+    if final.exists():  # a damaged one, which the run went back before
+        os.replace(final, folder / f".step-{step}.old.tmp")
+    os.replace(staging, final)
+    _sync(folder)
+    with replacing(folder / "latest") as temporary:
+        temporary.write_text(f"{final.name}\n", encoding="utf-8")
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    # Newer ones stay: they are damaged, or of a run that was taken back; it will replace them.
+    older = [path for number, path in checkpoints(folder) if number < step]
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        os.replace(old, folder / f".{old.name}.tmp")  # at no moment half there
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what is no checkpoint any more, and what killed runs have left."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _versions() -> dict[str, str]:
+    # Not imported by name: the package's own module leads to the floors above this one.
+    ours = sys.modules["latentdiff"]
+    found = {library.__name__: str(library.__version__) for library in (*LIBRARIES, ours)}
+    return {"python": platform.python_version(), **found}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's list of names on disk, without which a power cut may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 T = TypeVar("T")
@@ -44,3 +45,6 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on from the newest checkpoint")
+    finally:  # a process that leaves its group open crashes now and then while Python ends
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

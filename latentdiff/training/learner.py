@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentdiff.training.randomness import Share
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -54,45 +56,71 @@ class Learner:
         self.accelerator = accelerator
         model = model.to(accelerator.device)
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        optimizer = torch.optim.AdamW(
+        # Only fused kernels take `found_inf`, and so leave out an update without the host waiting.
+        self._fused = accelerator.device.type in ("cuda", "cpu")
+        self._adamw = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
-            fused=accelerator.device.type in ("cuda", "cpu"),
+            fused=self._fused,
         )
         self.raw = model
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, self._adamw)
         self.num_updates = 0
+        self.skipped = torch.zeros((), device=accelerator.device)
+        """1 if the last update was left out, else 0; a tensor, so that nobody waits for it."""
+        self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
 
-    def update(self, loss: Tensor) -> Tensor:
-        """One step down the gradient of `loss` (); returns the gradient's norm (), unclipped."""
+    def update(self, loss: Tensor, share: Share | None = None) -> Tensor:
+        """One step down the gradient of `loss` (); returns the gradient's norm (), unclipped.
+
+        With gradient accumulation, `loss` is the mean over one part, `share`, of the global batch:
+        the step is taken with a process's last part, and 0 returned for those before it.
+        A step whose gradient is not finite is counted but leaves weights, average and moments as
+        they are, in all processes alike, since they all have the same gradient.
+        """
+        parts = 1 if share is None else share.count // self.accelerator.num_processes
+        self.accelerator.backward(loss / parts)
+        if share is not None and (share.index + 1) % parts:
+            return torch.zeros((), device=loss.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(self.num_updates)
-        self.accelerator.backward(loss)
         grad_norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.max_grad_norm
         )
-        self.optimizer.step()
+        assert grad_norm is not None
+        finite = grad_norm.isfinite()
+        if self.accelerator.scaler is None and self._fused:
+            self._adamw.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None or bool(finite):  # a scaler looks for itself
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
+        self.skipped = (~finite).float()
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * self.skipped
         # The early average forgets its random start; 10 as in the common TensorFlow recipe.
         decay = min(self.config.ema_decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averages = [p.data for p in self.ema.parameters()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage] # EMAs everywhere use it
-            [p.data for p in self.ema.parameters()],
+            averages,
             [p.data for p in self.raw.parameters()],
-            1.0 - decay,
+            [(1.0 - decay) * finite.to(averages[0])] * len(averages),
         )
-        assert grad_norm is not None
         return grad_norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that resuming needs, by name: weights, EMA and both moments of AdamW."""
+        """Everything that resuming needs, by name: weights, EMA, both moments of AdamW, scale."""
         state = {f"model.{name}": tensor for name, tensor in self.raw.state_dict().items()}
         state |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
         for name, parameter in self.raw.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 state[f"optimizer.{name}.{key}"] = value
+        if self.accelerator.scaler is not None:  # of fp16: the scale is found by trial
+            scaler = self.accelerator.scaler.state_dict()
+            state["scaler.scale"] = torch.tensor(scaler["scale"], dtype=torch.float64)
+            state["scaler.growth"] = torch.tensor(scaler["_growth_tracker"])
         return state
 
     def load_tensors(self, state: dict[str, Tensor], *, num_updates: int) -> None:
@@ -118,3 +146,9 @@ class Learner:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.num_updates = num_updates
+        if self.accelerator.scaler is not None and "scaler.scale" in state:
+            scale, growth = float(state["scaler.scale"]), int(state["scaler.growth"])
+            scaler = self.accelerator.scaler
+            scaler.load_state_dict(
+                {**scaler.state_dict(), "scale": scale, "_growth_tracker": growth}
+            )

@@ -1,12 +1,38 @@
 """Random numbers as functions of (seed, step, purpose): a resumed run needs no RNG state."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of `count` equal parts of a global batch is worked on: number `index`.
+
+    Every process works through its parts one after the other, and the parts of process 0 come
+    first: index = rank * accumulation + part and count = processes * accumulation.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, whole: Any) -> Any:
+        """The part's rows of a sequence or of a tensor's first axis, of the global batch."""
+        size = len(whole) // self.count
+        return whole[self.index * size : (self.index + 1) * size]
+
+
+def parts(batches: Iterator[Mapping[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+    """Cut each batch of sequences and tensors, by name, into `count` parts, one after the other."""
+    for batch in batches:
+        for index in range(count):
+            share = Share(index, count)
+            yield {name: share.rows(value) for name, value in batch.items()}
 
 
 def generator(seed: int, step: int, purpose: str) -> torch.Generator:

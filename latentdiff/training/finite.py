@@ -1,0 +1,51 @@
+"""Which module of a network was the first to make a number that is not finite."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def watching(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Watch forward passes; the list that is given gets a phrase for the first bad module.
+
+    Each tensor that goes through is read by the host, which is slow: this is for a step that is
+    known to be bad and is taken a second time.
+    """
+    found: list[str] = []
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def before(_: nn.Module, inputs: Any) -> None:
+            if not found and not _finite(inputs):
+                found.append(f"the input of {name}")
+
+        def after(_: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not _finite(output):
+                found.append(f"the output of {name} ({type(module).__name__})")
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after))
+
+    for name, network in networks.items():
+        for path, module in network.named_modules():
+            watch(f"{name}.{path}" if path else name, module)
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(value: Any) -> bool:
+    """Whether all numbers in tensors, or in tuples, lists and mappings of them, are finite."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, Mapping):
+        return all(_finite(part) for part in value.values())
+    if isinstance(value, tuple | list):
+        return all(_finite(part) for part in value)
+    return True

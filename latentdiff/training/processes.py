@@ -1,0 +1,110 @@
+"""What the processes of one run agree on: whether something failed, and when to stop."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+T = TypeVar("T")
+STOPPING = ("SIGTERM", "SIGUSR1")
+"""Signals that batch systems send before they take the machine away."""
+
+
+class Processes:
+    """Rank and number of this run's processes, and a way to talk that no accelerator waits for.
+
+    They talk over gloo, in a group of its own: the messages are small, live in host memory and
+    need neither the accelerator's stream nor its backend.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        self.count = 1 if accelerator is None else accelerator.num_processes
+        self.group: Any = dist.new_group(backend="gloo") if self.count > 1 else None
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks; all must call it."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def everywhere(self, act: Callable[[], T]) -> T:
+        """Call `act` in every process; when it fails in one, all raise ValueError and say which.
+
+        Without it the others would wait for the one that failed, until a timeout.
+        """
+        if self.group is None:
+            return act()
+        result, error = None, None
+        try:
+            result = act()
+        except Exception as raised:
+            error = raised
+        message = None if error is None else f"process {self.rank}: {error}"
+        for failure in self.gather(message):
+            if failure is not None:
+                raise ValueError(failure) from error
+        return result  # pyright: ignore[reportReturnType] # nobody failed, so act() returned
+
+    def on_first(self, act: Callable[[], T]) -> T:
+        """Call `act` in the first process alone; all get what it returns, or raise if it fails."""
+        result = self.everywhere(lambda: act() if self.rank == 0 else None)
+        if self.group is not None:
+            box = [result]
+            dist.broadcast_object_list(box, src=0, group=self.group)
+            (result,) = box
+        return result  # pyright: ignore[reportReturnType]
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGUSR1 in any process into a stop of all after one and the same step.
+
+    The handler only notes the signal: nothing is safe inside a handler. A second signal changes
+    nothing, since launchers pass on signals that their workers have already got from the system.
+    In every step the notes are joined in the background: `ask` starts that, `answer` reads it.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.received = False
+        self._previous: dict[signal.Signals, Any] = {}
+        self._flag: Tensor | None = None
+        self._work: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for name in STOPPING:
+                if hasattr(signal, name):
+                    number = signal.Signals[name]
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def ask(self) -> None:
+        """Begin to ask all processes whether one of them has got a signal; each must call it."""
+        if self.processes.group is not None:
+            self._flag = torch.tensor([float(self.received)])
+            self._work = dist.all_reduce(
+                self._flag, dist.ReduceOp.MAX, group=self.processes.group, async_op=True
+            )
+
+    def answer(self) -> bool:
+        """What was asked, the same in every process."""
+        if self._flag is None:
+            return self.received
+        self._work.wait()
+        return bool(self._flag)

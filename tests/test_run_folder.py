@@ -1,0 +1,53 @@
+"""The run folder: one run at a time, and one configuration."""
+
+from pathlib import Path
+
+import pytest
+
+from latentdiff.formats.weights import save_json
+from latentdiff.training.run_folder import MAY_CHANGE, RunFolder, differences
+
+
+def checkpoint(folder: Path, configuration: dict[str, object]) -> None:
+    path = folder / "checkpoints" / "step-3"
+    path.mkdir(parents=True)
+    save_json({"configuration": configuration}, path / "manifest.json")
+
+
+def test_a_second_run_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path, "seed: 1")
+    with pytest.raises(ValueError, match="is in use by another run"):
+        RunFolder(tmp_path, "seed: 1")
+    first.close()
+    with RunFolder(tmp_path, "seed: 1"):
+        pass
+
+
+def test_another_configuration_is_refused_by_key_and_value(tmp_path: Path) -> None:
+    checkpoint(tmp_path, {"seed": 1, "max_steps": 5, "vae": {"width": [4, 8], "groups": 2}})
+    settings = "{seed: 2, max_steps: 9, vae: {width: [4, 16], groups: 2}}"
+    message = r"seed was 1 and is 2; vae.width was \[4, 8\] and is \[4, 16\]; go back"
+    with pytest.raises(ValueError, match=message):
+        RunFolder(tmp_path, settings)
+    RunFolder(tmp_path, "{seed: 1, max_steps: 9, vae: {width: [4, 8], groups: 2}}").close()
+
+
+def test_keys_that_come_or_go_are_differences() -> None:
+    assert differences({"a": {"b": 1}}, {"a": {}}) == [
+        "a was 'absent' and is {}",
+        "a.b was 1 and is 'absent'",
+    ]
+
+
+@pytest.mark.parametrize("key", sorted(MAY_CHANGE))
+def test_what_does_not_change_the_past_may_change(key: str) -> None:
+    assert differences({key: 1}, {key: 2}) == []
+    assert differences({key: {"a": 1}}, {}) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"output_dir=.*file/run cannot be written: Not a directory"
+    ):
+        RunFolder(tmp_path / "file" / "run", "seed: 1")
