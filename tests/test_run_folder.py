@@ -51,3 +51,13 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"output_dir=.*file/run cannot be written: Not a directory"
     ):
         RunFolder(tmp_path / "file" / "run", "seed: 1")
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
+    """A kill while report.html was written left its temporary file for good."""
+    left = tmp_path / ".report.html.123.tmp"
+    left.touch()
+    (tmp_path / "report.html").touch()
+    RunFolder(tmp_path, "seed: 1").close()
+    assert not left.exists()
+    assert (tmp_path / "report.html").exists()

@@ -82,6 +82,8 @@ class RunFolder:
             probe.touch()
             probe.unlink()
             self._lock.acquire(timeout=0)
+            for left in self.path.glob(".*.tmp"):  # of killed runs; nobody else is here now
+                left.unlink()
         except Timeout as error:
             raise ValueError(
                 f"output_dir={self.path} is in use by another run; wait for its end or choose "
