@@ -31,7 +31,7 @@ demo: $(VENV)/.installed ## draw "a cat" and a grid of twelve prompts with the e
 	@echo "The pictures:"
 	@printf '  %s\n' "$(CURDIR)/$(DEMO)"/a-cat/*.png "$(CURDIR)/$(DEMO)/grid/grid.png"
 
-check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests: a minute and a half
+check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests: two minutes
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick lint types
 
 quick: $(VENV)/.installed-dev
