@@ -158,7 +158,7 @@ def test_the_shards_together_are_the_weights(sharded: Path) -> None:
     "shard",
     [
         "../one.safetensors",
-        "/tmp/one.safetensors",
+        "/elsewhere/one.safetensors",
         "sub/one.safetensors",
         "..\\one.safetensors",
         "C:\\one.safetensors",

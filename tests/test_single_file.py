@@ -138,21 +138,6 @@ same_examples = settings(
 )
 
 
-@settings(same_examples, max_examples=8)
-@any_model
-def test_a_model_of_any_shape_survives_the_single_file_bit_for_bit(
-    tmp_path_factory: pytest.TempPathFactory,
-    text_encoder: TextEncoder,
-    unet: UNetConfig,
-    vae: VAEConfig,
-    diffusion: Diffusion,
-    measured: Measured,
-) -> None:
-    check_round_trip(tmp_path_factory.mktemp("model"), unet, vae, text_encoder, diffusion)
-    measured("single file", "written and read", "latentdiff", "files, models of any shape", 0)
-
-
-@pytest.mark.slow
 @settings(same_examples, max_examples=200)
 @any_model
 def test_two_hundred_models_survive_the_single_file_bit_for_bit(

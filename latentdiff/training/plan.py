@@ -86,8 +86,9 @@ DEVICES = {
 }
 """GiB and peak TFLOP/s (float32 without tensor cores; half precision with float32 sums, dense).
 
-From NVIDIA's data sheets of T4, V100 (SXM), L4, L40S, A100 (SXM), H100 (SXM) and H200 (SXM), and,
-for the RTX cards, its GA102 and Ada white papers. Half of what a sheet states with sparsity."""
+What NVIDIA states for T4, V100 (SXM), L4, L40S, A100 (SXM), H100 (SXM), H200 (SXM) and the RTX
+cards, half of it where that is with sparsity. Of the half-precision peaks those of A100, H100 and
+RTX 4090 were compared with published pages, the others not."""
 
 
 def measure_cpu(precision: str | None = None) -> Device:

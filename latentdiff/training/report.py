@@ -28,10 +28,10 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }
 
 
 def write_report(folder: Path) -> None:
-    """Write `report.html` of a run folder: curves, preview grids, configuration, data summary.
+    """Write `report.html` of a run folder: curves, preview grids and configuration.
 
-    From log.jsonl, previews/, config.yaml and, where the data were checked, data.json. What is not
-    there is left out. The page replaces an earlier one as a whole.
+    From log.jsonl, previews/ and config.yaml; what is not there is left out. The page replaces an
+    earlier one as a whole.
     """
     log = folder / "log.jsonl"
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
@@ -41,11 +41,10 @@ def write_report(folder: Path) -> None:
         parts += ["<h2>Curves</h2>", f"<figure>{_curves(records)}</figure>", _table(records)]
     if grids := _grids(folder / "previews"):
         parts += ["<h2>Previews</h2>", f'<div class="grids">{"".join(grids)}</div>']
-    for title, name in (("Configuration", "config.yaml"), ("Data", "data.json")):
-        path = folder / name
-        if path.is_file():
-            content = html.escape(path.read_text(encoding="utf-8"))
-            parts += [f"<h2>{title}</h2>", f"<pre>{content}</pre>"]
+    config = folder / "config.yaml"
+    if config.is_file():
+        content = html.escape(config.read_text(encoding="utf-8"))
+        parts += ["<h2>Configuration</h2>", f"<pre>{content}</pre>"]
     title = html.escape(folder.resolve().name)
     page = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
