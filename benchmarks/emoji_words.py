@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import CLIPModel
 
 from latentdiff import Pipeline
-from latentdiff.data.images import CaptionedImages, DataConfig
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages
 from latentdiff.pictures import font_for, to_floats
 
 SKIN_TONES = {"group": ["skin tone", "skin tone and gender"]}

@@ -11,6 +11,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
 
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,5 @@ def _same_numbers_in_any_order(request: pytest.FixtureRequest) -> Iterator[None]
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
+    if "accelerate" in sys.modules:  # it keeps the first precision that it is told of
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,52 +1,74 @@
-"""A toy training run in real processes, and the faults that can be made to happen in it."""
+"""A toy training run, and the faults that can be made to happen in it.
 
+Every process notes, at each step, what it drew and what its networks were: two runs whose notes are
+equal were the same run. As a script it is started as users start theirs:
+`torchrun --nproc-per-node 2 tests/faulty.py --folder FOLDER --fault.kind raise --fault.step 4`.
+"""
+
+import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing.context import ForkServerProcess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
+from accelerate.tracking import TensorBoardTracker
+from datasets import config as datasets_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from latentdiff.data.batches import batches
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages
+from latentdiff.diffusion import Diffusion
 from latentdiff.training import loop
-from latentdiff.training.config import run_script
+from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.loop import LoopConfig, fit, make_accelerator
+from latentdiff.training.loop import fit
 from latentdiff.training.meter import Metrics
 from latentdiff.training.processes import Processes
-from latentdiff.training.randomness import Share, generator, parts
+from latentdiff.training.randomness import Share, choose, generator, parts
 from latentdiff.training.run_folder import RunFolder
+from latentdiff.training.setup import LoopConfig, make_accelerator
+from latentdiff.training.trackers import TrackerName
 
-STEPS, SAMPLES, BATCH = 12, 20, 8  # an epoch is two and a half steps
+STEPS, SAMPLES, BATCH = 12, 36, 8  # an epoch is four and a half steps
+WIDTH = 3
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+REMOVING = ("os.remove", "os.rmdir", "shutil.rmtree")
+FLOW = Diffusion("flow", "flow_prediction")
+
+Kind = Literal[
+    "none", "kill", "full", "int", "term", "usr1", "raise", "exit", "segv", "sleep", "worker",
+    "nan", "slow", "tracker",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong, in process `rank`, while step number `step` is worked on or written."""
 
-    kind: str = "none"
-    """kill, full (disk), term, usr1: at `operation`, else at the step; raise, exit, segv, sleep:
-    at the step; nan: in the loss of each step from `step` to `until`; slow: each step takes
-    `seconds`."""
+    kind: Kind = "none"
+    """kill, full (disk), int, term, usr1: at `operation`, else at the step; raise, exit, segv,
+    sleep, worker (is killed): at the step; nan: in the loss of each step from `step` to `until`;
+    slow: each step takes `seconds`; tracker: its log raises from the step on."""
     step: int = 0
+    """-1: before the first."""
     until: int = 0
     rank: int = 0
     operation: int = -1
     """At this one of the file operations in the run folder after the step began; -1: at none."""
     seconds: float = 0.0
-    stop: int = -1
+    stop: int = -2
     """Whatever the kind, SIGTERM comes in this step as well."""
 
 
@@ -63,24 +85,56 @@ class Toy:
     seed: int = 1
     max_bad_steps: int = 3
     timeout: int = 60
-    preview: bool = False
+    looked_at: bool = False
+    """Whether previews are drawn and the average is validated."""
+    report_to: Sequence[TrackerName] = ()
     resume_from: Path | None = None
+    notes: Path | None = None
+    """Where the notes and the output of processes go, if not into the folder."""
+    pictures: Path | None = None
+    """A folder of captioned pictures to train on, in place of made-up samples."""
+    disturbed: int = 0
+    """The seed of the global generators, and how often they are used in each step."""
     fault: Fault = Fault()
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Examples `{"x": (3,), "id": int}`."""
+    """Examples `{"x": (WIDTH + 2,), "id": int, "captions": [str, …]}`."""
 
     def __init__(self) -> None:
-        self.x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(7))
+        self.x = torch.randn(SAMPLES, WIDTH + 2, generator=torch.Generator().manual_seed(7))
+
+    def __len__(self) -> int:
+        return SAMPLES
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"x": self.x[index], "id": index}
+        captions = [f"{index} {word}" for word in ("one", "two", "three")]
+        return {"x": self.x[index], "id": index, "captions": captions}
+
+
+class Pictures(Dataset[dict[str, Any]]):
+    """Such examples of real pictures, whose captions are their numbers."""
+
+    def __init__(self, folder: Path) -> None:
+        datasets_config.HF_DATASETS_CACHE = folder.parent / "cache"
+        self.dataset = CaptionedImages(DataConfig(data=str(folder), image_size=4, max_bad=0.1))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.dataset[index]
+        x = example["image"].flatten()[: WIDTH + 2] / 127.5 - 1
+        return {"x": x, "id": int(example["captions"][0]), "captions": example["captions"]}
 
 
 def together(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Examples -> `{"x": (B, 3), "ids": [int, …]}`."""
-    return {"x": torch.stack([e["x"] for e in examples]), "ids": [e["id"] for e in examples]}
+    """Examples -> `{"x": (B, WIDTH + 2), "ids": [int, …], "captions": [[str, …], …]}`."""
+    return {
+        "x": torch.stack([example["x"] for example in examples]),
+        "ids": [example["id"] for example in examples],
+        "captions": [example["captions"] for example in examples],
+    }
 
 
 def train(toy: Toy) -> None:
@@ -99,6 +153,8 @@ def train(toy: Toy) -> None:
         max_bad_steps=toy.max_bad_steps,
         resume_from=toy.resume_from,
         timeout=toy.timeout,
+        validate_every=4,
+        report_to=toy.report_to,
     )
     optimizer = OptimizerConfig(
         learning_rate=1e-2, max_steps=toy.steps, warmup_steps=4, cooldown_steps=4, ema_decay=0.9
@@ -107,34 +163,65 @@ def train(toy: Toy) -> None:
     rank = accelerator.process_index
     settings = yaml.safe_dump({"seed": toy.seed, "max_steps": toy.steps, "workers": "any"})
     run = RunFolder(toy.folder, settings, Processes(accelerator))
-    torch.manual_seed(0)
+    with accelerator.main_process_first():  # which makes the index of pictures
+        dataset = Samples() if toy.pictures is None else Pictures(toy.pictures)
+    torch.manual_seed(toy.disturbed)  # of the first weights, which a checkpoint replaces
     learners = {
         name: Learner(
-            nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)), optimizer, accelerator
+            nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH)),
+            optimizer,
+            accelerator,
         )
         for name in ("net", "critic")
     }
     fault = Trigger(toy.fault, toy.folder, rank)
+    notes = toy.folder if toy.notes is None else toy.notes
     loop.plot_log = lambda log, out: None  # these take longer than all the rest
     loop.write_report = lambda folder: None
 
     def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
-        with (toy.folder / f"ids-{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([number, share.index, batch["ids"]]) + "\n")
+        def uniform(purpose: str) -> list[float]:
+            source = generator(toy.seed, number, purpose)
+            return share.rows(torch.rand(BATCH, generator=source)).tolist()
+
+        crops, flips = uniform("crop"), uniform("flip")
+        rows = zip(batch["x"], crops, flips, strict=True)
+        x = torch.stack([cut(row, crop, flip) for row, crop, flip in rows])
+        source = generator(toy.seed, number, "noise")
+        noise = share.rows(torch.randn(BATCH, WIDTH, generator=source))
+        t = share.rows(FLOW.sample_t(BATCH, generator=generator(toy.seed, number, "t")))
+        words = choose(batch["captions"], uniform("caption"))
+        dropout = uniform("dropout")
+        words = [w if place >= 0.25 else "" for w, place in zip(words, dropout, strict=True)]
+        weights = 1.0 + 0.1 * torch.tensor([len(word) for word in words])
+        note = {
+            "batch": digest([x]),
+            "noise": digest([noise]),
+            "t": t.tolist(),
+            "captions": words,
+            "dropout": dropout,
+            "weights": {name: digest([*one.raw.parameters()]) for name, one in learners.items()},
+            "averages": {name: digest([*one.ema.parameters()]) for name, one in learners.items()},
+            "updates": [one.num_updates for one in learners.values()],
+        }
+        with (notes / f"notes-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([number, share.index, batch["ids"], note]) + "\n")
+        workers = [worker.pid for worker in multiprocessing.active_children()]
+        (notes / f"pids-{rank}.json").write_text(json.dumps([os.getpid(), *workers]))
+        disturb(toy, number)
         fault.at(number)
-        noise = share.rows(torch.randn(BATCH, 3, generator=generator(toy.seed, number, "noise")))
-        noisy = batch["x"] + 0.3 * noise
-        guess = learners["net"].model(noisy)
-        loss = (guess - batch["x"]).square().mean() * fault.factor(number)
+        guess = learners["net"].model(x + t[:, None] / FLOW.num_timesteps * noise)
+        loss = ((guess - x).square().mean(1) * weights).mean() * fault.factor(number)
         other = (learners["critic"].model(guess.detach()) - noise).square().mean()
         norms = [learners["net"].update(loss, share), learners["critic"].update(other, share)]
         return {"loss": loss, "critic": other, "grad_norm": norms[0], "grad_norm_critic": norms[1]}
 
     def data(start: int) -> Iterator[dict[str, Any]]:
+        fault.at(-1)
         shares = batches(
-            Samples(),
+            dataset,
             start,
-            num_samples=SAMPLES,
+            num_samples=len(dataset),
             batch_size=BATCH,
             seed=toy.seed,
             stop=toy.steps,
@@ -149,10 +236,12 @@ def train(toy: Toy) -> None:
         folder.mkdir(exist_ok=True)
 
     @torch.no_grad()
+    def validate() -> Metrics:
+        x = Samples().x[:, :WIDTH]
+        return {"held_out": (learners["net"].ema(x) - x).square().mean()}
+
     def preview(path: Path) -> None:
-        x = Samples().x
-        error = (learners["net"].ema(x) - x).square().mean()
-        path.with_suffix(".txt").write_text(f"{float(error)!r}")
+        path.with_suffix(".txt").write_text(f"{float(validate()['held_out'])!r}")
 
     fit(
         step,
@@ -162,9 +251,31 @@ def train(toy: Toy) -> None:
         accelerator,
         run,
         save=save,
-        preview=preview if toy.preview else None,
+        preview=preview if toy.looked_at else None,
+        validate=validate if toy.looked_at else None,
         fingerprints={"data": "toy"},
     )
+
+
+def cut(row: Tensor, crop: float, flip: float) -> Tensor:
+    """WIDTH of the numbers from a random place on, in half of the cases the other way round."""
+    begin = int(3 * crop)
+    piece = row[begin : begin + WIDTH]
+    return piece.flip(0) if flip < 0.5 else piece
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """A hash of tensors."""
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def disturb(toy: Toy, number: int) -> None:
+    """Make other use of the global generators than a run without `disturbed` makes."""
+    if toy.disturbed:
+        for _ in range(1 + number % toy.disturbed):
+            torch.randn(3)
+            np.random.rand(3)  # noqa: NPY002 - these are meant
+            random.random()
 
 
 class Trigger:
@@ -177,6 +288,8 @@ class Trigger:
         self.operations = -1  # not counted before the step
         if fault.operation >= 0 and self.mine:
             sys.addaudithook(self._audit)
+        if fault.kind == "tracker":
+            TensorBoardTracker.log = self._log  # pyright: ignore[reportAttributeAccessIssue]
 
     def at(self, number: int) -> None:
         """Step `number` begins."""
@@ -198,9 +311,16 @@ class Trigger:
         bad = fault.kind == "nan" and self.mine and fault.step <= number <= fault.until
         return float("nan") if bad else 1.0
 
+    def _log(self, values: Any, step: int, **options: Any) -> None:
+        if step >= self.fault.step:
+            raise RuntimeError("nobody answers")
+
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+        writes = event in ("os.rename", "os.mkdir", *REMOVING)
         writes = writes or (event == "open" and bool(arguments[2] & WRITING))
+        if self.fault.kind == "full":  # nobody needs room for these
+            writes = writes and event not in REMOVING
+            writes = writes and not (event == "os.mkdir" and Path(arguments[0]).exists())
         if self.operations < 0 or not writes or not str(arguments[0]).startswith(self.folder):
             return
         self.operations += 1
@@ -209,14 +329,10 @@ class Trigger:
 
     def _happen(self) -> None:
         match self.fault.kind:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "term":
-                os.kill(os.getpid(), signal.SIGTERM)
-            case "usr1":
-                os.kill(os.getpid(), signal.SIGUSR1)
-            case "segv":
-                os.kill(os.getpid(), signal.SIGSEGV)
+            case "kill" | "int" | "term" | "usr1" | "segv":
+                os.kill(os.getpid(), signal.Signals[f"SIG{self.fault.kind.upper()}"])
+            case "worker":
+                multiprocessing.active_children()[0].kill()
             case "exit":
                 os._exit(7)
             case "raise":
@@ -227,68 +343,27 @@ class Trigger:
                 raise OSError(28, "No space left on device")
 
 
-def _process(toy: Toy, rank: int, count: int, port: int) -> None:
-    """What a process of a run does; its output goes into the run folder."""
-    toy.folder.mkdir(parents=True, exist_ok=True)
-    output = os.open(toy.folder / f"out-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "MPLBACKEND": "Agg"}
-    if count > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run_script(lambda: train(toy))
+def notes(folder: Path) -> list[tuple[int, int, list[int], dict[str, Any]]]:
+    """(step, part, sample ids, what else was noted), in order; of a step that was taken again, the
+    last time alone."""
+    seen: dict[tuple[int, int], tuple[list[int], dict[str, Any]]] = {}
+    for path in folder.glob("notes-*.jsonl"):
+        for number, part, ids, note in every_note(path):
+            seen[number, part] = ids, note
+    return [(*place, *found) for place, found in sorted(seen.items())]
 
 
-def start(toy: Toy, count: int = 1) -> list[ForkServerProcess]:
-    """Start the processes of a run; they are forked from one that has the imports behind it."""
-    here = Path(__file__).parent
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faulty", "matplotlib.figure"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=_process, args=(toy, r, count, port)) for r in range(count)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def wait(processes: Sequence[ForkServerProcess], seconds: float = 60.0) -> list[int | None]:
-    """Exit codes, negative for a signal; None for a process that had to be killed in the end."""
-    until = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    return codes
-
-
-def run(toy: Toy, count: int = 1, **changes: Any) -> list[int | None]:
-    """Run to the end or to the fault; exit codes of the processes."""
-    return wait(start(replace(toy, **changes), count))
+def every_note(path: Path) -> list[tuple[int, int, list[int], dict[str, Any]]]:
+    """All that a process has noted, as it came; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def output(folder: Path) -> str:
     """All that the processes have written to the terminal."""
     return "".join(path.read_text() for path in sorted(folder.glob("out-*.txt")))
-
-
-def ids(folder: Path) -> list[tuple[int, int, list[int]]]:
-    """(step, part, sample ids), in order; of a step that was taken again, the last time alone."""
-    seen: dict[tuple[int, int], list[int]] = {}
-    for path in folder.glob("ids-*.jsonl"):
-        for line in path.read_text().splitlines():
-            number, part, found = json.loads(line)
-            seen[number, part] = found
-    return [(number, part, found) for (number, part), found in sorted(seen.items())]
 
 
 def log(folder: Path) -> list[dict[str, float]]:
@@ -305,3 +380,7 @@ def tensors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
         for path in sorted((folder / "checkpoints" / f"step-{step}").glob("*.safetensors"))
         for name, tensor in load_safetensors(path).items()
     }
+
+
+if __name__ == "__main__":
+    run_script(lambda: train(parse_config(Toy)[0]))

@@ -2,9 +2,9 @@
 
 The peak of the process is Linux's own count (VmHWM), from which what it had before is taken: the
 same kind of network, tiny, has then been trained, so that libraries and kernels are loaded.
+With RANK and the like in the environment it is one of several processes.
 """
 
-import copy
 import ctypes
 import gc
 import json
@@ -15,27 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 
-from latentdiff.training.footprint import Work, autocast, nbytes
+from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.plan import work_of
+from latentdiff.training.randomness import Share
+
+OF_THE_LEARNER = ("gradient_checkpointing", "ema_lengths", "sharding")
 
 
-def train(work: Work, batch: int, *, steps: int, precision: str, accumulation: int = 1) -> None:
-    """The steps of a Learner: AdamW, clipping and an average, on numbers that are made up."""
-    model, frozen = work.model(), work.frozen()
-    average = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    called = autocast(model, precision)
-    beside = [autocast(network, precision) for network in frozen]
+def train(settings: Mapping[str, Any], accelerator: Accelerator, *, steps: int) -> None:
+    """The steps of a Learner on numbers that are made up."""
+    work = work_of(settings, processes=accelerator.num_processes)[1]
+    kept = {key: settings[key] for key in OF_THE_LEARNER if key in settings}
+    learner = Learner(work.model(), OptimizerConfig(**kept), accelerator)
+    frozen = [accelerator.prepare_model(one, evaluation_mode=True) for one in work.frozen()]
+    parts = settings.get("accumulation", 1)
+    count = accelerator.num_processes * parts
     for _ in range(steps):
-        for _ in range(accumulation):
-            (work.loss(called, beside, batch) / accumulation).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        pairs: list[list[Tensor]] = [[p.data for p in m.parameters()] for m in (average, model)]
-        torch._foreach_lerp_(pairs[0], pairs[1], 0.1)
-    assert nbytes(average) == nbytes(model)
+        for part in range(parts):
+            loss = work.loss(learner.model, frozen, settings["batch_size"] // count)
+            learner.update(loss, Share(accelerator.process_index * parts + part, count))
+            del loss
 
 
 def status(name: str) -> int:
@@ -47,17 +48,17 @@ def status(name: str) -> int:
 
 def measure(settings: Mapping[str, Any], tiny: Mapping[str, Any]) -> int:
     """Bytes above what the process has before; `tiny` settings warm the libraries up."""
-    from latentdiff.training.plan import work_of
-
     torch.set_num_threads(1)
-    precision = settings["mixed_precision"]
-    train(work_of(tiny)[1], 2, steps=2, precision=precision)
+    accelerator = Accelerator(cpu=True, mixed_precision=settings["mixed_precision"])
+    train(tiny, accelerator, steps=2)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free is not counted as had before
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
-    train(work_of(settings)[1], settings["batch_size"], steps=4, precision=precision)
-    return status("VmHWM") - before
+    train(settings, accelerator, steps=4)
+    peak = status("VmHWM")
+    accelerator.end_training()
+    return peak - before
 
 
 if __name__ == "__main__":

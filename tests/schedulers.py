@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
-import pytest
 import torch
 from torch import Tensor
 from toys import network, normal
@@ -24,7 +23,7 @@ CASES = [
     for spacing, offset in (("leading", 0), ("leading", 1), ("linspace", 0))
 ]
 
-STEPS = [1, 2, 5, pytest.param(20, marks=pytest.mark.slow)]
+STEPS = [1, 2, 5, 20]
 
 
 def our_path(

@@ -1,6 +1,7 @@
 """The house rules that a program can check: imports, names, docstrings, sizes, unsafe loading."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ DRAWERS = {"common.py", "helpers.py", "misc.py", "util.py", "utils.py"}
 UNSAFE_LOADERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 

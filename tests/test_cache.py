@@ -1,33 +1,74 @@
 """The latent cache: what the VAE says, written once, never stale."""
 
 import json
+import pickle
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader
 
-from latentdiff.data.cache import LatentCache, collate_moments, write_cache
-from latentdiff.data.images import CaptionedImages, DataConfig
-from latentdiff.data.shapes import build_shapes
+from latentdiff.data.buckets import nearest
+from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.cache_writer import write_cache
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages, Sample
+from latentdiff.data.stream import StreamedImages
+from latentdiff.data.views import Views
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.pictures import to_floats
 
+SIZES = ((16, 16), (40, 12), (10, 32), (20, 20), (40, 22), (17, 16))
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
+    """13 pictures of several shapes, for buckets of 8 x 32, 16 x 16 and 32 x 8 pixels."""
     folder = tmp_path_factory.mktemp("pictures")
-    build_shapes(folder / "set", count=13, seed=0, size=16)
+    write_pictures(folder / "set", 13)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-        columns = ("text", "text_zh")
-        data = str(folder / "set")
-        return CaptionedImages(DataConfig(data=data, image_size=16, caption_columns=columns))
+        return CaptionedImages(data_config(folder / "set"))
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(count):
+            width, height = SIZES[i % len(SIZES)]
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+            row = {
+                "file_name": f"{i:03d}.png",
+                "text": f"picture {i}",
+                "more": ["一\u2028", "a\nb"],
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def data_config(data: Path, **fields: Any) -> DataConfig:
+    columns = ("text", "more")
+    return DataConfig(
+        **{
+            "data": str(data),
+            "image_size": 16,
+            "bucket_step": 8,
+            "max_aspect": 4.0,
+            "caption_columns": columns,
+            "num_workers": 2,
+            **fields,
+        }
+    )
 
 
 def vae(seed: int = 0) -> VAE:
@@ -43,108 +84,289 @@ def vae(seed: int = 0) -> VAE:
     return VAE(config).eval()
 
 
+def write(folder: Path, pictures: Any, network: VAE | None = None, **options: Any) -> None:
+    settings: dict[str, Any] = {"batch_size": 8, "chunk_size": 5, "views": Views(2, True)}
+    write_cache(folder, pictures, vae() if network is None else network, **settings | options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a cache, but for the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
 def test_the_cache_holds_what_the_vae_encodes(tmp_path: Path, pictures: CaptionedImages) -> None:
-    network = vae()
-    write_cache(tmp_path / "cache", pictures, network, batch_size=4)
+    network, views = vae(), Views(2, True)
+    write(tmp_path / "cache", pictures, network)
     cache = LatentCache(tmp_path / "cache", vae=network)
     assert len(cache) == len(pictures)
-    batch = collate_moments([cache[i] for i in range(len(cache))])
-    assert batch["captions"] == pictures.captions
-    stored = Posterior.from_moments(batch["moments"])
-    images = torch.stack([pictures.image(i) for i in range(len(pictures))])
+    assert cache.captions == pictures.captions
+    assert cache.image_size == 16
+    assert len(set(cache.buckets.tolist())) == 3
+    [(_, samples)] = pictures.chunks(len(pictures), lambda number: True)
+    half = torch.finfo(torch.float16)
+    for number, sample in enumerate(samples):
+        assert isinstance(sample, Sample)
+        size = cache.sizes[cache.buckets[number]]
+        assert size == cache.sizes[nearest(sample.picture.size, cache.sizes)]
+        images = views.of(sample.picture, sample.name, size)
+        with torch.no_grad():
+            exact = network.encode(to_floats(images))
+        batch = collate_moments([cache[number, view] for view in range(views.count)])
+        assert batch["captions"] == [sample.captions] * views.count
+        stored = Posterior.from_moments(batch["moments"])
+        for found, expected in ((stored.mean, exact.mean), (stored.logvar, exact.logvar)):
+            assert found.dtype == torch.float32
+            # Half a unit in the last place; what it adds is float32's, of another batch size.
+            torch.testing.assert_close(found, expected, rtol=0.51 * half.eps, atol=1e-6)
+        assert torch.equal(cache[number]["moments"], cache[number, 0]["moments"])
+
+
+def test_without_buckets_and_views_it_is_the_squares(
+    tmp_path: Path, pictures: CaptionedImages
+) -> None:
+    network = vae()
+    squares = reopened(pictures, tmp_path, bucket_step=0, upscale_limit=2.0)
+    write_cache(tmp_path / "cache", squares, network, batch_size=4)
+    cache = LatentCache(tmp_path / "cache")
+    images = torch.stack([squares.image(i) for i in range(len(squares))])
     with torch.no_grad():
         exact = network.encode(to_floats(images))
-    half = torch.finfo(torch.float16)
-    for found, expected in ((stored.mean, exact.mean), (stored.logvar, exact.logvar)):
-        assert found.dtype == torch.float32
-        # Half a unit in the last place; what it adds is float32's, of another batch size.
-        torch.testing.assert_close(found, expected, rtol=0.51 * half.eps, atol=half.tiny)
+    stored = collate_moments([cache[i] for i in range(len(cache))])["moments"]
+    torch.testing.assert_close(
+        Posterior.from_moments(stored).mean, exact.mean, rtol=1e-3, atol=1e-4
+    )
+    assert not cache.buckets.any()
+
+
+def reopened(pictures: CaptionedImages, tmp_path: Path, **fields: Any) -> CaptionedImages:
+    """The same pictures with other options."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+        return CaptionedImages(replace(pictures.config, **fields))
+
+
+def test_a_stream_is_cached_as_a_set_is(tmp_path: Path, pictures: CaptionedImages) -> None:
+    write(tmp_path / "set", pictures)
+    write(tmp_path / "stream", StreamedImages(replace(pictures.config, stream=True)))
+    stream, whole = contents(tmp_path / "stream"), contents(tmp_path / "set")
+    assert stream.pop("header.json") != whole.pop("header.json")  # their fingerprints differ
+    assert stream == whole
 
 
 def test_several_processes_write_what_one_writes(tmp_path: Path, pictures: CaptionedImages) -> None:
     network = vae()
-    write_cache(tmp_path / "one", pictures, network, batch_size=2)
+    write(tmp_path / "one", pictures, network, chunk_size=2)
     barrier = Barrier(3)
 
     def process(rank: int) -> None:
-        write_cache(
-            tmp_path / "three",
-            pictures,
-            network,
-            batch_size=2,
-            rank=rank,
-            world_size=3,
-            wait=lambda: void(barrier.wait()),
+        def wait() -> None:
+            barrier.wait()
+
+        write(
+            tmp_path / "three", pictures, network, chunk_size=2, rank=rank, world_size=3, wait=wait
         )
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(process, range(3)))
-    for name in ("moments.npy", "captions.jsonl", "header.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
-
-
-def void(_: object) -> None:
-    """Drop a value."""
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
 def test_a_finished_cache_is_kept(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write_cache(tmp_path, pictures, vae(), batch_size=8)
-    np.lib.format.open_memmap(tmp_path / "moments.npy", "r+")[0] = 5  # would be written over
-    write_cache(tmp_path, pictures, vae(), batch_size=8)
+    write(tmp_path, pictures)
+    for path in tmp_path.glob("moments-*.npy"):  # would be written over
+        np.lib.format.open_memmap(path, "r+")[:] = 5
+    write(tmp_path, pictures)
     assert (LatentCache(tmp_path, vae=vae())[0]["moments"] == 5).all()
 
 
-def test_an_unfinished_cache_is_refused_and_written_anew(
-    tmp_path: Path, pictures: CaptionedImages
-) -> None:
-    calls = []
+class Cut(Exception):
+    """Where the test stops a writer."""
 
-    def wait() -> None:
-        calls.append(1)
-        if len(calls) == 2:  # all is encoded, the header not yet written
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_cache(tmp_path, pictures, vae(), batch_size=8, wait=wait)
+class Watched:
+    """The pictures, noting the chunks that are read, and stopping before one of them."""
+
+    def __init__(self, pictures: CaptionedImages, stop: int = -1) -> None:
+        self.pictures, self.stop = pictures, stop
+        self.config, self.fingerprint = pictures.config, pictures.fingerprint
+        self.read: list[int] = []
+
+    def chunks(self, size: int, wanted: Any) -> Any:
+        for number, samples in self.pictures.chunks(size, wanted):
+            if number == self.stop:
+                raise Cut
+            self.read.append(number)
+            yield number, samples
+
+
+def test_finished_chunks_are_kept(tmp_path: Path, pictures: CaptionedImages) -> None:
+    write(tmp_path / "whole", pictures)
+    with pytest.raises(Cut):
+        write(tmp_path / "cut", Watched(pictures, 2))
     with pytest.raises(ValueError, match=r"no finished latent cache .*train/cache_latents\.py"):
-        LatentCache(tmp_path, vae=vae())
-    write_cache(tmp_path, pictures, vae(), batch_size=8)
-    assert len(LatentCache(tmp_path, vae=vae())) == len(pictures)
+        LatentCache(tmp_path / "cut")
+    next((tmp_path / "cut").glob("moments-00000-*")).write_bytes(b"damaged")
+    again = Watched(pictures)
+    write(tmp_path / "cut", again)
+    assert again.read == [0, 2]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+CHANGES = [
+    ({"seed": 1}, {}, {}, "vae"),
+    ({}, {"caption_columns": ("text",)}, {}, "data"),
+    ({}, {"exclude": {"text": ["picture 0"]}}, {}, "data"),
+    ({}, {"image_size": 24}, {}, "data and other buckets"),
+    ({}, {"bucket_step": 16}, {}, "buckets"),
+    ({}, {}, {"views": Views()}, "views"),
+    ({}, {}, {"chunk_size": 4}, "chunk_size"),
+    ({"seed": 1}, {"allow_empty_caption": True}, {}, "vae and other data"),
+]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("network", "data", "options", "named"), CHANGES)
+def test_the_cache_of_something_else_is_refused_and_named(
+    tmp_path: Path,
+    pictures: CaptionedImages,
+    network: dict[str, Any],
+    data: dict[str, Any],
+    options: dict[str, Any],
+    named: str,
+    finished: bool,
+) -> None:
+    if finished:
+        write(tmp_path / "cache", pictures)
+    else:
+        with pytest.raises(Cut):
+            write(tmp_path / "cache", Watched(pictures, 2))
+    before = contents(tmp_path / "cache")
+    other = reopened(pictures, tmp_path, **data) if data else pictures
+    with pytest.raises(
+        ValueError, match=f"holds the cache of another {named}; choose a new folder"
+    ):
+        write(tmp_path / "cache", other, vae(**network), **options)
+    assert contents(tmp_path / "cache") == before
 
 
 def test_the_cache_of_another_vae_is_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write_cache(tmp_path, pictures, vae(), batch_size=8)
+    write(tmp_path, pictures)
     with pytest.raises(ValueError, match="another VAE than the one given"):
         LatentCache(tmp_path, vae=vae(seed=1))
-    with pytest.raises(ValueError, match="holds the cache of another vae; choose a new folder"):
-        write_cache(tmp_path, pictures, vae(seed=1), batch_size=8)
 
 
-def test_the_cache_of_other_data_is_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write_cache(tmp_path, pictures, vae(), batch_size=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-        others = [
-            replace(pictures.config, caption_columns=("text",)),
-            replace(pictures.config, image_size=8),
-            replace(pictures.config, exclude={"text": [pictures.captions[0][0]]}),
-        ]
-        for config in others:
-            with pytest.raises(ValueError, match="another data; choose a new folder or delete"):
-                write_cache(tmp_path, CaptionedImages(config), vae(), batch_size=8)
-        with pytest.raises(ValueError, match="another vae and other data"):
-            write_cache(tmp_path, CaptionedImages(others[0]), vae(seed=1), batch_size=8)
+def test_caches_of_older_versions_are_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
+    (tmp_path / "header.json").write_text('{"vae": "1", "data": "2", "num_samples": 3}')
+    with pytest.raises(ValueError, match="made by another version of latentdiff; delete it"):
+        LatentCache(tmp_path)
+    with pytest.raises(ValueError, match="made by another version of latentdiff; delete it"):
+        write(tmp_path, pictures)
+
+
+def test_two_writers_in_one_folder_are_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
+    def wait() -> None:
+        with pytest.raises(ValueError, match="is being written by another process"):
+            write(tmp_path, pictures)
+        raise Cut
+
+    with pytest.raises(Cut):
+        write(tmp_path, pictures, wait=wait)
+
+
+def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set", 13)
+    Image.new("RGB", (9, 7)).save(tmp_path / "set" / "003.png")
+    (tmp_path / "set" / "007.png").write_bytes(b"no picture")
+    dataset = CaptionedImages(data_config(tmp_path / "set", max_bad=0.2))
+    write(tmp_path / "cache", dataset)
+    cache = LatentCache(tmp_path / "cache")
+    good = [i for i in range(13) if i not in (3, 7)]
+    assert [texts[0] for texts in cache.captions] == [f"picture {i}" for i in good]
+    assert cache.header["left_out"] == {"too small": 1, "cannot be decoded": 1}
+    lines = (tmp_path / "cache" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == ["too small", "cannot be decoded"]
+    assert [json.loads(line)["detail"][:9] for line in lines] == ["'003.png'", "'007.png'"]
+    write(tmp_path / "whole", CaptionedImages(data_config(tmp_path / "set", max_bad=0.2)))
+    others = [LatentCache(tmp_path / "whole")[i]["moments"] for i in range(11)]
+    assert all(torch.equal(cache[i]["moments"], others[i]) for i in range(11))
+
+
+def test_too_many_bad_pictures_end_it_with_the_reasons(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set", 13)
+    for name in ("003.png", "011.png", "012.png"):
+        (tmp_path / "set" / name).write_bytes(b"no picture")
+    dataset = CaptionedImages(data_config(tmp_path / "set", max_bad=0.2))
+    with pytest.raises(ValueError, match=r"3 of 13 .* max_bad=0.2: 3 cannot be decoded; .*check"):
+        write(tmp_path / "cache", dataset)
+    assert not (tmp_path / "cache" / "header.json").exists()
+    dataset = CaptionedImages(data_config(tmp_path / "set", max_bad=1.0))
+    write(tmp_path / "cache", dataset)
+    assert len(LatentCache(tmp_path / "cache")) == 10
+    for path in (tmp_path / "set").glob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="no picture is left of 13"):
+        write(tmp_path / "none", CaptionedImages(data_config(tmp_path / "set", max_bad=1.0)))
 
 
 def test_latents_without_captions_are_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-        mute = CaptionedImages(replace(pictures.config, caption_columns=()))
+    mute = reopened(pictures, tmp_path, caption_columns=())
     with pytest.raises(ValueError, match="caption_columns is empty"):
-        write_cache(tmp_path / "cache", mute, vae(), batch_size=8)
+        write(tmp_path / "cache", mute)
 
 
-def test_the_fingerprint_is_of_configuration_and_weights(tmp_path: Path) -> None:
+def test_sizes_that_do_not_suit_the_vae_are_refused(
+    tmp_path: Path, pictures: CaptionedImages
+) -> None:
+    for fields, message in (
+        ({"bucket_step": 1}, "bucket_step=1 must be divisible by 2, the factor of the VAE"),
+        ({"bucket_step": 0, "image_size": 15}, "image_size=15 must be divisible by 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "cache", reopened(pictures, tmp_path, **fields))
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_worker_processes_read_the_same(
+    tmp_path: Path, pictures: CaptionedImages, start: str
+) -> None:
+    write(tmp_path, pictures)
+    cache = LatentCache(tmp_path)
+    expected = [cache[i] for i in range(len(cache))]
+    assert len(pickle.dumps(cache)) < 2000  # nothing that is mapped goes along
+    if start == "spawn":  # what such a worker begins with, without the seconds that it takes
+        found: Any = pickle.loads(pickle.dumps(cache))
+    else:
+        found = DataLoader(cache, batch_size=None, num_workers=2, multiprocessing_context=start)
+    for example, wanted in zip(found, expected, strict=False):
+        assert example["captions"] == wanted["captions"]
+        assert torch.equal(example["moments"], wanted["moments"])
+
+
+def test_a_damaged_file_is_named(tmp_path: Path, pictures: CaptionedImages) -> None:
+    write(tmp_path, pictures)
+    cache = LatentCache(tmp_path)
+    for path in tmp_path.glob("moments-00001-*"):
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(
+        ValueError, match=r"moments-00001-.* is missing or damaged .* encode it anew"
+    ):
+        cache[7]
+
+
+def test_the_fingerprint_is_of_everything_that_matters(
+    tmp_path: Path, pictures: CaptionedImages
+) -> None:
+    write(tmp_path / "0", pictures)
+    write(tmp_path / "1", pictures, batch_size=3)
+    write(tmp_path / "2", pictures, views=Views())
+    write(tmp_path / "3", pictures, vae(seed=1))
+    write(tmp_path / "4", reopened(pictures, tmp_path, bucket_step=16, max_bad=1.0))
+    write(tmp_path / "5", reopened(pictures, tmp_path, caption_columns=("text",)))
+    prints = [LatentCache(tmp_path / str(i)).fingerprint for i in range(6)]
+    assert Counter(prints).most_common(1) == [(prints[0], 2)]
+
+
+def test_the_fingerprint_of_a_network_is_of_configuration_and_weights(tmp_path: Path) -> None:
     def of(vae: VAE) -> str:
         return fingerprint(vae, vae.config.to_dict())
 
@@ -158,12 +380,3 @@ def test_the_fingerprint_is_of_configuration_and_weights(tmp_path: Path) -> None
     other = VAE(replace(network.config, scaling_factor=0.8))
     other.load_state_dict(network.state_dict())
     assert of(other) != of(network)
-
-
-def test_captions_of_any_characters_survive(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write_cache(tmp_path, pictures, vae(), batch_size=8)
-    odd = ["一\u2028二", "a\nb", 'quote " and \\']
-    lines = (tmp_path / "captions.jsonl").read_text(encoding="utf-8").split("\n")
-    lines[0] = json.dumps(odd, ensure_ascii=False)
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert LatentCache(tmp_path, vae=vae())[0]["captions"] == odd

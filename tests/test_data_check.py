@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from latentdiff.cli import main
 from latentdiff.data.check import check_data
-from latentdiff.data.images import CaptionedImages, DataConfig, collate
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages, collate
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 import latentdiff.data.images
-from latentdiff.data.images import CaptionedImages, DataConfig, collate, square
+from latentdiff.data.config import DataConfig
+from latentdiff.data.decode import BadSample
+from latentdiff.data.images import CaptionedImages, Sample, collate, square
 from latentdiff.pictures import to_floats, to_pixels
 
 Rows = Sequence[Mapping[str, object]]
@@ -258,6 +260,71 @@ def test_damaged_pictures_are_refused_by_row(tmp_path: Path) -> None:
             ValueError, match=r"set': the picture of row 1, '1\.jpg', cannot be used"
         ):
             dataset.image(1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_chunks_are_all_samples_in_order_at_full_size(tmp_path: Path, num_workers: int) -> None:
+    rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(7)]
+    data = folder(tmp_path / "set", rows)
+    picture("red", (31, 20)).save(data / "3.png")
+    (data / "5.png").write_bytes(b"no picture")
+    dataset = CaptionedImages(
+        config(data, num_workers=num_workers, exclude={"text": ["picture 1"]})
+    )
+    asked = []
+    chunks = {}
+    for number, samples in dataset.chunks(2, lambda number: asked.append(number) or number != 1):
+        chunks[number] = list(samples)
+    assert asked == [0, 1, 2]
+    assert list(chunks) == [0, 2]
+    assert [sample.name for sample in chunks[0]] == ["0.png", "2.png"]
+    assert [sample.captions for sample in chunks[0]] == [["picture 0"], ["picture 2"]]
+    bad, last = chunks[2]
+    assert isinstance(bad, BadSample)
+    assert bad.reason == "cannot be decoded"
+    assert bad.detail.startswith("'5.png'")
+    assert last.name == "6.png"
+    [(_, samples)] = dataset.chunks(6, lambda number: True)
+    sample = list(samples)[2]
+    assert isinstance(sample, Sample)
+    assert (sample.picture.size, sample.picture.mode) == ((31, 20), "RGB")
+
+
+OPTIONS = {
+    "image_size": 4,
+    "caption_columns": ("text", "text_zh"),
+    "caption_templates": {"text": ["a {}"]},
+    "allow_empty_caption": True,
+    "exclude": {"kind": [2]},
+    "upscale_limit": 2.0,
+    "background": "black",
+    "first_frame": True,
+    "max_megapixels": 1.0,
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_fingerprint_is_of_every_option_that_changes_samples(
+    tmp_path: Path, option: str
+) -> None:
+    data = folder(tmp_path / "set", ROWS)
+    first = CaptionedImages(config(data))
+    assert (
+        CaptionedImages(config(data, num_workers=2, max_bad=0.5)).fingerprint == first.fingerprint
+    )
+    other = CaptionedImages(config(data, **{option: OPTIONS[option]}))
+    assert other.fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_is_of_every_caption_and_picture(tmp_path: Path) -> None:
+    data = folder(tmp_path / "set", ROWS)
+    prints = [CaptionedImages(config(data)).fingerprint]
+    text = (data / "metadata.jsonl").read_text(encoding="utf-8")
+    (data / "metadata.jsonl").write_text(text.replace("dog", "cow"), encoding="utf-8")
+    prints.append(CaptionedImages(config(data)).fingerprint)
+    picture("red", (9, 9)).save(data / "b.png")
+    prints.append(CaptionedImages(config(data)).fingerprint)
+    assert len(set(prints)) == 3
 
 
 @pytest.mark.parametrize("name", ["no such folder", "nobody/nothing", "shape"])

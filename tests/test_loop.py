@@ -19,11 +19,12 @@ from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.loop import LoopConfig, computes_bf16, fit, make_accelerator
+from latentdiff.training.loop import fit
 from latentdiff.training.losses import vae_loss
 from latentdiff.training.meter import Log, Metrics
 from latentdiff.training.randomness import Share, generator
 from latentdiff.training.run_folder import RunFolder
+from latentdiff.training.setup import LoopConfig, computes_bf16, make_accelerator
 from latentdiff.training.tokenizer import train_tokenizer
 
 OPTIMIZER = OptimizerConfig(
@@ -165,7 +166,10 @@ def newest(folder: Path) -> dict[str, Tensor]:
     return load_safetensors(folder / "checkpoints" / "step-8" / "net.safetensors")
 
 
-@pytest.mark.parametrize("make", [unet, vae, clip])
+@pytest.mark.parametrize(
+    "make",
+    [unet, pytest.param(vae, marks=pytest.mark.slow), pytest.param(clip, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, make: Any) -> None:
     """Weights, average, moments and log; step 6 is neither at a checkpoint nor at a log."""
     run(tmp_path / "straight", make)
@@ -250,6 +254,8 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
         "accumulation",
         "max_bad_steps",
         "timeout",
+        "validate_every",
+        "snapshot_every",
     ],
 )
 def test_counts_of_nothing_are_refused_by_name(name: str) -> None:
@@ -269,6 +275,17 @@ def test_logs_say_where_time_and_memory_went(tmp_path: Path) -> None:
         assert 0 <= record["data_wait"] < 1
         assert 1e7 < record["memory"] < 1e11
         assert record["skipped"] == 0
+
+
+def test_the_progress_bar_says_how_training_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path)
+    last = log(tmp_path)[-1]
+    bar = capsys.readouterr().err
+    assert f"loss={last['loss']:.4f}, grad_norm={last['grad_norm']:.2g}, " in bar
+    assert f"{last['samples_per_second']:.1f} pictures/s" in bar
+    assert f"{last['memory'] / 2**30:.1f} GiB" in bar
 
 
 def test_a_negative_seed_is_refused() -> None:

@@ -11,7 +11,10 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.samplers import dpmpp_2m, dpmpp_2m_sde, find_sampler, lms, pndm, unipc
 
 # diffusers hands tensors to numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 
 @pytest.mark.parametrize("steps", STEPS)

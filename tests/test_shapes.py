@@ -67,6 +67,7 @@ def _descriptions(image: Image.Image) -> set[str]:
     return {f"{first} above {second}", f"{second} below {first}"}
 
 
+@pytest.mark.slow
 def test_captions_are_what_the_pixels_show() -> None:
     for index in range(300):
         scene = shape_scene(1, index, 160)

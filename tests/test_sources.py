@@ -19,7 +19,8 @@ from test_tar import pack
 
 import latentdiff.data.index
 from latentdiff.data.captions import Captions
-from latentdiff.data.images import CaptionedImages, DataConfig
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages
 
 COUNT = 7
 PICTURES = [saved(photograph((8, 8), seed=i)) for i in range(COUNT)]
@@ -111,7 +112,7 @@ def test_the_fingerprint_is_of_the_pictures_and_the_captions(
     tmp_path: Path, write: Callable[[Path], None]
 ) -> None:
     def fingerprint(**fields: object) -> str:
-        return opened(tmp_path / "set", **fields).rows._fingerprint
+        return opened(tmp_path / "set", **fields).fingerprint
 
     write(tmp_path / "set")
     first = fingerprint()

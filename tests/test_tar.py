@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from latentdiff.data.tar import members, samples
+from latentdiff.data.tar import Tape, members, members_of, samples, samples_of
 
 LONG = "a" * 90 + "/" + "b" * 90 + "/" + "c" * 40 + ".png"
 
@@ -145,3 +148,40 @@ def test_members_beyond_eight_gibibytes_are_found(tmp_path: Path) -> None:
                 file.seek(-(-length // 512) * 512, 1)
             file.write(bytes(1024))
         assert [(m.name, m.size) for m in members(path)] == [("big.png", size), ("next.png", 5)]
+
+
+def piped(path: Path) -> Iterator[Tape]:
+    """The tape of a file's bytes from a pipe, which cannot seek."""
+    source, sink = os.pipe()
+
+    def pour() -> None:
+        with os.fdopen(sink, "wb") as file:
+            file.write(path.read_bytes())
+
+    thread = threading.Thread(target=pour)
+    thread.start()
+    with os.fdopen(source, "rb") as file:
+        yield Tape(file, path.name)
+        file.read()  # so that the other side can end
+    thread.join()
+
+
+def test_a_tar_that_comes_through_a_pipe_is_the_same(tmp_path: Path) -> None:
+    files = {"a.png": b"1" * 3000, "a.txt": b"a", "x.bin": bytes(70_000), LONG: b"3" * 513}
+    path = pack(tmp_path / "a.tar", files)
+    for tape in piped(path):
+        assert list(members_of(tape)) == list(members(path))
+    for tape in piped(path):
+        rows = list(samples_of(tape, pictures=lambda: True))
+    assert [row.pop("_file") for row in rows] == [files["a.png"], files[LONG]]
+    assert rows == list(samples(path))
+
+
+def test_a_pipe_that_ends_early_is_told(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", {f"{i}.png": bytes([i]) * 700 for i in range(3)})
+    whole = path.read_bytes()
+    for end in (*range(0, 3 * 1536, 97), 1536, 3072, 4608, 4609):
+        path.write_bytes(whole[:end])
+        for tape in piped(path):
+            with pytest.raises(ValueError, match=r"a\.tar ends with"):
+                list(samples_of(tape, pictures=lambda: True))

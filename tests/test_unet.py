@@ -98,7 +98,14 @@ def drawn(seed: int) -> UNetConfig:
 
 
 CONFIGS |= {f"drawn {seed}": drawn(seed) for seed in range(4)}
-each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+QUICK = ("sd1", "sd2", "odd widths")
+each_config = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, config in CONFIGS.items()
+    ],
+)
 
 
 def inputs(config: UNetConfig, size: tuple[int, int] = (9, 11), **options: Any) -> list[Tensor]:

@@ -66,7 +66,14 @@ def drawn(seed: int) -> VAEConfig:
 
 
 CONFIGS |= {f"drawn {seed}": drawn(seed) for seed in range(3)}
-each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+QUICK = ("sd", "odd widths")
+each_config = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, config in CONFIGS.items()
+    ],
+)
 
 
 def pictures(config: VAEConfig, *, batch: int = 2, **options: Any) -> Tensor:

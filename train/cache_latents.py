@@ -1,51 +1,71 @@
 """Encode a data set once, for train_unet.py: accelerate launch train/cache_latents.py."""
 
+from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
-from latentdiff.data.cache import write_cache
-from latentdiff.data.images import CaptionedImages, DataConfig
+from latentdiff.data.cache import LatentCache
+from latentdiff.data.cache_writer import CHUNK, write_cache
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import breakdown
+from latentdiff.data.opening import open_images
+from latentdiff.data.views import Views
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.vae import VAE
 from latentdiff.training.config import parse_config, run_script, write_config
-from latentdiff.training.loop import uses_cpu
+from latentdiff.training.setup import uses_cpu
 
 
 @dataclass(frozen=True)
-class CacheLatents(DataConfig):
+class CacheLatents(DataConfig, Views):
     """Encode pictures with a trained VAE and keep the posterior moments and the captions."""
 
     output_dir: Path = Path("runs/shapes/cache")
     vae: str = "emoji"
     """The VAE's folder, that of a pipeline, or "emoji", the embedded one."""
     batch_size: int = 64
+    """Pictures that are encoded at a time."""
+    chunk_size: int = CHUNK
+    """Samples of a file: a process that is killed has to encode the last so many again."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        for part in (DataConfig, Views):
+            part.__post_init__(self)
+        for name in ("batch_size", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 def main() -> None:
     config, text = parse_config(CacheLatents)
+    # The first to have encoded its share waits for the last, which is no sign of a fault.
+    PartialState(cpu=uses_cpu(), timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=uses_cpu(), mixed_precision="no")  # written once, so exactly
-    vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
     with accelerator.main_process_first():
-        dataset = CaptionedImages(config)
+        dataset = open_images(config)
+    vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
     write_cache(
         config.output_dir,
         dataset,
         vae,
         batch_size=config.batch_size,
+        views=Views(crops=config.crops, flip=config.flip),
+        chunk_size=config.chunk_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
     )
     if accelerator.is_main_process:
         write_config(text, config.output_dir)
-        print(f"{len(dataset)} pictures are in {config.output_dir}")
+        cache = LatentCache(config.output_dir)
+        sizes = Counter(cache.sizes[bucket] for bucket in cache.buckets.tolist())
+        shapes = ", ".join(f"{count} of {w} x {h}" for (w, h), count in sorted(sizes.items()))
+        bad = dataset.left_out + Counter(cache.header["left_out"])
+        left_out = f"; left out: {breakdown(bad)}" if bad else ""
+        print(f"{len(cache)} pictures are in {config.output_dir}: {shapes}{left_out}")
     accelerator.end_training()
 
 

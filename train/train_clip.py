@@ -14,20 +14,25 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging
 
-from latentdiff.data.batches import batches
-from latentdiff.data.cache import data_fingerprint
-from latentdiff.data.images import CaptionedImages, DataConfig, collate
+from latentdiff.data.batches import check_batch
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.opening import image_batches, open_images, some_captions, some_examples
+from latentdiff.data.summary import images_summary
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text import TextEncoder
 from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
+from latentdiff.training.loop import fit
+from latentdiff.training.meter import Metrics
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, choose, generator
 from latentdiff.training.run_folder import RunFolder
+from latentdiff.training.setup import LoopConfig, make_accelerator
 from latentdiff.training.tokenizer import train_tokenizer
 
+MOST_CAPTIONED = 200_000  # pictures of a stream whose captions the tokenizer learns from
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5: clipped to keep training stable
 
 
@@ -64,6 +69,8 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
         for name in ("blur", "noise"):
             if not 0 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 8")
+        if not self.caption_columns:
+            raise ValueError("caption_columns is empty: CLIP is trained on pictures with captions")
 
 
 def main() -> None:
@@ -73,11 +80,14 @@ def main() -> None:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     run = RunFolder(config.output_dir, settings, Processes(accelerator))
     with accelerator.main_process_first():
-        dataset = CaptionedImages(config)
-    captions = [caption for texts in dataset.captions for caption in texts]
-    if not captions:
-        raise ValueError("caption_columns is empty: CLIP is trained on pictures with captions")
-    tokenizer = train_tokenizer(captions, vocab_size=config.vocab_size, length=config.max_tokens)
+        dataset = open_images(config)
+    if isinstance(dataset, CaptionedImages):  # a stream tells when its first epoch ends
+        check_batch(config.batch_size, len(dataset))
+    tokenizer = train_tokenizer(
+        some_captions(dataset, MOST_CAPTIONED),
+        vocab_size=config.vocab_size,
+        length=config.max_tokens,
+    )
     torch.manual_seed(config.seed)
     learner = Learner(
         new_clip(config.clip, tokenizer, image_size=config.image_size), config, accelerator
@@ -127,28 +137,25 @@ def main() -> None:
         return {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
 
     def data(start: int) -> Iterator[dict[str, Any]]:
-        return batches(
+        return image_batches(
             dataset,
             start,
-            num_samples=len(dataset),
             batch_size=config.batch_size,
             seed=config.seed,
             stop=config.max_steps,
             rank=rank,
             world_size=world_size,
-            num_workers=config.num_workers,
-            collate=collate,
         )
 
     @torch.no_grad()
     def preview(path: Path) -> None:
         """A row for each of eight captions: the true picture, then the seven nearest of 1,024."""
-        count = min(len(dataset), 1024)
-        ids = [i * len(dataset) // count for i in range(count)]
-        images = torch.stack([dataset.image(i) for i in ids])
+        examples = list(some_examples(dataset, 1024))
+        count = len(examples)
+        images = torch.stack([example["image"] for example in examples])
         pixels = to_floats(images.to(accelerator.device))
         asked = [i * count // 8 for i in range(8)]
-        words = tokenize([dataset.captions[ids[i]][0] for i in asked])
+        words = tokenize([examples[i]["captions"][0] for i in asked])
         output = ema(input_ids=words, pixel_values=pixels)
         nearest = (output.text_embeds @ output.image_embeds.T).topk(min(7, count)).indices
         rows = [[i, *row.tolist()] for i, row in zip(asked, nearest, strict=True)]
@@ -178,7 +185,8 @@ def main() -> None:
         run,
         save=save,
         preview=preview,
-        fingerprints={"data": data_fingerprint(dataset)},
+        fingerprints={"data": dataset.fingerprint},
+        summary=images_summary(dataset),
     )
 
 

@@ -6,13 +6,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers.utils import logging
 
-from latentdiff.data.batches import batches
-from latentdiff.data.cache import LatentCache, collate_moments, write_cache
-from latentdiff.data.images import CaptionedImages, DataConfig
+from latentdiff.data.batches import batches, check_batch
+from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.cache_writer import write_cache
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.opening import open_images
+from latentdiff.data.summary import cache_summary
+from latentdiff.data.views import Views
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.fingerprint import fingerprint
@@ -23,10 +29,13 @@ from latentdiff.pictures import picture_grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
+from latentdiff.training.loop import fit
+from latentdiff.training.meter import Metrics
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, choose, generator, parts
 from latentdiff.training.run_folder import RunFolder
+from latentdiff.training.setup import LoopConfig, make_accelerator
+from latentdiff.training.validation import BINS, Rest, held_out, held_out_loss, stratified_t
 
 SMALL = UNetConfig(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -39,7 +48,7 @@ SMALL = UNetConfig(
 
 
 @dataclass(frozen=True)
-class TrainUNet(DataConfig, LoopConfig, OptimizerConfig):
+class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig):
     """Train a UNet to denoise the latents of captioned pictures; leaves a whole pipeline folder."""
 
     output_dir: Path = Path("runs/shapes/unet")
@@ -48,7 +57,8 @@ class TrainUNet(DataConfig, LoopConfig, OptimizerConfig):
     learning_rate: float = 1e-3
     cooldown_steps: int = 300
     cache: Path | None = None
-    """What cache_latents.py made; without it `data` is encoded first, into the run folder."""
+    """What cache_latents.py made, with the sizes and views that it was told of; without it `data`
+    is encoded first, into the run folder."""
     vae: str = "emoji"
     """Folder of the VAE or of a pipeline, or "emoji", the embedded one."""
     text_encoder: str = "emoji"
@@ -60,14 +70,18 @@ class TrainUNet(DataConfig, LoopConfig, OptimizerConfig):
     """Share of examples whose caption is emptied, for classifier-free guidance."""
     timestep_shift: float = 1.0
     """Above 1 a flow is trained more at high noise; 1 is uniform."""
+    held_out: float = 0.01
+    """Share of the examples, 256 at most, that are kept out of training for `held_out_loss`."""
     preview_prompts: Sequence[str] = ()
     """Captions of the preview grid; by default eight of the training data's."""
 
     def __post_init__(self) -> None:
-        for part in (DataConfig, LoopConfig, OptimizerConfig):
+        for part in (DataConfig, Views, LoopConfig, OptimizerConfig):
             part.__post_init__(self)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out} must be in [0, 1)")
 
 
 def main() -> None:
@@ -77,17 +91,20 @@ def main() -> None:
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    run = RunFolder(config.output_dir, settings, Processes(accelerator))
-    vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
+    processes = Processes(accelerator)
+    run = RunFolder(config.output_dir, settings, processes)
+    cache, vae = open_cache(config, accelerator)
+    held = held_out(len(cache), config.held_out, seed=config.seed)
+    examples = Rest(cache, held)
+    check_batch(config.batch_size, len(examples))
     text_encoder = TextEncoder.from_pretrained(find_part(config.text_encoder, "text_encoder"))
     text_encoder.to(accelerator.device)
-    cache = open_cache(config, vae, accelerator)
-    latent = (vae.config.latent_channels, *cache.moments.shape[2:])
+    C = vae.config.latent_channels
     unet_config = replace(
         config.unet,
-        in_channels=latent[0],
-        out_channels=latent[0],
-        sample_size=latent[1],
+        in_channels=C,
+        out_channels=C,
+        sample_size=cache.image_size // vae.config.factor,
         cross_attention_dim=text_encoder.width,
     )
     torch.manual_seed(config.seed)
@@ -96,9 +113,10 @@ def main() -> None:
 
     def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
         def draw(purpose: str) -> torch.Tensor:
-            """This part's rows of a global batch of N(0, I), (B, *latent)."""
+            """This part's rows of a global batch of N(0, I), (B, C, h, w) of this step's size."""
             source = generator(config.seed, number, purpose)
-            whole = torch.randn(config.batch_size, *latent, generator=source)
+            size = batch["moments"].shape[2:]
+            whole = torch.randn(config.batch_size, C, *size, generator=source)
             return share.rows(whole).to(accelerator.device)
 
         posterior = Posterior.from_moments(batch["moments"].to(accelerator.device))
@@ -124,11 +142,16 @@ def main() -> None:
         kept = [dropout >= config.caption_dropout for _, dropout in draws]
         return [word if keep_it else "" for word, keep_it in zip(words, kept, strict=True)]
 
+    def views(number: int) -> list[int]:
+        """Which view of each example of a global batch is seen."""
+        places = torch.rand(config.batch_size, generator=generator(config.seed, number, "view"))
+        return choose([range(cache.views.count)] * config.batch_size, places.tolist())
+
     def data(start: int) -> Iterator[dict[str, Any]]:
         shares = batches(
-            cache,
+            examples,
             start,
-            num_samples=len(cache),
+            num_samples=len(examples),
             batch_size=config.batch_size,
             seed=config.seed,
             stop=config.max_steps,
@@ -136,11 +159,40 @@ def main() -> None:
             world_size=world_size,
             num_workers=config.num_workers,
             collate=collate_moments,
+            buckets=np.delete(cache.buckets, held),
+            views=views,
         )
         return parts(shares, config.accumulation)
 
     ema = learner.ema
     assert isinstance(ema, UNet)
+    held_t = stratified_t(diffusion, len(held), seed=config.seed).to(accelerator.device)
+
+    def score(places: Sequence[int]) -> torch.Tensor:
+        """Losses of held-out examples of one size, (B, BINS): each with its caption and noise."""
+        numbers = held[places].tolist()
+        sources = [generator(config.seed, number, "held out") for number in numbers]
+
+        def draw(*shape: int) -> torch.Tensor:
+            """Each example's own N(0, I), (B, *shape)."""
+            drawn = [torch.randn(*shape, generator=source) for source in sources]
+            return torch.stack(drawn).to(accelerator.device)
+
+        batch = collate_moments([cache[number] for number in numbers])
+        words = choose(batch["captions"], [float(torch.rand((), generator=s)) for s in sources])
+        size = batch["moments"].shape[2:]
+        x0 = Posterior.from_moments(batch["moments"].to(accelerator.device)).sample(draw(C, *size))
+        noise = draw(BINS, C, *size).flatten(0, 1)
+        with torch.no_grad(), accelerator.autocast():
+            x0, context = (x.repeat_interleave(BINS, 0) for x in (x0, text_encoder(words)))
+            losses = diffusion.loss(ema, x0, context, noise=noise, t=held_t[places].flatten())
+        return losses.unflatten(0, (-1, BINS))
+
+    def validate() -> Metrics:
+        part = config.batch_size // (world_size * config.accumulation)
+        buckets = cache.buckets[held].tolist()
+        return held_out_loss(score, buckets, batch_size=max(1, part // BINS), processes=processes)
+
     pipeline = Pipeline(unet=ema, vae=vae, text_encoder=text_encoder, diffusion=diffusion)
     shown = list(config.preview_prompts) or [
         cache.captions[i * len(cache) // 8][0] for i in range(8)
@@ -159,30 +211,51 @@ def main() -> None:
         run,
         save=pipeline.save_pretrained,
         preview=preview,
+        validate=validate if len(held) else None,
         fingerprints={
-            "data": cache.header["data"],
+            "data": cache.fingerprint,
             "vae": cache.header["vae"],
             "text_encoder": fingerprint(text_encoder.model, {}),
         },
+        summary=cache_summary(
+            cache,
+            config.place() if config.cache is None else str(config.cache),
+            held_out=len(held),
+        ),
     )
 
 
-def open_cache(config: TrainUNet, vae: VAE, accelerator: Accelerator) -> LatentCache:
-    """The cache that the configuration names, or one made now from its data."""
+def open_cache(config: TrainUNet, accelerator: Accelerator) -> tuple[LatentCache, VAE]:
+    """The cache that the configuration names, or one made now from its data; and its VAE.
+
+    Raises ValueError for less data than a batch, before any network is loaded.
+    """
+
+    def load_vae() -> VAE:
+        return VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
+
     if config.cache is not None:
-        return LatentCache(config.cache, vae=vae)
+        cache = LatentCache(config.cache)
+        check_batch(config.batch_size, len(cache))
+        vae = load_vae()
+        cache.check_vae(vae)
+        return cache, vae
     with accelerator.main_process_first():
-        dataset = CaptionedImages(config)
+        dataset = open_images(config)
+    if isinstance(dataset, CaptionedImages):  # how much a stream holds is known when it is cached
+        check_batch(config.batch_size, len(dataset))
+    vae = load_vae()
     write_cache(
         config.output_dir / "cache",
         dataset,
         vae,
         batch_size=64,
+        views=Views(crops=config.crops, flip=config.flip),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
     )
-    return LatentCache(config.output_dir / "cache", vae=vae)
+    return LatentCache(config.output_dir / "cache"), vae
 
 
 if __name__ == "__main__":

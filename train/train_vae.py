@@ -2,23 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentdiff.data.batches import batches
-from latentdiff.data.cache import data_fingerprint
-from latentdiff.data.images import CaptionedImages, DataConfig, collate
+from latentdiff.data.batches import check_batch
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.opening import image_batches, open_images, some_examples
+from latentdiff.data.stream import StreamedImages
+from latentdiff.data.summary import images_summary
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.loop import LoopConfig, Metrics, fit, make_accelerator
+from latentdiff.training.loop import fit
 from latentdiff.training.losses import Reconstruction, vae_loss
+from latentdiff.training.meter import Metrics
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, generator, parts
 from latentdiff.training.run_folder import RunFolder
+from latentdiff.training.setup import LoopConfig, make_accelerator
 
 SMALL = VAEConfig(
     block_out_channels=(32, 64, 128),
@@ -43,10 +49,17 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
     reconstruction: Reconstruction = "l1"
     kl_weight: float = 1e-3
     """Weight of the KL in nats per pixel value."""
+    random_flip: bool = False
+    """Every second picture is mirrored, drawn anew at each visit."""
 
     def __post_init__(self) -> None:
         for part in (DataConfig, LoopConfig, OptimizerConfig):
             part.__post_init__(self)
+        if self.ema_lengths:
+            raise ValueError(
+                f"ema_lengths={list(self.ema_lengths)} must be empty: a VAE is saved with the "
+                "statistics of its latents, which other weights change"
+            )
 
 
 def main() -> None:
@@ -55,7 +68,9 @@ def main() -> None:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     run = RunFolder(config.output_dir, settings, Processes(accelerator))
     with accelerator.main_process_first():
-        dataset = CaptionedImages(config)
+        dataset = open_images(config)
+    if isinstance(dataset, CaptionedImages):  # a stream tells when its first epoch ends
+        check_batch(config.batch_size, len(dataset))
     vae_config = replace(config.vae, sample_size=config.image_size)
     torch.manual_seed(config.seed)
     learner = Learner(VAE(vae_config), config, accelerator)
@@ -65,6 +80,9 @@ def main() -> None:
 
     def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
         images = to_floats(batch["images"].to(accelerator.device))
+        if config.random_flip:
+            places = torch.rand(config.batch_size, generator=generator(config.seed, number, "flip"))
+            images = mirror(images, share.rows(places).to(images))
         noise = torch.randn(
             config.batch_size, *latent, generator=generator(config.seed, number, "posterior")
         )
@@ -80,21 +98,19 @@ def main() -> None:
         return {"loss": loss, config.reconstruction: distance, "kl": kl, "grad_norm": grad_norm}
 
     def data(start: int) -> Iterator[dict[str, Any]]:
-        shares = batches(
+        shares = image_batches(
             dataset,
             start,
-            num_samples=len(dataset),
             batch_size=config.batch_size,
             seed=config.seed,
             stop=config.max_steps,
             rank=rank,
             world_size=world_size,
-            num_workers=config.num_workers,
-            collate=collate,
         )
         return parts(shares, config.accumulation)
 
-    shown = torch.stack([dataset.image(i * len(dataset) // 16) for i in range(16)])
+    examples = [example["image"] for example in some_examples(dataset, 16)]
+    shown = torch.stack([examples[i % len(examples)] for i in range(16)])
 
     @torch.no_grad()
     def preview(path: Path) -> None:
@@ -122,19 +138,25 @@ def main() -> None:
         run,
         save=save,
         preview=preview,
-        fingerprints={"data": data_fingerprint(dataset)},
+        fingerprints={"data": dataset.fingerprint},
+        summary=images_summary(dataset),
     )
 
 
-def latent_statistics(vae: VAE, dataset: CaptionedImages) -> tuple[torch.Tensor, torch.Tensor]:
+def mirror(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Mirror the pictures (B, C, H, W) whose place, uniform in [0, 1), is below a half."""
+    return torch.where((places < 0.5)[:, None, None, None], images.flip(-1), images)
+
+
+def latent_statistics(
+    vae: VAE, dataset: CaptionedImages | StreamedImages
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of each channel of the latents of up to 2,048 pictures: (C,), (C,)."""
     device = next(vae.parameters()).device
-    count = min(len(dataset), 2048)
-    ids = [i * len(dataset) // count for i in range(count)]
-    posteriors = [
-        vae.encode(to_floats(torch.stack([dataset.image(i) for i in part]).to(device)))
-        for part in (ids[at : at + 64] for at in range(0, count, 64))
-    ]
+    images = (example["image"] for example in some_examples(dataset, 2048))
+    posteriors = []
+    while part := list(islice(images, 64)):
+        posteriors.append(vae.encode(to_floats(torch.stack(part).to(device))))
     whole = Posterior(
         torch.cat([p.mean for p in posteriors]), torch.cat([p.logvar for p in posteriors])
     )

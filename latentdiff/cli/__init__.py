@@ -1,4 +1,4 @@
-"""The command line: `latentdiff generate`, `convert`, `data`, `plan` and `env`, a module each.
+"""The command line: `latentdiff generate`, `convert`, `data`, `plan`, `ema`, `env`, a module each.
 
 Only arguments, files and messages: what a command does is the library's business. torch and
 transformers are imported inside the commands, so that `latentdiff --help` answers at once.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import latentdiff
-from latentdiff.cli import convert, data, env, generate, plan
+from latentdiff.cli import convert, data, ema, env, generate, plan
 
 EXTRAS = {"peft": "lora", "diffusers": "lora"}  # of pyproject.toml, where it is not "train"
 USER_ERROR = 2  # argparse's exit code for a wrong command line
@@ -60,11 +60,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="latentdiff",
-        description="Draw pictures, convert models, make data sets and plan trainings.",
+        description="Draw pictures, convert models, check data, plan and average trainings.",
     )
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, convert, data, plan, env):
+    for command in (generate, convert, data, plan, ema, env):
         command.add(commands)
     return parser
 

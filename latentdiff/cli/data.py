@@ -74,7 +74,8 @@ def _data_check(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from latentdiff.data.check import check_data
-    from latentdiff.data.images import DataConfig, breakdown
+    from latentdiff.data.config import DataConfig
+    from latentdiff.data.images import breakdown
 
     names = {field.name for field in fields(DataConfig)} - {"split"}
     config = DataConfig(**{name: v for name, v in vars(arguments).items() if name in names})

@@ -5,9 +5,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from latentdiff.training.footprint import Passes
     from latentdiff.training.plan import Plan
 
 GIB = 2**30
+COUNTS = ("batch_size", "accumulation", "image_size", "max_steps", "crops")
+REPLACING = (
+    *COUNTS,
+    "mixed_precision",
+    "sharding",
+    "gradient_checkpointing",
+    "ema_lengths",
+    "flip",
+    "vae",
+    "text_encoder",
+)
+"""Options that come in place of what the configuration says."""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,9 +37,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--efficiency", type=float, default=0.4, help="share of the peak FLOP/s; default: 0.4")
     add("--pictures", type=int, metavar="N", help="in the data set, for the latent cache")
     given = parser.add_argument_group("in place of what the configuration says")
-    for name in ("batch_size", "accumulation", "image_size", "max_steps"):
+    for name in COUNTS:
         given.add_argument(f"--{name}", type=int, metavar="N")
     given.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"))
+    given.add_argument("--sharding", choices=("none", "full", "zero1", "zero2"))
+    given.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
+    given.add_argument("--ema_lengths", type=float, nargs="+", metavar="SIGMA")
+    given.add_argument("--flip", action=argparse.BooleanOptionalAction)
     for name in ("vae", "text_encoder"):
         given.add_argument(f"--{name}", help="a folder, emoji, or sd15 for SD 1.x's shapes")
 
@@ -34,8 +51,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _plan(arguments: argparse.Namespace) -> None:
     from latentdiff.training.plan import DEVICES, make_plan, measure_cpu, read_settings
 
-    names = ("batch_size", "accumulation", "image_size", "max_steps", "mixed_precision")
-    given = {name: getattr(arguments, name) for name in (*names, "vae", "text_encoder")}
+    given = {name: getattr(arguments, name) for name in REPLACING}
     settings = read_settings(arguments.config, given)
     name: str = arguments.device
     if name != "cpu" and name not in DEVICES:
@@ -54,9 +70,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(
         f"{plan.kind}: batch_size {settings['batch_size']} on {arguments.processes} × {name}, "
         f"{plan.parts} pictures at a time each, mixed precision {plan.precision}"
+        f"{_ways(plan.footprint.passes)}"
     )
     for title, value in (*_counts(plan), *_memory(plan, cpu=name == "cpu")):
-        print(f"{title:<38}{value}")
+        print(f"{title:<38}{value}".rstrip())
     rate = plan.pictures_per_second
     share = f"{arguments.efficiency:.0%} of {peak:.4g} TFLOP/s"
     print(f"{'pictures a second':<38}{_rate(rate)} at {share}")
@@ -72,6 +89,18 @@ def _plan(arguments: argparse.Namespace) -> None:
     size = plan.checkpoint_bytes / 1e9
     # One more than are kept: a new one is whole before an old one goes.
     print(f"{'disk, a checkpoint':<38}{size:,.2f} GB; {(kept + 1) * size:,.2f} GB at most")
+    if plan.snapshot_bytes:
+        size = plan.snapshot_bytes / 1e9
+        every = settings.get("snapshot_every", 500)
+        count = "" if steps is None else f"; {-(-steps // every) * size:,.2f} GB in the end"
+        print(f"{f'disk, averages, each {every} steps':<38}{size:,.2f} GB{count}")
+
+
+def _ways(passes: "Passes") -> str:
+    ways = ["gradient checkpointing"] if passes.gradient_checkpointing else []
+    if passes.split != "none":
+        ways.append(f"sharding {passes.split}")
+    return "".join(f", {way}" for way in ways)
 
 
 def _counts(plan: "Plan") -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Which examples make up which training step: a function of (seed, step), without state."""
 
 import signal
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -9,24 +10,71 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 
-def sample_ids(step: int, *, num_samples: int, batch_size: int, seed: int) -> list[int]:
-    """The examples of one step: a walk through one shuffled epoch after the other.
+class SampleOrder:
+    """`order(step)` is the examples of a step, all of one bucket; any step is as quick as the next.
 
-    Batches run on across the end of an epoch, so every example comes up equally often and none is
-    dropped. Raises ValueError when the set is empty.
+    A bucket is a walk through one shuffled epoch of its examples after the other, which runs on
+    across the end of an epoch, so every example of it comes up equally often and none is dropped.
+    After e epochs a bucket of n examples has had floor(e n / batch_size) batches: over the epochs
+    the examples of all buckets come up equally often, also those of a bucket that is smaller than
+    a batch. In what order an epoch's batches are of which bucket is drawn anew for each.
     """
-    if num_samples < 1:
-        raise ValueError("the data set is empty")
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [
-        int(_order(seed, position // num_samples, num_samples)[position % num_samples])
-        for position in positions
-    ]
+
+    def __init__(self, buckets: np.ndarray, *, batch_size: int, seed: int) -> None:
+        """`buckets` (N,): the number of each example's bucket. Raises ValueError without any."""
+        if len(buckets) == 0:
+            raise ValueError("the data set is empty")
+        _, places, counts = np.unique(buckets, return_inverse=True, return_counts=True)
+        by_bucket = np.argsort(places, kind="stable").astype(np.int32)
+        self.members = np.split(by_bucket, np.cumsum(counts)[:-1])
+        self.counts = counts.astype(object)  # Python's integers, which never overflow
+        self.batch_size, self.seed = batch_size, seed
+        # Of a small bucket one batch may span many epochs, of a large one two.
+        self._walk = lru_cache(maxsize=2 * len(counts) + 2)(self._shuffled)
+        self._labels = lru_cache(maxsize=2)(self._drawn)
+
+    def __call__(self, step: int) -> list[int]:
+        """The numbers of a step's examples."""
+        # The epoch is the first whose end is after the step.
+        low = step * self.batch_size // sum(self.counts)
+        high = low + len(self.counts) * self.batch_size // sum(self.counts) + 2
+        epoch = bisect_right(range(high), step, lo=low, key=lambda e: sum(self._batches(e + 1)))
+        labels = self._labels(epoch)
+        place = step - sum(self._batches(epoch))
+        bucket = int(labels[place])
+        number = self._batches(epoch)[bucket] + np.count_nonzero(labels[:place] == bucket)
+        count = len(self.members[bucket])
+        first = int(number) * self.batch_size
+        return [
+            int(self._walk(bucket, position // count)[position % count])
+            for position in range(first, first + self.batch_size)
+        ]
+
+    def _batches(self, epoch: int) -> list[int]:
+        """How many batches each bucket has had when an epoch begins."""
+        return [epoch * count // self.batch_size for count in self.counts]
+
+    def _drawn(self, epoch: int) -> np.ndarray:
+        """The bucket of each batch of an epoch."""
+        pairs = zip(self._batches(epoch), self._batches(epoch + 1), strict=True)
+        each = [after - before for before, after in pairs]
+        labels = np.repeat(np.arange(len(each)), each)
+        return np.random.default_rng([self.seed, epoch, len(each)]).permutation(labels)
+
+    def _shuffled(self, bucket: int, epoch: int) -> np.ndarray:
+        """A bucket's examples in the order of one of its own epochs."""
+        key = [self.seed, epoch, bucket] if bucket else [self.seed, epoch]
+        order = np.random.default_rng(key).permutation(len(self.members[bucket]))
+        return self.members[bucket][order]
 
 
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+def check_batch(batch_size: int, num_samples: int) -> None:
+    """Raise ValueError when there are fewer examples than one step takes, of all processes."""
+    if batch_size > num_samples:
+        raise ValueError(
+            f"batch_size={batch_size} must be at most {num_samples}, the number of examples in "
+            "the data"
+        )
 
 
 def batches(
@@ -41,12 +89,24 @@ def batches(
     world_size: int = 1,
     num_workers: int = 0,
     collate: Callable[[Sequence[Any]], Any] | None = None,
+    buckets: np.ndarray | None = None,
+    views: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[Any]:
-    """This process's part of the batches of steps `start` … `stop - 1`, read ahead by workers."""
+    """This process's part of the batches of steps `start` … `stop - 1`, read ahead by workers.
 
-    def ids() -> Iterator[list[int]]:
+    `buckets` (N,) are the examples' if they are not all of one size. With `views`, which gives the
+    view of each example of a step, the data set is asked for pairs (example, view).
+    """
+    if buckets is None:
+        buckets = np.zeros(num_samples, dtype=np.int8)
+    assert len(buckets) == num_samples
+    order = SampleOrder(buckets, batch_size=batch_size, seed=seed)
+
+    def ids() -> Iterator[list[Any]]:
         for step in range(start, stop):
-            whole = sample_ids(step, num_samples=num_samples, batch_size=batch_size, seed=seed)
+            whole = order(step)
+            if views is not None:
+                whole = list(zip(whole, views(step), strict=True))
             yield shard(whole, rank, world_size)
 
     loader = DataLoader(
@@ -54,7 +114,7 @@ def batches(
         batch_sampler=_Batches(ids),  # pyright: ignore[reportArgumentType] # any iterable will do
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals,
     )
     return iter(loader)
 
@@ -65,7 +125,7 @@ def shard(rows: Any, rank: int, world_size: int) -> Any:
     return rows[rank * size : (rank + 1) * size]
 
 
-def _outlive_signals(worker: int) -> None:
+def outlive_signals(worker: int) -> None:
     """A batch system sends its signals to workers too, which the main process needs to the end."""
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
@@ -75,8 +135,8 @@ def _outlive_signals(worker: int) -> None:
 class _Batches:
     """An iterable over freshly made id lists; DataLoader asks for something it can iterate anew."""
 
-    def __init__(self, ids: Callable[[], Iterator[list[int]]]) -> None:
+    def __init__(self, ids: Callable[[], Iterator[list[Any]]]) -> None:
         self.ids = ids
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return self.ids()

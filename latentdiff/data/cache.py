@@ -1,57 +1,141 @@
-"""LatentCache: the posterior moments of every picture, encoded once and memory-mapped afterwards.
+"""LatentCache: the posterior moments of every picture, encoded once, read one by one afterwards.
 
-A cache folder holds `moments.npy` (N, 2C, H, W) in float16, `captions.jsonl` (a JSON list a line)
-and `header.json`, which is written last and names the VAE and the data that it was made from.
 Moments keep the VAE's randomness: each visit draws a new latent (LDM, section 3.1).
+
+A cache folder, which `cache_writer.py` makes, holds
+- `moments-00012-64x48.npy`: the pictures of chunk 12 of the data that became 64 x 48 pixels,
+  (m, V, 2C, h, w) in float16 for V views;
+- `index.npy`: for each sample its bucket, chunk and row, (N, 3) int32;
+- `samples.arrow`: for each sample its name and captions;
+- `left_out.jsonl`: what was bad, if anything was;
+- `header.json`: what it was made of, the sizes of the buckets, and how many samples; written last.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
+from datasets.table import MemoryMappedTable
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from latentdiff.data.images import CaptionedImages, DataConfig
-from latentdiff.formats.weights import load_json, save_json
+from latentdiff.data.buckets import Size
+from latentdiff.data.captions import Captions
+from latentdiff.data.views import Views
+from latentdiff.formats.weights import load_json
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.vae import VAE
-from latentdiff.pictures import to_floats
+
+FORMAT = 2  # of a cache folder, and of how pictures are cut; other caches are refused
 
 
 class LatentCache(Dataset[dict[str, Any]]):
-    """Examples `{"moments": (2C, H, W) float32, "captions": [str, …]}` from a finished cache."""
+    """Examples `{"moments": (2C, h, w) float32, "captions": [str, …]}` from a finished cache.
 
-    def __init__(self, folder: Path, *, vae: VAE) -> None:
-        """Open a cache and make sure that `vae` is the one that it was made with.
+    `cache[i]` is view 0 of example i, and `cache[i, view]` another one. Nothing is read before it
+    is asked for, and worker processes open the files anew, however they are started.
+    """
+
+    header: dict[str, Any]
+    buckets: np.ndarray
+    """(N,): the place of each example's size in `sizes`."""
+    captions: Captions
+
+    def __init__(self, folder: Path, *, vae: VAE | None = None) -> None:
+        """Open a cache and, with `vae`, make sure that it is the one that it was made with.
 
         Raises ValueError when the folder holds no finished cache, or one of another VAE.
         """
-        if not (folder / "header.json").is_file():
-            raise ValueError(
-                f"{folder} holds no finished latent cache (header.json is missing); "
-                "make one with train/cache_latents.py"
-            )
-        self.header = load_json(folder / "header.json")
+        self.folder = folder
+        self.header = read_header(folder)
+        if vae is not None:
+            self.check_vae(vae)
+        self._open()
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The sizes (width, height) of the buckets in pixels."""
+        return [(width, height) for width, height in self.header["buckets"]]
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square among them, in pixels."""
+        return next(width for width, height in self.sizes if width == height)
+
+    @property
+    def views(self) -> Views:
+        """The views of each picture."""
+        return Views(**self.header["views"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the moments and captions follow from."""
+        return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()
+
+    def check_vae(self, vae: VAE) -> None:
+        """Raise ValueError when the cache was made with another VAE."""
         if self.header["vae"] != fingerprint(vae, vae.config.to_dict()):
             raise ValueError(
-                f"{folder} was encoded by another VAE than the one given; encode it anew"
+                f"{self.folder} was encoded by another VAE than the one given; encode it anew"
             )
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")
-        with (folder / "captions.jsonl").open(encoding="utf-8") as file:
-            self.captions: list[list[str]] = [json.loads(line) for line in file]
-        assert len(self.captions) == len(self.moments)
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self._index)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        moments = torch.from_numpy(self.moments[index].astype(np.float32))
-        return {"moments": moments, "captions": self.captions[index]}
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        number, view = index if isinstance(index, tuple) else (index, 0)
+        bucket, chunk, row = self._index[number].tolist()
+        moments = torch.from_numpy(self._moments(chunk, bucket, row, view).astype(np.float32))
+        return {"moments": moments, "captions": self.captions[number]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "header": self.header}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder, self.header = state["folder"], state["header"]
+        self._open()
+
+    def _open(self) -> None:
+        self._index = np.load(self.folder / "index.npy", mmap_mode="r")
+        self.buckets = self._index[:, 0]
+        rows = MemoryMappedTable.from_file(str(self.folder / "samples.arrow"))
+        self.captions = Captions(
+            datasets.Dataset(rows, fingerprint=self.fingerprint),
+            ("captions",),
+            templates={},
+            weights={},
+            allow_empty=True,
+        )
+        assert len(self._index) == len(self.captions) == self.header["num_samples"]
+        self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def _moments(self, chunk: int, bucket: int, row: int, view: int) -> np.ndarray:
+        """(2C, h, w) float16, read by one look at the file.
+
+        A map of each file would be opened again for nearly every example, since a large cache has
+        more files than a process may keep open.
+        """
+        path = moments_path(self.folder, chunk, self.sizes[bucket])
+        try:
+            with path.open("rb") as file:
+                if bucket not in self._layouts:  # the same in all of a bucket's files
+                    np.lib.format.read_magic(file)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                    assert dtype == np.float16
+                    self._layouts[bucket] = file.tell(), shape[1:]
+                start, (views, *shape) = self._layouts[bucket]
+                count = math.prod(shape)
+                file.seek(start + 2 * count * (row * views + view))
+                return np.fromfile(file, "<f2", count).reshape(shape)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is missing or damaged ({error}); delete the folder and encode it anew"
+            ) from error
 
 
 def collate_moments(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -62,66 +146,21 @@ def collate_moments(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def write_cache(
-    folder: Path,
-    dataset: CaptionedImages,
-    vae: VAE,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    wait: Callable[[], None] = lambda: None,
-) -> None:
-    """Encode the data set into `folder`, each process its share; `wait` is a barrier for them all.
-
-    A finished cache of the same VAE and data is kept. Raises ValueError when the folder holds
-    the cache of another VAE or other data, and for data without captions.
-    """
-    if not dataset.captions:
-        raise ValueError("caption_columns is empty: latents are for training on captions")
-    header = {"vae": fingerprint(vae, vae.config.to_dict()), "data": data_fingerprint(dataset)}
-    if (folder / "header.json").is_file():
-        found = load_json(folder / "header.json")
-        changed = [name for name in header if found[name] != header[name]]
-        if changed:
-            raise ValueError(
-                f"{folder} holds the cache of another {' and other '.join(changed)}; "
-                "choose a new folder or delete this one"
-            )
-        return
-    f, C = vae.config.factor, vae.config.latent_channels
-    side = dataset.config.image_size // f
-    path = folder / "moments.npy"
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        shape = (len(dataset), 2 * C, side, side)
-        np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
-        lines = [json.dumps(texts, ensure_ascii=False) + "\n" for texts in dataset.captions]
-        (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
-    wait()
-    moments = np.lib.format.open_memmap(path, "r+")
-    device = next(vae.parameters()).device
-    starts = range(0, len(dataset), batch_size)[rank::world_size]
-    for start in tqdm(starts, desc="encoding", unit="batch", disable=rank > 0):
-        ids = range(start, min(start + batch_size, len(dataset)))
-        images = to_floats(torch.stack([dataset.image(i) for i in ids]).to(device))
-        posterior = vae.encode(images)
-        both = torch.cat([posterior.mean, posterior.logvar], dim=1)
-        moments[ids.start : ids.stop] = both.float().cpu().numpy().astype(np.float16)
-    moments.flush()
-    wait()
-    if rank == 0:
-        save_json({**header, "num_samples": len(dataset)}, folder / "header.json")
-    wait()
+def moments_path(folder: Path, chunk: int, size: Size) -> Path:
+    """The file of the moments of a chunk's pictures of one size."""
+    return folder / f"moments-{chunk:05d}-{size[0]}x{size[1]}.npy"
 
 
-def data_fingerprint(dataset: CaptionedImages) -> str:
-    """SHA-256 of which pictures, how they are cut, and all captions."""
-    config: DataConfig = dataset.config
-    names = {field: getattr(config, field) for field in ("data", "split", "image_size")}
-    digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
-    digest.update(str(dataset.rows._fingerprint).encode())
-    for texts in dataset.captions:
-        digest.update(json.dumps(texts).encode())
-    return digest.hexdigest()
+def read_header(folder: Path) -> dict[str, Any]:
+    """What a finished cache says of itself. Raises ValueError when there is none."""
+    if not (folder / "header.json").is_file():
+        raise ValueError(
+            f"{folder} holds no finished latent cache (header.json is missing); "
+            "make one with train/cache_latents.py"
+        )
+    header = load_json(folder / "header.json")
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} was made by another version of latentdiff; delete it and encode it anew"
+        )
+    return header

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import datasets
@@ -16,12 +17,56 @@ PLACES = 100  # for a picture's weighted captions, more only if there are more c
 WEIGHT_ERROR = 1e-3
 
 
-class Captions(Sequence[list[str]]):
-    """`captions[i]` is the list of row i's captions: of all columns, in all forms.
+@dataclass(frozen=True, kw_only=True)
+class CaptionRules:
+    """How the columns of a row become its captions: all of them, in all forms.
 
-    A caption with a weight is in the list as often as the weight says; one without has weight 1,
-    and the forms of a caption share its weight.
+    A caption with a weight is among them as often as the weight says; one without has weight 1,
+    and the forms of a caption share its weight. `weights` names, for a column of captions, the
+    column with their weights.
     """
+
+    columns: Sequence[str]
+    templates: Mapping[str, Sequence[str]]
+    weights: Mapping[str, str]
+    allow_empty: bool = False
+
+    def named(self) -> list[str]:
+        """The columns that must be there."""
+        return list(dict.fromkeys((*self.columns, *self.weights.values())))
+
+    def of(self, row: Mapping[str, Any]) -> list[str]:
+        """The captions of a row, none if it has none.
+
+        Raises BadSample for impossible weights, ValueError for what is no text.
+        """
+        pairs = list(self._weighted(row))
+        if not pairs and self.allow_empty:
+            return [""]
+        return _repeated(pairs) if self.weights else [text for text, _ in pairs]
+
+    def _weighted(self, row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+        for name in self.columns:
+            texts, weights = as_list(row.get(name)), None
+            if name in self.weights:
+                weights = as_list(row.get(self.weights[name]))
+                if len(weights) != len(texts):
+                    raise BadSample(
+                        "weights do not fit", f"{len(weights)} for {len(texts)} captions"
+                    )
+            forms = self.templates.get(name, ("{}",))
+            for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(
+                        f"the column {name!r} must hold texts or lists of them, not {text!r}"
+                    )
+                if text and not text.isspace():
+                    for form in forms:
+                        yield form.replace("{}", text), weight / len(forms)
+
+
+class Captions(Sequence[list[str]]):
+    """`captions[i]` is the list of row i's captions, see `CaptionRules`."""
 
     def __init__(
         self,
@@ -32,20 +77,18 @@ class Captions(Sequence[list[str]]):
         weights: Mapping[str, str],
         allow_empty: bool = False,
     ) -> None:
-        """`weights` names, for a column of captions, the column with their weights.
-
-        Raises ValueError when a column holds no texts, or a column of weights no numbers.
-        """
-        self.columns, self.templates, self.weights_of = columns, templates, weights
-        self.allow_empty = allow_empty
-        self.rows = rows.select_columns(list(dict.fromkeys((*columns, *weights.values()))))
-        for name in columns:
+        """Raises ValueError when a column holds no texts, or a column of weights no numbers."""
+        self.rules = rules = CaptionRules(
+            columns=columns, templates=templates, weights=weights, allow_empty=allow_empty
+        )
+        self.rows = rows.select_columns(rules.named())
+        for name in rules.columns:
             _check(rows, name, "texts", (pa.types.is_string, pa.types.is_large_string))
-        for name in weights.values():
+        for name in rules.weights.values():
             _check(rows, name, "numbers", (pa.types.is_floating, pa.types.is_integer))
 
     def __len__(self) -> int:
-        return len(self.rows) if self.columns else 0
+        return len(self.rows) if self.rules.columns else 0
 
     @overload
     def __getitem__(self, index: int) -> list[str]: ...
@@ -54,15 +97,15 @@ class Captions(Sequence[list[str]]):
     def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._of(self.rows[index])
+        return self.rules.of(self.rows[index])
 
     def __iter__(self) -> Iterator[list[str]]:
-        if not self.columns:
+        if not self.rules.columns:
             return
         for batch in self.rows.iter(batch_size=1000):
             assert isinstance(batch, dict)
             for values in zip(*batch.values(), strict=True):
-                yield self._of(dict(zip(batch, values, strict=True)))
+                yield self.rules.of(dict(zip(batch, values, strict=True)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -76,33 +119,12 @@ class Captions(Sequence[list[str]]):
         """(N,) bool: which rows have a caption; of a table as it is on disk, not of a selection."""
         assert self.rows._indices is None
         found = np.zeros(len(self.rows), dtype=bool)
-        for name in self.columns:
+        for name in self.rules.columns:
             start = 0
             for chunk in self.rows.data.column(name).chunks:
                 found[start : start + len(chunk)] |= _nonempty(chunk)
                 start += len(chunk)
         return found
-
-    def _of(self, row: Mapping[str, Any]) -> list[str]:
-        pairs = list(self._weighted(row))
-        if not pairs and self.allow_empty:
-            return [""]
-        return _repeated(pairs) if self.weights_of else [text for text, _ in pairs]
-
-    def _weighted(self, row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-        for name in self.columns:
-            texts, weights = _list(row[name]), None
-            if name in self.weights_of:
-                weights = _list(row[self.weights_of[name]])
-                if len(weights) != len(texts):
-                    raise BadSample(
-                        "weights do not fit", f"{len(weights)} for {len(texts)} captions"
-                    )
-            forms = self.templates.get(name, ("{}",))
-            for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
-                if text and not text.isspace():
-                    for form in forms:
-                        yield form.replace("{}", text), weight / len(forms)
 
 
 def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
@@ -122,7 +144,8 @@ def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
     return [text for (text, _), n in zip(pairs, counts, strict=True) for _ in range(n)]
 
 
-def _list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """What a cell holds: one thing, several, or nothing."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

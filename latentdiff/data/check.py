@@ -16,11 +16,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from latentdiff.data.captions import Captions
+from latentdiff.data.config import DataConfig
 from latentdiff.data.decode import BadSample, decode
 from latentdiff.data.images import (
     BAD_SAMPLES,
     DUPLICATE,
-    DataConfig,
     captions_of,
     check_size,
     missing_captions,

@@ -4,108 +4,38 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentdiff.data.ahead import ahead
+from latentdiff.data.buckets import Size, check_scale, nearest
 from latentdiff.data.captions import Captions
-from latentdiff.data.decode import BadSample, Decoding, decode
-from latentdiff.data.shapes import build_shapes
-from latentdiff.data.sources import Source, open_source, splits
+from latentdiff.data.config import DataConfig
+from latentdiff.data.decode import BadSample, decode
+from latentdiff.data.sources import Source, check_columns, open_source
+from latentdiff.data.views import cut
 from latentdiff.pictures import to_rgb
 
-SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its pictures, once
 MEMORY_LIMIT = 1 << 30  # bytes of decoded pictures that are kept, so that small sets decode once
 BAD_SAMPLES = "bad_samples.jsonl"  # what `latentdiff data check` writes
 
 DUPLICATE = "duplicate name"  # the reason of a row whose picture an earlier row has
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Which pictures and captions, at what size, and what is bad."""
+class Sample(NamedTuple):
+    """One picture as it is in the data, RGB and upright, at its full size."""
 
-    data: str = "shapes"
-    """A folder of pictures, .tar or .parquet files, a hub data set, or "shapes": a small set that
-    is drawn on the spot."""
-    split: str = "train"
-    image_size: int = 64
-    """Side in pixels: the shorter side is scaled to it and the middle cut out."""
-    image_column: str = "image"
-    caption_columns: Sequence[str] = ("text",)
-    """Columns with a caption, or with a list of them; one is drawn at random each time."""
-    caption_templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Column: forms such as "a {}", each of which makes one caption of each of the column's."""
-    caption_weights: Mapping[str, str] = field(default_factory=dict)
-    """Column: the column with a number, or a list of them, for how often its captions are drawn."""
-    allow_empty_caption: bool = False
-    """Train on pictures without a caption as on pictures with an empty one."""
-    exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Column: values; rows that have one of the values are left out."""
-    upscale_limit: float = 1.0
-    """Pictures that would have to be enlarged by more than this are bad."""
-    max_megapixels: float = 64
-    """Larger pictures are bad, which their headers tell."""
-    first_frame: bool = False
-    """Take the first frame of an animation, which is bad otherwise."""
-    background: str = "white"
-    """The colour behind transparent pictures, such as "white" or "#808080"."""
-    bad_samples: Path | None = None
-    """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
-    max_bad: float = 0.01
-    """The share of bad samples above which the data is refused."""
-    num_workers: int = 0
-    """Processes that read pictures ahead."""
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size} must be at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must not be negative")
-        if self.upscale_limit < 1:
-            raise ValueError(f"upscale_limit={self.upscale_limit} must be at least 1")
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad={self.max_bad} must be in [0, 1]")
-        self.decoding()
-        for option in ("caption_templates", "caption_weights"):
-            for name in getattr(self, option):
-                if name not in self.caption_columns:
-                    raise ValueError(
-                        f"{option}: {name!r} must be one of "
-                        f"caption_columns={list(self.caption_columns)}"
-                    )
-        for name, forms in self.caption_templates.items():
-            if not forms or any("{}" not in form for form in forms):
-                raise ValueError(
-                    f"caption_templates: {name!r} must have forms with {{}}, not {list(forms)}"
-                )
-
-    def place(self) -> str:
-        """The folder, file or hub data set that `data` is; "shapes" are drawn if they are not."""
-        if self.data != "shapes":
-            return self.data
-        if not SHAPES_FOLDER.exists():
-            build_shapes(SHAPES_FOLDER, count=2000, seed=0, size=64)
-        return str(SHAPES_FOLDER)
-
-    def splits(self) -> list[str]:
-        """The names of the parts of the data. Raises ValueError when it cannot be read."""
-        return splits(self.place())
-
-    def decoding(self) -> Decoding:
-        """How files become pictures. Raises ValueError when that is impossible."""
-        return Decoding(
-            background=self.background,
-            max_megapixels=self.max_megapixels,
-            first_frame=self.first_frame,
-        )
+    name: str
+    """What it is called in messages, such as the file's name."""
+    picture: Image.Image
+    captions: list[str]
 
 
 class CaptionedImages(Dataset[dict[str, Any]]):
@@ -145,7 +75,6 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self._kept = None if kept.all() else np.flatnonzero(kept)
         self.rows = self.source.rows if self._kept is None else self.source.rows.select(self._kept)
         self.rows = self.rows.with_format(None)
-        self.rows._fingerprint = self._fingerprint()
         self.captions = captions_of(self.source, config, self.rows)
         self.replaced: dict[int, BadSample] = {}
         size = len(self.rows) * 3 * config.image_size**2
@@ -154,15 +83,60 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of which samples there are, and of all that their pictures and captions are of.
+
+        The source's own fingerprint covers its rows with all their texts, and sizes and times of
+        the files that they came from: nothing is read for it.
+        """
+        config = self.config
+        options = {
+            name: getattr(config, name)
+            for name in (
+                *("data", "split", "image_size", "image_column", "caption_columns"),
+                *("caption_templates", "caption_weights", "allow_empty_caption", "upscale_limit"),
+            )
+        }
+        text = json.dumps(options, sort_keys=True) + repr(self.decoding)
+        digest = hashlib.sha256(text.encode())
+        digest.update(self.source.rows._fingerprint.encode())
+        if self._kept is not None:
+            digest.update(self._kept.tobytes())
+        return digest.hexdigest()
+
+    def chunks(
+        self, size: int, wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, Iterable[Sample | BadSample]]]:
+        """Go through the data in order, in chunks of `size` consecutive samples.
+
+        Yields the number of each chunk that is `wanted`, which is asked before anything of it is
+        read, and its samples, which are decoded as they are taken: take them all before the next
+        chunk. One that cannot be decoded, or has no captions that make sense, is its error.
+        """
+        for number, start in enumerate(range(0, len(self), size)):
+            if wanted(number):
+                ids = range(start, min(start + size, len(self)))
+                yield number, ahead(self._sample, ids, threads=self.config.num_workers)
+
+    def _sample(self, index: int) -> Sample | BadSample:
+        number = self._number(index)
+        name = self.source.name(number)
+        try:
+            picture = decode(self.source.read(number, self.config.image_column), self.decoding)
+            captions = self.captions[index] if self.captions else []
+        except BadSample as error:
+            return BadSample(error.reason, f"{name!r} {error.detail}".strip())
+        return Sample(name, picture.image, captions)
+
     def image(self, index: int) -> Tensor:
         """The picture as (3, S, S) uint8. Raises ValueError when it is bad."""
         if self._images is not None and index in self._images:
             return self._images[index]
-        number = index if self._kept is None else int(self._kept[index])
+        number = self._number(index)
         try:
             data = self.source.read(number, self.config.image_column)
-            picture = decode(data, self.decoding).image
-            check_size(picture.size, self.config)
+            pixels = square_pixels(data, self.config)
         except BadSample as error:
             raise BadSample(
                 error.reason,
@@ -170,8 +144,6 @@ class CaptionedImages(Dataset[dict[str, Any]]):
                 f"{self.source.name(number)!r}, cannot be used: {error.detail}; "
                 "`latentdiff data check` finds all such pictures",
             ) from error
-        pixels = torch.from_numpy(np.array(square(picture, self.config.image_size)))
-        pixels = pixels.permute(2, 0, 1).contiguous()
         if self._images is not None:
             self._images[index] = pixels
         return pixels
@@ -203,13 +175,9 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         if len(self.replaced) == 1:
             warnings.warn(f"a sample is replaced by the next: {error}", stacklevel=3)
 
-    def _fingerprint(self) -> str:
-        """A hash of the source's, of what is left out, and of how pictures are decoded."""
-        digest = hashlib.sha256(self.source.rows._fingerprint.encode())
-        digest.update(repr((self.decoding, self.config.image_column)).encode())
-        if self._kept is not None:
-            digest.update(self._kept.tobytes())
-        return digest.hexdigest()[:16]
+    def _number(self, index: int) -> int:
+        """The source's number of a sample."""
+        return index if self._kept is None else int(self._kept[index])
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -220,28 +188,36 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def square_pixels(data: bytes, config: DataConfig) -> Tensor:
+    """A file's picture as a square, (3, S, S) uint8. Raises BadSample."""
+    picture = decode(data, config.decoding()).image
+    side = config.image_size
+    check_scale(picture.size, (side, side), config.upscale_limit)
+    pixels = torch.from_numpy(np.array(square(picture, side)))
+    return pixels.permute(2, 0, 1).contiguous()
+
+
 def square(picture: Image.Image, size: int) -> Image.Image:
     """Upright, on white where transparent, shorter side scaled to `size`, the middle cut out."""
-    return ImageOps.fit(to_rgb(picture), (size, size), Image.Resampling.LANCZOS)
+    return cut(to_rgb(picture), (size, size))
 
 
 def open_data(config: DataConfig) -> Source:
     """The source of a configuration, with all the columns that it names. Raises ValueError."""
     source = open_source(config.place(), config.split)
-    named = (*config.caption_columns, *config.caption_weights.values(), *config.exclude)
-    for name in (config.image_column, *named):
-        if name not in source.columns:
-            raise ValueError(
-                f"data={config.data!r} has no column {name!r}, only {source.columns}; captions are "
-                "in metadata.jsonl beside the pictures, with rows such as "
-                '{"file_name": "1.png", "text": "a cat"}, or in a .txt file for each'
-            )
+    check_columns(config.data, named_columns(config), source.columns)
     if config.image_column not in source.pictures:
         raise ValueError(
             f"data={config.data!r}: the column {config.image_column!r} holds no pictures but "
             f"{source.rows.features[config.image_column]}"
         )
     return source
+
+
+def named_columns(config: DataConfig) -> list[str]:
+    """The columns that the configuration asks for."""
+    named = (*config.caption_columns, *config.caption_weights.values(), *config.exclude)
+    return list(dict.fromkeys((config.image_column, *named)))
 
 
 def captions_of(source: Source, config: DataConfig, rows: Any = None) -> Captions:
@@ -265,14 +241,9 @@ def missing_captions(captions: Captions, config: DataConfig) -> np.ndarray:
     return ~captions.present()
 
 
-def check_size(size: tuple[int, int], config: DataConfig) -> None:
+def check_size(size: Size, config: DataConfig) -> None:
     """Raise BadSample when a picture (width, height) is too small for the configuration."""
-    if min(size) * config.upscale_limit < config.image_size:
-        raise BadSample(
-            "too small",
-            f"{size[0]} x {size[1]} for image_size={config.image_size} and "
-            f"upscale_limit={config.upscale_limit}",
-        )
+    check_scale(size, config.buckets()[nearest(size, config.buckets())], config.upscale_limit)
 
 
 def breakdown(reasons: Mapping[str, int]) -> str:
@@ -281,14 +252,14 @@ def breakdown(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in ordered)
 
 
-def _known(source: Source, config: DataConfig) -> dict[int, BadSample]:
-    """The samples of the file of bad samples, by number. Raises ValueError when it is broken."""
+def read_bad_samples(config: DataConfig) -> dict[str, str]:
+    """Names and reasons of what `latentdiff data check` found. Raises ValueError when broken."""
     path = config.bad_samples
     if path is None:
         path = Path(config.place()) / BAD_SAMPLES
         if not path.is_file():
             return {}
-    reasons = {}
+    reasons: dict[str, str] = {}
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
@@ -296,6 +267,12 @@ def _known(source: Source, config: DataConfig) -> dict[int, BadSample]:
                 reasons.setdefault(row["path"], row["reason"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"bad_samples={str(path)!r} cannot be read: {error}") from error
+    return reasons
+
+
+def _known(source: Source, config: DataConfig) -> dict[int, BadSample]:
+    """The samples of the file of bad samples, by number."""
+    reasons = read_bad_samples(config)
     faults: dict[int, BadSample] = {}
     seen = set[str]()
     for i, name in enumerate(source.names() if reasons else ()):

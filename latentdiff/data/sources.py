@@ -4,10 +4,10 @@ import hashlib
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import datasets.config
 import pyarrow as pa
@@ -59,7 +59,7 @@ def splits(data: str) -> list[str]:
     try:
         return sorted(_parts(data))
     except (OSError, DatasetsError, pa.ArrowException) as error:
-        raise _unreadable(data, error) from error
+        raise unreadable(data, error) from error
 
 
 def open_source(data: str, split: str) -> Source:
@@ -70,14 +70,31 @@ def open_source(data: str, split: str) -> Source:
     datasets.disable_progress_bars()
     try:
         parts = _parts(data)
-        if split not in parts:
-            raise ValueError(f"data={data!r} has no split {split!r}, only {sorted(parts)}")
+        check_split(data, split, parts)
         return parts[split]()
     except (OSError, DatasetsError, pa.ArrowException) as error:
-        raise _unreadable(data, error) from error
+        raise unreadable(data, error) from error
 
 
-def _unreadable(data: str, error: Exception) -> ValueError:
+def check_split(data: str, split: str, parts: Iterable[str]) -> None:
+    """Raise ValueError when the data has no such part."""
+    if split not in parts:
+        raise ValueError(f"data={data!r} has no split {split!r}, only {sorted(parts)}")
+
+
+def check_columns(data: str, asked: Iterable[str], columns: Sequence[str], where: str = "") -> None:
+    """Raise ValueError when one of the columns that are asked for is not there."""
+    for name in asked:
+        if name not in columns:
+            raise ValueError(
+                f"data={data!r} has no column {name!r}{where}, only {list(columns)}; captions are "
+                "in metadata.jsonl beside the pictures, with rows such as "
+                '{"file_name": "1.png", "text": "a cat"}, or in a .txt file for each'
+            )
+
+
+def unreadable(data: str, error: Exception) -> ValueError:
+    """What is told of data that cannot be read."""
     what = "" if Path(data).exists() else " as a folder or from the hub"
     return ValueError(f"data={data!r} cannot be read{what}: {' '.join(str(error).split())}")
 
@@ -89,8 +106,35 @@ def _parts(data: str) -> dict[str, Any]:
         try:
             loaded = datasets.load_dataset(data)
         except ValueError as error:
-            raise _unreadable(data, error) from error
+            raise unreadable(data, error) from error
         return _tables(loaded)
+    local = local_form(data)
+    root = local.root
+    if local.kind == "tar":
+        return {split: partial(_TarSource, root, files) for split, files in local.parts.items()}
+    if local.kind == "parquet":
+        groups = {split: [str(root / f) for f in files] for split, files in local.parts.items()}
+        return _tables(datasets.load_dataset("parquet", data_files=groups))
+    return {
+        split: partial(_FolderSource, root, split if local.inner else "", files)
+        for split, files in local.parts.items()
+    }
+
+
+class LocalForm(NamedTuple):
+    """What is at a place on disk: `kind` is "tar", "parquet" or "folder" (of pictures)."""
+
+    kind: str
+    root: Path
+    parts: dict[str, list[str]]
+    """Split: its files relative to `root`, which are tars, parquet files, or all metadata files."""
+    inner: bool
+    """Whether the splits are folders."""
+
+
+def local_form(data: str) -> LocalForm:
+    """What is at a place that exists. Raises ValueError when it is nothing that can be read."""
+    place = Path(data)
     files = walk(place, lambda name: name in NAMES or name.endswith((*KINDS, *PACKED)))
     if place.is_file():
         files = [place.name] if place.name.endswith((*KINDS, *PACKED)) else []
@@ -98,31 +142,25 @@ def _parts(data: str) -> dict[str, Any]:
     if not any(name.rpartition("/")[2] in NAMES for name in files):
         for suffix in KINDS:
             found = [name for name in files if name.endswith(suffix)]
-            if found and suffix == ".tar":
-                groups = _by_split(found)
-                return {split: partial(_TarSource, place, group) for split, group in groups.items()}
             if found:
-                groups = _by_split([str(place / name) for name in found], len(str(place)) + 1)
-                return _tables(datasets.load_dataset("parquet", data_files=groups))
+                return LocalForm(suffix[1:], place, _by_split(found), inner=False)
     if Path(data).is_file() or any(name.endswith(PACKED) for name in files):
         raise ValueError(
             f"data={data!r} must be a folder, .tar or .parquet files, or a hub data set; "
             "compressed tars have no random access: unpack them to .tar"
         )
     inner = [split for split in SPLITS if (place / split).is_dir()]
-    if not inner:
-        return {"train": partial(_FolderSource, place, "", files)}
-    return {split: partial(_FolderSource, place, split, files) for split in inner}
+    parts = dict.fromkeys(inner or ("train",), files)
+    return LocalForm("folder", place, parts, inner=bool(inner))
 
 
-def _by_split(files: list[str], base: int = 0) -> dict[str, list[str]]:
-    """Files whose folder or name, after `base` characters, begins with a split's name are its."""
+def _by_split(files: list[str]) -> dict[str, list[str]]:
+    """Files whose folder or name begins with a split's name are its."""
     groups: dict[str, list[str]] = {}
-    for file in files:
-        name = file[base:]
+    for name in files:
         words = name.replace("/", " ").replace("-", " ").replace("_", " ").split()
         split = next((split for split in SPLITS if split in words), "train")
-        groups.setdefault(split, []).append(file)
+        groups.setdefault(split, []).append(name)
     return groups
 
 
@@ -134,7 +172,7 @@ class _TableSource:
     """Rows that hold the pictures' files themselves: parquet, and what the hub has."""
 
     def __init__(self, rows: datasets.Dataset, split: str) -> None:
-        self.pictures = [name for name, kind in rows.features.items() if _holds_files(kind)]
+        self.pictures = [name for name, kind in rows.features.items() if holds_files(kind)]
         for name in self.pictures:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         self.rows, self.split = rows, split
@@ -165,7 +203,8 @@ class _TableSource:
         return []
 
 
-def _holds_files(kind: Any) -> bool:
+def holds_files(kind: Any) -> bool:
+    """Whether a feature is of pictures, as `datasets` writes them to parquet."""
     if isinstance(kind, datasets.Image):
         return True
     return isinstance(kind, Mapping) and set(kind) == {"bytes", "path"}
@@ -184,7 +223,7 @@ class _FolderSource:
                 raise ValueError(
                     f"data={str(root)!r} has two metadata files in one folder: {metadata}"
                 )
-            key = [(name, *_times(root / name)) for name in metadata]
+            key = [(name, *file_times(root / name)) for name in metadata]
 
             def tables() -> Iterator[pa.Table]:
                 for name in metadata:
@@ -195,7 +234,7 @@ class _FolderSource:
             key = hashlib.sha256()
             for name in pictures:
                 text = (root / name).with_suffix(".txt")
-                key.update(f"{name}/{_times(text) if text.is_file() else None}".encode())
+                key.update(f"{name}/{file_times(text) if text.is_file() else None}".encode())
             key = key.hexdigest()
             if not pictures:
                 raise ValueError(f"data={str(root)!r} holds no pictures")
@@ -206,7 +245,7 @@ class _FolderSource:
         self.described = bool(metadata)
         index = open_index(str(root.resolve()), [split, key], tables)
         self.pictures = ["image"]
-        self.columns = ["image", *(name for name in index.column_names if _visible(name))]
+        self.columns = ["image", *(name for name in index.column_names if visible(name))]
         self.faults = _written_faults(index)
         digest = self._look(index)
         self.rows = datasets.Dataset(index.data, fingerprint=digest)
@@ -222,13 +261,13 @@ class _FolderSource:
             for name in chunk.to_pylist():
                 folder = name.rpartition("/")[0] if "/" in name else ""
                 if folder not in inside:
-                    inside[folder] = _within(self.root / folder, self.root)
+                    inside[folder] = is_inside(self.root / folder, self.root)
                 try:
                     found = os.lstat(root + name)
                     within = inside[folder]
                     if stat.S_ISLNK(found.st_mode):
                         found = os.stat(root + name)
-                        within = _within(self.root / name, self.root)
+                        within = is_inside(self.root / name, self.root)
                     if not within or not stat.S_ISREG(found.st_mode):
                         reason = "missing picture" if within else "leads outside"
                         self.faults.setdefault(number, BadSample(reason))
@@ -266,10 +305,10 @@ class _TarSource:
                 for row in samples(root / shard):
                     yield {**row, "file_name": f"{shard}/{row['file_name']}", "_shard": number}
 
-        key = [(shard, *_times(root / shard)) for shard in shards]
+        key = [(shard, *file_times(root / shard)) for shard in shards]
         self.rows = open_index(str(root.resolve()), key, lambda: batched(rows()))
         self.pictures = ["image"]
-        self.columns = ["image", *(name for name in self.rows.column_names if _visible(name))]
+        self.columns = ["image", *(name for name in self.rows.column_names if visible(name))]
         self.faults = _written_faults(self.rows)
         self._files = self.rows.select_columns(["file_name", "_shard", "_offset", "_bytes"])
 
@@ -290,11 +329,13 @@ class _TarSource:
         return []
 
 
-def _within(path: Path, root: Path) -> bool:
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether a path stays below the root, links resolved."""
     return path.resolve().is_relative_to(root.resolve())
 
 
-def _visible(name: str) -> bool:
+def visible(name: str) -> bool:
+    """Whether a column is a user's business."""
     return name != "file_name" and not name.startswith("_")
 
 
@@ -321,6 +362,7 @@ def _bytes(path: Path) -> bytes:
         raise BadSample("missing picture", str(error.strerror)) from error
 
 
-def _times(path: Path) -> tuple[int, int]:
+def file_times(path: Path) -> tuple[int, int]:
+    """Size, and time of the last change in nanoseconds: others after a change."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns

@@ -1,18 +1,20 @@
-"""WebDataset tars by offsets: one pass over the headers, nothing extracted, nothing unpickled.
+"""WebDataset tars in one pass, by offsets or as a stream: nothing extracted, nothing unpickled.
 
 A reader of its own, since `tarfile` follows links and extracts, and `webdataset` unpickles members
 and runs `pipe:` addresses. Formats: POSIX.1-2001 (pax), ustar and GNU's long names; samples are
 members that share a name up to its first dot, one after the other (the WebDataset convention).
 """
 
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from latentdiff.data.decode import BadSample
 
 BLOCK = 512
+PIECE = 1 << 20  # bytes of what is passed over, in memory at a time
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 TEXT_LIMIT = 1 << 20  # bytes of a caption, a JSON object or a name; beyond it is no caption
 
@@ -25,57 +27,102 @@ class Member(NamedTuple):
     size: int
 
 
+class Tape:
+    """A tar that is read from beginning to end; a file that cannot seek will do, such as a pipe."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        """`name` is for messages."""
+        self.file, self.name = file, name
+        self.position = 0
+        self.end = file.seek(0, io.SEEK_END) if file.seekable() else None
+        if self.end is not None:
+            file.seek(0)
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer only where the tar ends."""
+        data = self.file.read(size)
+        self.position += len(data)
+        return data
+
+    def take(self, size: int) -> bytes:
+        """The next bytes, all of them. Raises ValueError where the tar ends before."""
+        data = self.read(size)
+        if len(data) < size:
+            raise ValueError(f"{self.name} ends within a member at byte {self.position}")
+        return data
+
+    def skip_to(self, position: int) -> None:
+        """Go on at a later byte, or at the end if that comes before."""
+        if self.end is not None:
+            self.position = self.file.seek(position)
+        while self.position < position and self.read(min(PIECE, position - self.position)):
+            pass
+
+
 def members(path: Path) -> Iterator[Member]:
-    """Every regular file with a safe name and a wanted suffix, in order.
+    """The members of a tar on disk, see `members_of`."""
+    with path.open("rb") as file:
+        yield from members_of(Tape(file, str(path)))
+
+
+def members_of(tape: Tape) -> Iterator[Member]:
+    """Every regular file with a safe name and a wanted suffix, in order; the tape is at its bytes.
 
     Links, devices, folders, absolute names, `..` and backslashes are passed over, and so is
     everything but pictures, `.txt` and `.json`. Raises ValueError for what is no tar, or a tar
     that ends early.
     """
-    end = path.stat().st_size
-    with path.open("rb") as file:
-        position, override = 0, dict[str, str]()
-        while position < end:
-            file.seek(position)
-            header = file.read(BLOCK)
-            if len(header) == BLOCK and not header.strip(b"\0"):
-                return  # the end mark
-            kind, name, size = _header(path, header, position)
-            size = int(override.get("size", size)) if override.get("size", "0").isdigit() else size
-            start = position + BLOCK
-            if start + size > end:
-                raise ValueError(f"{path} ends within the member {name!r} at byte {position}")
-            position = start + -(-size // BLOCK) * BLOCK
-            if kind in (b"x", b"L"):  # about the next member
-                file.seek(start)
-                override |= _override(path, kind, file, size)
-                continue
+    override = dict[str, str]()
+    while True:
+        position = tape.position
+        header = tape.read(BLOCK)
+        if not header:
+            raise ValueError(f"{tape.name} ends without an end mark: it is not whole")
+        if len(header) == BLOCK and not header.strip(b"\0"):
+            return  # the end mark
+        kind, name, size = _header(tape.name, header, position)
+        size = int(override.get("size", size)) if override.get("size", "0").isdigit() else size
+        start = position + BLOCK
+        if tape.end is not None and start + size > tape.end:
+            raise ValueError(f"{tape.name} ends within the member {name!r} at byte {position}")
+        if kind in (b"x", b"L"):  # about the next member
+            override |= _override(tape, kind, size)
+        else:
             name = override.get("path", name)
             override = {}
             if kind in (b"0", b"\0", b"7") and _wanted(name):
                 yield Member(name, start, size)
-    raise ValueError(f"{path} ends without an end mark: it is not whole")
+        tape.skip_to(start + -(-size // BLOCK) * BLOCK)
 
 
 def samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a tar on disk, see `samples_of`."""
+    with path.open("rb") as file:
+        yield from samples_of(Tape(file, str(path)))
+
+
+def samples_of(
+    tape: Tape, *, pictures: Callable[[], bool] = lambda: False
+) -> Iterator[dict[str, Any]]:
     """A row for each sample with a picture: `file_name`, `_offset`, `_bytes`, captions and fields.
 
     `text` is the `.txt` member; the keys of the `.json` member's object are columns. What is wrong
-    with a sample is in `_fault` and `_detail`. Raises ValueError as `members` does.
+    with a sample is in `_fault` and `_detail`. `pictures` is asked before each picture, after all
+    samples before it were handed out, whether to read it into `_file`. Raises ValueError as
+    `members_of` does.
     """
-    with path.open("rb") as file:
-        key, row = None, dict[str, Any]()
-        for member in members(path):
-            if _key(member.name) != key:
-                if "_offset" in row:
-                    yield row
-                key, row = _key(member.name), {}
-            _add(row, member, file)
-        if "_offset" in row:
-            yield row
+    key, row = None, dict[str, Any]()
+    for member in members_of(tape):
+        if _key(member.name) != key:
+            if "_offset" in row:
+                yield row
+            key, row = _key(member.name), {}
+        _add(row, member, tape, pictures)
+    if "_offset" in row:
+        yield row
 
 
-def _add(row: dict[str, Any], member: Member, file: BinaryIO) -> None:
+def _add(row: dict[str, Any], member: Member, tape: Tape, pictures: Callable[[], bool]) -> None:
     suffix = PurePosixPath(member.name).suffix.lower()
     if suffix in PICTURES:
         if "_offset" in row:
@@ -83,9 +130,11 @@ def _add(row: dict[str, Any], member: Member, file: BinaryIO) -> None:
             return
         row |= {"file_name": member.name, "_offset": member.offset}
         row["_bytes"] = member.size
+        if pictures():
+            row["_file"] = tape.take(member.size)
         return
     try:
-        text = _text(member, file)
+        text = _text(member, tape)
         if suffix == ".txt":
             row["text"] = text.strip()
             return
@@ -101,11 +150,10 @@ def _add(row: dict[str, Any], member: Member, file: BinaryIO) -> None:
         row |= {name: value for name, value in own.items() if not name.startswith("_")}
 
 
-def _text(member: Member, file: BinaryIO) -> str:
+def _text(member: Member, tape: Tape) -> str:
     if member.size > TEXT_LIMIT:
         raise BadSample("text is too long", f"{member.name}: {member.size} bytes")
-    file.seek(member.offset)
-    return strict_text(file.read(member.size), member.name)
+    return strict_text(tape.take(member.size), member.name)
 
 
 def strict_text(data: bytes, name: str) -> str:
@@ -117,10 +165,10 @@ def strict_text(data: bytes, name: str) -> str:
         raise BadSample("text is not UTF-8", f"{name}, byte {at}") from error
 
 
-def _header(path: Path, header: bytes, position: int) -> tuple[bytes, str, int]:
+def _header(tar: str, header: bytes, position: int) -> tuple[bytes, str, int]:
     """Type, name and size. The sum of all bytes, with blanks for the sum itself, guards them."""
     if len(header) < BLOCK:
-        raise ValueError(f"{path} ends within a header at byte {position}")
+        raise ValueError(f"{tar} ends within a header at byte {position}")
     total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
     try:
         if int(header[148:156].strip(b"\0 ") or b"0", 8) != total:
@@ -135,7 +183,7 @@ def _header(path: Path, header: bytes, position: int) -> tuple[bytes, str, int]:
         if size < 0:
             raise ValueError
     except ValueError as error:
-        raise ValueError(f"{path} is no tar file: bad header at byte {position}") from error
+        raise ValueError(f"{tar} is no tar file: bad header at byte {position}") from error
     name = header[:100].split(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0")[0] + b"/" + name
@@ -143,18 +191,18 @@ def _header(path: Path, header: bytes, position: int) -> tuple[bytes, str, int]:
     return header[156:157], name.decode("utf-8", "backslashreplace"), size
 
 
-def _override(path: Path, kind: bytes, file: BinaryIO, size: int) -> dict[str, str]:
+def _override(tape: Tape, kind: bytes, size: int) -> dict[str, str]:
     """The name and size of the next member, from a pax header or GNU's long name."""
     if size > TEXT_LIMIT:
-        raise ValueError(f"{path} has a name of {size} bytes")
-    data = file.read(size)
+        raise ValueError(f"{tape.name} has a name of {size} bytes")
+    data = tape.take(size)
     if kind == b"L":
         return {"path": data.split(b"\0")[0].decode("utf-8", "backslashreplace")}
     found = {}
     while data:  # records "<length> <key>=<value>\n"
         length, _, rest = data.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(data):
-            raise ValueError(f"{path} has a damaged pax header")
+            raise ValueError(f"{tape.name} has a damaged pax header")
         key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "backslashreplace")

@@ -1,8 +1,9 @@
 """Training checkpoints: a folder a step, whole and verified or absent; safetensors and JSON only.
 
-A checkpoint holds a safetensors file a learner and `manifest.json`: every file's size and SHA-256,
-the step, the configuration, library versions and fingerprints. There is no state of generators in
-it, since every random number of a run is a function of (seed, step, purpose).
+A checkpoint holds a safetensors file a learner, or one a process where they share a network, and
+`manifest.json`: every file's size and SHA-256, the step, the configuration, library versions and
+fingerprints. There is no state of generators in it, since every random number of a run is a
+function of (seed, step, purpose).
 """
 
 import hashlib
@@ -13,17 +14,18 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import safetensors
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from latentdiff.formats.weights import (
     load_json,
-    load_safetensors,
     replacing,
     save_json,
     save_safetensors,
@@ -92,15 +94,48 @@ def load_checkpoint(
             "this run's; go back to that or choose another output_dir"
         )
     for name, learner in learners.items():
-        tensors = load_safetensors(found / f"{name}.safetensors")
         try:
-            learner.load_tensors(tensors, num_updates=content["num_updates"][name])
+            learner.load_tensors(Stored(found, name), num_updates=content["num_updates"][name])
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{found} was made with another configuration ({error}); "
                 "go back to that one or choose another output_dir"
             ) from error
     return content["step"]
+
+
+class Stored(Mapping[str, Tensor]):
+    """A learner's whole tensors, each read when it is asked for.
+
+    Where processes shared the network, each has written its rows, under the same names; the first
+    has also written what was not split.
+    """
+
+    def __init__(self, folder: Path, learner: str) -> None:
+        whole = folder / f"{learner}.safetensors"
+        shards = sorted(folder.glob(f"{learner}-*-of-*.safetensors"))
+        if not whole.is_file() and not shards:
+            raise ValueError(f"it has no {learner}")
+        self._files = [
+            safe_open(path, "pt") for path in (shards if not whole.is_file() else [whole])
+        ]
+        self._names = [set(file.keys()) for file in self._files]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names[0]))
+
+    def __len__(self) -> int:
+        return len(self._names[0])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names[0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        files = zip(self._files, self._names, strict=True)
+        rows = [file.get_tensor(name) for file, names in files if name in names]
+        if not rows:
+            raise KeyError(name)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def find_checkpoint(folder: Path, path: Path | None = None) -> Path | None:
@@ -161,14 +196,16 @@ def _begin(folder: Path, staging: Path) -> None:
 def _write(staging: Path, learners: Mapping[str, Learner], processes: Processes) -> None:
     for number, (name, learner) in enumerate(learners.items()):
         tensors = learner.tensors()
-        if number % processes.count == processes.rank:
+        if learner.sharded:
+            path = staging / f"{name}-{processes.rank + 1:05d}-of-{processes.count:05d}.safetensors"
+        elif number % processes.count == processes.rank:
             path = staging / f"{name}.safetensors"
-            try:
-                save_safetensors(tensors, path)
-            except (
-                safetensors.SafetensorError
-            ) as error:  # a full disk, seen from inside the library
-                raise OSError(f"{path} cannot be written: {error}") from error
+        else:
+            continue
+        try:
+            save_safetensors(tensors, path)
+        except safetensors.SafetensorError as error:  # a full disk, seen from inside the library
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _finish(

@@ -34,7 +34,8 @@ def watching(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         for path, module in network.named_modules():
             watch(f"{name}.{path}" if path else name, module)
     try:
-        yield found
+        with torch.compiler.set_stance("force_eager"):  # compiled code would be compiled anew
+            yield found
     finally:
         for handle in handles:
             handle.remove()

@@ -4,15 +4,19 @@ The step runs on fake tensors, which have shapes and types but no memory: every 
 run is seen with what it allocates, forward and backward, autocast's copies among them, and what
 Python and autograd let go of is freed at the same moment as in a real step. So nothing here is a
 rule of thumb; what is left out is what happens inside a single kernel and in the allocator.
+Where a network is split over processes (FSDP2), it is so here, too, in a group whose others are
+made up: what its blocks gather and send is seen like the rest.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -25,7 +29,12 @@ from torch.utils.flop_counter import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from latentdiff.training.blocks import blocks, local, recompute, shard
+from latentdiff.training.deepspeed import BUCKET
+
 aten = torch.ops.aten
+
+Sharding = Literal["none", "full", "zero1", "zero2"]
 
 Model = Callable[..., Any]
 """A network, called under the autocast of its training."""
@@ -43,12 +52,34 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How a network is run; as OptimizerConfig and accelerate have it."""
+
+    precision: str = "no"
+    """"no", "bf16" or "fp16"."""
+    gradient_checkpointing: bool = False
+    processes: int = 1
+    sharding: Sharding = "none"
+    """Of no effect in one process."""
+    gpu: bool = False
+    """Autocast keeps norms and softmax in float32, as CUDA's does and the CPU's does not."""
+
+    @property
+    def split(self) -> Sharding:
+        """How the processes really share a network."""
+        return self.sharding if self.processes > 1 else "none"
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Counts of one process's step; memory in bytes, arithmetic in FLOP (a product is two)."""
 
+    passes: Passes
     parameters: int
     weights: int
-    """Parameters and buffers of the model."""
+    """Parameters and buffers of the whole model."""
+    own_weights: int
+    """What this process holds of them all the time."""
     frozen: int
     activations: int
     """What is kept from a forward pass for its backward pass, the batch included."""
@@ -59,75 +90,117 @@ class Footprint:
     step_flop: int
     """Of one part: forward and backward passes, and the frozen networks' forward passes."""
 
-    def resident(self, *, emas: int, processes: int) -> dict[str, int]:
-        """What is held all the time, in bytes, by name; AdamW keeps two moments a parameter.
+    def resident(self, *, averages: int) -> dict[str, int]:
+        """What this process holds all the time, in bytes, by name; `averages`: the EMA and others.
 
-        With several processes DDP holds the gradients once more, in the buckets that it sends.
+        AdamW keeps two moments a parameter. With several processes DDP holds the gradients once
+        more, in the buckets that it sends; ZeRO sends less at a time, and holds its own part of
+        weights and gradients once more. A network that is split has its average whole as well.
         """
-        trainable = 4 * self.parameters
-        return {
-            "weights": self.weights,
-            "optimizer": 2 * trainable,
-            "ema": emas * self.weights,
-            "frozen networks": self.frozen,
-            "buckets of gradients": trainable if processes > 1 else 0,
-        }
+        whole = 4 * self.parameters
+        part = -(-whole // self.passes.processes)
+        held = {"weights": self.own_weights, "frozen networks": self.frozen}
+        match self.passes.split:
+            case "full":
+                held["optimizer"] = 2 * self.own_weights
+                held["averages"] = self.weights + averages * self.own_weights
+            case "none":
+                held["optimizer"] = 2 * whole
+                held["averages"] = averages * self.weights
+                held["buckets of gradients"] = whole if self.passes.processes > 1 else 0
+            case "zero1" | "zero2":
+                held["optimizer"] = 2 * part
+                held["averages"] = averages * self.weights
+                held["own weights and gradients"] = 2 * part
+                held["buckets of gradients"] = min(whole, 4 * BUCKET)
+        return held
 
 
 def footprint(
-    work: Work, batch: int, *, accumulation: int = 1, precision: str = "no", gpu: bool = False
+    work: Work, batch: int, *, accumulation: int = 1, passes: Passes = Passes()
 ) -> Footprint:
     """Run a step of `accumulation` parts of `batch` examples each on fake tensors.
 
     Parts from the third on are like the second, which finds gradients already there. The
     arithmetic is that of one part.
-    `precision` is "no", "bf16" or "fp16", as of accelerate; gpu: autocast keeps norms and softmax
-    in float32 as CUDA's does and the CPU's does not.
     """
-    with FakeTensorMode():
-        model, frozen = work.model(), work.frozen()
+    fake = FakeTensorMode()
+    with ExitStack() as stack:
+        with fake:
+            model, frozen = work.model(), work.frozen()
+        weights = nbytes(model)
+        as_cuda = passes.gpu and passes.precision != "no"
+        if passes.gradient_checkpointing:
+            for block in blocks(model) if as_cuda else ():
+                block.forward = partial(_with_float32_norms, block.forward)
+            recompute(model)
+        match passes.split:
+            case "full":
+                stack.enter_context(_made_up_group(passes.processes))
+                shard(model, "cpu", passes.processes)
+            case "zero2":  # a gradient is sent, and gone, as soon as it is there
+                for parameter in model.parameters():
+                    parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            case _:
+                pass
         tally = _Tally([model, *frozen])
-        called = _Counted(autocast(model, precision, gpu=gpu), tally)
-        beside = [autocast(network, precision, gpu=gpu) for network in frozen]
+        called = _Counted(autocast(model, passes.precision), tally)
+        beside = [autocast(network, passes.precision) for network in frozen]
         activations = flop = 0
-        with tally:
+        with fake, _Float32Norms() if as_cuda else nullcontext(), tally:
             for _ in range(min(accumulation, 2)):
                 before, flop, called.flop = tally.live, tally.flop, 0
                 loss = work.loss(called, beside, batch) / accumulation
                 activations = max(activations, tally.live - before)
                 loss.backward()
                 del loss
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Footprint(
-        parameters=parameters,
-        weights=nbytes(model),
-        frozen=sum(map(nbytes, frozen)),
-        activations=activations,
-        step=tally.peak,
-        forward_flop=called.flop,
-        step_flop=tally.flop - flop,
-    )
+        return Footprint(
+            passes=passes,
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            weights=weights,
+            own_weights=nbytes(model),
+            frozen=sum(map(nbytes, frozen)),
+            activations=activations,
+            step=tally.peak,
+            forward_flop=called.flop,
+            step_flop=tally.flop - flop,
+        )
 
 
-def autocast(model: Model, precision: str, *, gpu: bool = False) -> Model:
-    """The model as accelerate calls it in mixed precision, on the CPU or as on a GPU."""
+def autocast(model: Model, precision: str) -> Model:
+    """The model as accelerate calls it in mixed precision."""
     if precision == "no":
         return model
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            stack.enter_context(torch.autocast("cpu", dtype=dtype))
-            stack.enter_context(_Float32Norms() if gpu else nullcontext())
+        with torch.autocast("cpu", dtype=dtype):
             return model(*args, **kwargs)
 
     return call
 
 
 def nbytes(network: nn.Module) -> int:
-    """Bytes of the network's parameters and buffers."""
-    tensors = [*network.parameters(), *network.buffers()]
+    """Bytes of the network's parameters and buffers, of what this process has of them."""
+    tensors = [local(tensor) for tensor in (*network.parameters(), *network.buffers())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def _made_up_group(processes: int) -> Iterator[None]:
+    """A process group of which this process is the first, and whose messages go nowhere."""
+    # torch's own, for estimates such as this one, though it is not among the public modules.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 class _Counted:
@@ -166,10 +239,28 @@ class _Tally(TorchDispatchMode):
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.live = self.peak = self.flop = 0
-        self.seen = WeakIdKeyDictionary()
+        self.sizes = WeakIdKeyDictionary()
+        """Of each storage, how much of it is counted, in a list of one."""
         for network in networks:  # which are there before the step
             for tensor in (*network.parameters(), *network.buffers()):
-                self.seen[tensor.untyped_storage()] = None
+                self.sizes[local(tensor).untyped_storage()] = [0]
+
+    def __enter__(self) -> Self:
+        # FSDP lets go of what it gathered by a size of 0, which is no operator.
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage in self.sizes:
+                self._count(self.sizes[storage], size)
+            return result
+
+        torch.UntypedStorage.resize_ = counted  # pyright: ignore[reportAttributeAccessIssue]
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -183,20 +274,20 @@ class _Tally(TorchDispatchMode):
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live)
         return output
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.seen:
+        if storage in self.sizes:
             return
-        self.seen[storage] = None
-        size = storage.nbytes()
-        self.live += size
+        self.sizes[storage] = counted = [0]
+        self._count(counted, storage.nbytes())
         # A storage lives as long as any tensor, view or node of autograd's graph that holds it.
-        weakref.finalize(storage, self._remove, size).atexit = False
+        weakref.finalize(storage, self._count, counted, 0).atexit = False
 
-    def _remove(self, size: int) -> None:
-        self.live -= size
+    def _count(self, counted: list[int], size: int) -> None:
+        self.live += size - counted[0]
+        counted[0] = size
+        self.peak = max(self.peak, self.live)
 
 
 class _Float32Norms(TorchFunctionMode):
@@ -222,3 +313,9 @@ class _Float32Norms(TorchFunctionMode):
         if func in self.FUNCTIONS and args[0].is_floating_point():
             args = (args[0].float(), *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+def _with_float32_norms(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """For a forward pass that is run again in the backward pass, where no such mode is on."""
+    with _Float32Norms():
+        return forward(*args, **kwargs)

@@ -2,93 +2,29 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.ema import save_snapshot
 from latentdiff.training.finite import watching
 from latentdiff.training.learner import Learner
 from latentdiff.training.meter import Log, Meter, Metrics
 from latentdiff.training.plots import plot_log
 from latentdiff.training.processes import StopSignals
 from latentdiff.training.randomness import Share
-from latentdiff.training.report import write_report
+from latentdiff.training.report import write_data, write_report
 from latentdiff.training.run_folder import RunFolder
+from latentdiff.training.setup import LoopConfig
+from latentdiff.training.trackers import finishing, start_trackers, track_picture
 
 STOPPED = 143
 """Exit code of a run that a signal stopped: 128 + 15, as shells and batch systems know SIGTERM."""
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long, how often, and where to."""
-
-    output_dir: Path = Path("run")
-    """The run folder; if it holds checkpoints, the run goes on from the newest."""
-    max_steps: int = 1000
-    batch_size: int = 32
-    """Examples of one step, of all processes together."""
-    accumulation: int = 1
-    """Parts in which each process works through its share of the batch: less memory, same step."""
-    seed: int = 0
-    log_every: int = 20
-    preview_every: int = 500
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the processor computes in it, else no."""
-    max_bad_steps: int = 10
-    """The run stops after so many steps in a row whose gradient was not finite."""
-    resume_from: Path | None = None
-    """A checkpoint to go on from, such as run/checkpoints/step-500, in place of the newest."""
-    timeout: int = 1800
-    """Seconds for which a process waits for the others before the run ends with an error."""
-
-    def __post_init__(self) -> None:
-        counts = ("max_steps", "batch_size", "log_every", "preview_every", "checkpoint_every")
-        more = ("accumulation", "keep_checkpoints", "max_bad_steps", "timeout")
-        for name in (*counts, *more):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
-
-
-def make_accelerator(config: LoopConfig) -> Accelerator:
-    """The accelerator of this run; ValueError if the processes cannot share the batch evenly."""
-    cpu = uses_cpu()
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=config.timeout))
-    precision = config.mixed_precision
-    if precision == "auto":
-        assert state.device is not None
-        precision = "bf16" if computes_bf16(state.device) else "no"
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
-    parts = accelerator.num_processes * config.accumulation
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size={config.batch_size} must be divisible by {parts}: "
-            f"{accelerator.num_processes} processes with accumulation={config.accumulation}"
-        )
-    return accelerator
-
-
-def uses_cpu() -> bool:
-    """Whether training is on CPUs: what accelerate must be told, or else it joins no processes."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 arithmetic of its own."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+NOTABLE_WAIT = 0.02  # of the time: more is worth more of num_workers
 
 
 def fit(
@@ -101,15 +37,19 @@ def fit(
     *,
     save: Callable[[Path], None],
     preview: Callable[[Path], None] | None = None,
+    validate: Callable[[], Metrics] | None = None,
     fingerprints: Mapping[str, str] | None = None,
+    summary: Mapping[str, Any] | None = None,
 ) -> None:
     """Train until `config.max_steps`, going on from the newest checkpoint of the run folder.
 
     `step(batch, number, share)` works on one part of the global batch, hands its loss to the
     learners and returns scalar tensors, `loss` among them. `data(number)` gives this process's
     parts from that step on. `save(folder)` writes the trained model and `preview(path)` a picture
-    grid; both are called on the main process alone. `fingerprints` say what the data and frozen
-    networks are: a checkpoint made with others is refused.
+    grid; both are called on the main process alone. `validate()` is called in every process and
+    returns scalar tensors for the log; like the others it finds each learner's `ema` up to date.
+    `fingerprints` say what the data and frozen networks are: a checkpoint made with others is
+    refused. `summary` is what data.json and the report say of the data.
 
     SIGTERM or SIGUSR1 in any process makes all write a checkpoint after the step that they are in
     and raise SystemExit(143). Raises ValueError when `max_bad_steps` steps in a row had no finite
@@ -148,13 +88,38 @@ def fit(
             "the weights are those before these steps; a lower learning_rate may help"
         )
 
-    def draw(path: Path) -> None:
-        assert preview is not None
-        path.parent.mkdir(exist_ok=True)
-        preview(path)
+    def write(record: Mapping[str, float]) -> None:
+        if log is not None:
+            log.write(record)
+        accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+
+    def gather() -> None:
+        for learner in learners.values():
+            learner.gather()
+
+    def show(done: int, preview: Callable[[Path], None]) -> None:
+        def draw() -> None:
+            path = folder / "previews" / f"step-{done:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            preview(path)
+            track_picture(accelerator, path, done)
+
+        gather()
+        processes.on_first(draw)
+
+    def score(done: int, validate: Callable[[], Metrics]) -> None:
+        gather()
+        write({"step": done} | {name: float(value) for name, value in validate().items()})
+
+    def keep_averages(done: int) -> None:
+        for name, learner in learners.items():
+            if learner.config.ema_lengths:
+                found, path = learner.snapshots(), folder / "ema" / name
+                processes.on_first(partial(save_snapshot, path, done, found))
 
     def keep(done: int, *, results: bool) -> None:
         if results:
+            gather()
             processes.on_first(lambda: save(folder / "model"))
             processes.on_first(lambda: plot_log(folder / "log.jsonl", folder / "loss.png"))
             processes.on_first(lambda: write_report(folder))
@@ -170,7 +135,12 @@ def fit(
 
     stopped = False
     # The bar is closed in any case, so that messages begin on a line of their own.
-    with run, StopSignals(processes) as stop, tqdm(disable=not main, unit="step") as progress:
+    with (
+        run,
+        StopSignals(processes) as stop,
+        finishing(accelerator),
+        tqdm(disable=not main, unit="step") as progress,
+    ):
         start = load_checkpoint(
             run.checkpoints,
             learners,
@@ -180,10 +150,14 @@ def fit(
         )
         # After loading: a configuration that does not fit must not replace the one that does.
         processes.on_first(run.write_config)
+        if summary is not None:
+            processes.on_first(lambda: write_data(folder, summary))
         log = Log(folder / "log.jsonl", start) if main else None
         progress.total, progress.initial, progress.n = config.max_steps, start, start
         meter = Meter(accelerator, learners, start, batch_size=config.batch_size)
         batches = data(start)
+        if start < config.max_steps:  # after the data, whose workers should not be their children
+            start_trackers(accelerator, run.configuration, start)
         done = start
         while done < config.max_steps and not stopped:
             stop.ask()
@@ -201,15 +175,16 @@ def fit(
                 check_finite(parts, done - 1)
             # Before a checkpoint too: no mean reaches back over a place where runs are resumed.
             record = meter.read(done) if logging else None
-            if record is not None and log is not None:
-                progress.set_postfix_str(
-                    f"loss={record['loss']:.4f}, {record['samples_per_second']:.1f} pictures/s"
-                )
-                log.write(record)
             with meter.paused():  # the rate is that of training alone
+                if record is not None:
+                    progress.set_postfix_str(_shown(record))
+                    write(record)
+                if validate is not None and (done % config.validate_every == 0 or last):
+                    score(done, validate)
                 if preview is not None and (done % config.preview_every == 0 or last):
-                    path = folder / "previews" / f"step-{done:07d}.png"
-                    processes.on_first(lambda path=path: draw(path))
+                    show(done, preview)
+                if done % config.snapshot_every == 0 or last:
+                    keep_averages(done)
                 if checkpoint:
                     # Whoever sent a signal may not wait for more than the checkpoint.
                     keep(done, results=not stopped or last)
@@ -217,3 +192,15 @@ def fit(
     accelerator.end_training()
     if stopped:
         raise SystemExit(STOPPED)
+
+
+def _shown(record: Mapping[str, float]) -> str:
+    """What the progress bar says of a record."""
+    parts = [f"loss={record['loss']:.4f}"]
+    if "grad_norm" in record:
+        parts.append(f"grad_norm={record['grad_norm']:.2g}")
+    parts.append(f"{record['samples_per_second']:.1f} pictures/s")
+    if record["data_wait"] > NOTABLE_WAIT:
+        parts.append(f"{record['data_wait']:.0%} waiting for data")
+    parts.append(f"{record['memory'] / 2**30:.1f} GiB")
+    return ", ".join(parts)

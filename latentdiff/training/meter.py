@@ -115,7 +115,7 @@ class Log:
             file.truncate(size)
         self.path = path
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: Mapping[str, float]) -> None:
         """Append one record."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

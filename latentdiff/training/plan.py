@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -23,7 +23,7 @@ from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text_config import tower_config
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
-from latentdiff.training.footprint import Footprint, Model, Work, footprint
+from latentdiff.training.footprint import Footprint, Model, Passes, Sharding, Work, footprint
 from latentdiff.training.losses import vae_loss
 
 SD15 = "sd15"
@@ -46,10 +46,12 @@ _NEEDED = {
 }
 _NETWORKS = {"unet": UNetConfig, "vae": VAEConfig, "clip": CLIPSize}
 
-HEAP = 1.3
-"""On a CPU: bytes that the process takes for each byte of tensors; glibc keeps freed blocks.
+HEAP, HEAP_BY_BLOCKS = 1.45, 2.4
+"""On a CPU: bytes that a step takes for each byte of its tensors, for glibc keeps freed blocks; the
+second where a network's blocks take and free much one after the other, as with gradient
+checkpointing and sharding "full". What is held all the time takes what it is.
 
-Measured with torch 2.12.1 on Linux: 1.20 to 1.28 for UNets, 1.33 to 1.41 for VAEs."""
+Measured with torch 2.12.1 on Linux: 1.35 to 1.66, and 1.8 to 2.9."""
 MARGIN = 0.1
 """Share of a GPU's memory that is left to the driver, workspaces and fragmentation: assumed."""
 
@@ -120,7 +122,7 @@ class Plan:
     footprint: Footprint
     resident: Mapping[str, int]
     peak: float
-    """Of one process; on the CPU with `HEAP`, without Python and its libraries."""
+    """Of one process; on the CPU with what the heap loses, without Python and its libraries."""
     limit: float | None
     """The memory that a process may take, or None if that of the device is not known."""
     largest: int | None
@@ -132,9 +134,11 @@ class Plan:
     pictures_per_second: float
     """Of all processes together."""
     cache_bytes: int | None
-    """A picture's latent moments in float16; None if nothing is cached."""
+    """At most, of all views of a picture's latent moments in float16; None if none are cached."""
     checkpoint_bytes: int
-    """Weights, average and both moments of AdamW of one checkpoint."""
+    """Weights, averages and both moments of AdamW of one checkpoint, of all processes together."""
+    snapshot_bytes: int
+    """The averages of `ema_lengths` in float16, as one step's snapshots keep them."""
 
 
 def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,24 +178,26 @@ def make_plan(
             f"batch_size={batch} must be divisible by {share}: "
             f"{processes} processes with accumulation={accumulation}"
         )
-    precision = settings.get("mixed_precision", "auto")
-    precision = device.precision if precision == "auto" else precision
-    if precision not in device.flops:
-        raise ValueError(
-            f"mixed_precision={precision!r} is not of this device; it has {sorted(device.flops)}"
-        )
+    passes = _passes(settings, device=device, gpu=gpu, processes=processes)
+    lengths = len(settings.get("ema_lengths") or ())
     kind, work, cache_bytes = work_of(settings, processes=processes, gpu=gpu)
 
+    by_blocks = passes.gradient_checkpointing or passes.split == "full"
+    heap = 1.0 if gpu else HEAP_BY_BLOCKS if by_blocks else HEAP
+
     def look(part: int) -> tuple[Footprint, Mapping[str, int], float]:
-        found = footprint(work, part, accumulation=accumulation, precision=precision, gpu=gpu)
-        resident = found.resident(emas=1, processes=processes)
-        return found, resident, (sum(resident.values()) + found.step) * (1.0 if gpu else HEAP)
+        found = footprint(work, part, accumulation=accumulation, passes=passes)
+        resident = found.resident(averages=1 + lengths)
+        if passes.split == "full" and not gpu:  # whole at first, and the heap keeps what it was in
+            resident["weights before they were split"] = found.weights
+        return found, resident, sum(resident.values()) + found.step * heap
 
     part = batch // share
     found, resident, peak = look(part)
     limit = device.memory if memory is None else memory
     limit = None if limit is None else limit * (1 - MARGIN if gpu else 1.0)
     training = found.step_flop / part
+    precision = passes.precision
     return Plan(
         kind=kind,
         precision=precision,
@@ -205,14 +211,39 @@ def make_plan(
         training_flop=training,
         pictures_per_second=processes * efficiency * device.flops[precision] / training,
         cache_bytes=cache_bytes,
-        checkpoint_bytes=2 * found.weights + 8 * found.parameters,
+        checkpoint_bytes=found.weights + 4 * found.parameters * (1 + lengths + 2),
+        snapshot_bytes=2 * found.parameters * lengths,
+    )
+
+
+def _passes(settings: Mapping[str, Any], *, device: Device, gpu: bool, processes: int) -> Passes:
+    """How the settings have the network run; ValueError for a value that they cannot have."""
+    precision = settings.get("mixed_precision", "auto")
+    precision = device.precision if precision == "auto" else precision
+    sharding = settings.get("sharding", "none")
+    recomputing = settings.get("gradient_checkpointing", False)
+    for name, value, allowed in (
+        ("mixed_precision", precision, sorted(device.flops)),
+        ("sharding", sharding, get_args(Sharding)),
+        ("gradient_checkpointing", recomputing, (True, False)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))} here")
+    if processes > 1 and sharding != "none" and precision == "fp16":
+        raise ValueError(f"mixed_precision='fp16' must be bf16 or no with sharding={sharding!r}")
+    return Passes(
+        precision=precision,
+        gradient_checkpointing=recomputing,
+        processes=processes,
+        sharding=sharding,
+        gpu=gpu,
     )
 
 
 def work_of(
     settings: Mapping[str, Any], *, processes: int = 1, gpu: bool = False
 ) -> tuple[str, Work, int | None]:
-    """Which network is trained, how, and the bytes of a picture in a cache of latents, if any.
+    """Which network is trained, how, and the bytes at most of a picture in a latent cache, if any.
 
     Raises ValueError, naming the key, for settings that are missing or do not fit together.
     """
@@ -293,7 +324,9 @@ def _unet(settings: Mapping[str, Any], config: UNetConfig) -> tuple[Work, int]:
     def frozen() -> list[nn.Module]:
         return [net.requires_grad_(False).eval() for net in (CLIPTextModel(text), VAE(vae))]
 
-    return Work(lambda: UNet(config), loss, frozen), 2 * 2 * C * side * side
+    # Those of a picture that keeps its shape, in a bucket, are as many at most.
+    views = _count(settings, "crops", 1) * (2 if settings.get("flip", False) else 1)
+    return Work(lambda: UNet(config), loss, frozen), views * 2 * 2 * C * side * side
 
 
 def _frozen(settings: Mapping[str, Any]) -> tuple[VAEConfig, CLIPTextConfig]:

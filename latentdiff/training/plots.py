@@ -10,7 +10,8 @@ def plot_log(log: Path, out: Path) -> None:
     """Draw the loss of `log.jsonl` over the steps, raw and smoothed, as a PNG."""
     from matplotlib.figure import Figure  # here: it takes half a second that a resume can spare
 
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    records = [record for record in lines if "loss" in record]
     if not records:
         return
     steps = np.array([record["step"] for record in records])
@@ -25,6 +26,9 @@ def plot_log(log: Path, out: Path) -> None:
         axes.plot(
             steps[middle : middle + len(smooth)], smooth, color="C0", label=f"mean of {window} logs"
         )
+    held_out = [(r["step"], r["held_out_loss"]) for r in lines if "held_out_loss" in r]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="C1", markersize=3, label="held out")
     if (loss > 0).all():
         axes.set_yscale("log")
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -1,0 +1,27 @@
+"""Work done a little ahead by threads: decoding and scaling leave Python's lock."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def ahead(work: Callable[[T], U], items: Iterable[T], *, threads: int) -> Generator[U, None, None]:
+    """What `work` gives for each item, in order; at most a few results wait to be taken.
+
+    Without threads it is `map`. An error is raised where its result would have come.
+    """
+    if threads == 0:
+        yield from map(work, items)
+        return
+    waiting = deque[Future[U]]()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,114 @@
+"""DataConfig: which pictures and captions a script works on, at what size, and what is bad."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from latentdiff.data.buckets import Size, bucket_sizes
+from latentdiff.data.decode import Decoding
+from latentdiff.data.shapes import build_shapes
+from latentdiff.data.sources import splits
+
+SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its pictures, once
+MOST_ASPECT = 16.0  # beyond it a picture is a strip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures and captions, at what size, and what is bad."""
+
+    data: str = "shapes"
+    """A folder of pictures, .tar or .parquet files, a hub data set, or "shapes": a small set that
+    is drawn on the spot."""
+    split: str = "train"
+    image_size: int = 64
+    """Side in pixels: the shorter side is scaled to it and the middle cut out."""
+    bucket_step: int = 0
+    """0: all latents are of squares; else of pictures that keep about their shape, with as many
+    pixels as the square has at most, and sides that are multiples of this."""
+    max_aspect: float = 2.0
+    """With bucket_step: the longer side to the shorter one, at most."""
+    image_column: str = "image"
+    caption_columns: Sequence[str] = ("text",)
+    """Columns with a caption, or with a list of them; one is drawn at random each time."""
+    caption_templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column: forms such as "a {}", each of which makes one caption of each of the column's."""
+    caption_weights: Mapping[str, str] = field(default_factory=dict)
+    """Column: the column with a number, or a list of them, for how often its captions are drawn."""
+    allow_empty_caption: bool = False
+    """Train on pictures without a caption as on pictures with an empty one."""
+    exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column: values; rows that have one of the values are left out."""
+    upscale_limit: float = 1.0
+    """Pictures that would have to be enlarged by more than this are bad."""
+    max_megapixels: float = 64
+    """Larger pictures are bad, which their headers tell."""
+    first_frame: bool = False
+    """Take the first frame of an animation, which is bad otherwise."""
+    background: str = "white"
+    """The colour behind transparent pictures, such as "white" or "#808080"."""
+    bad_samples: Path | None = None
+    """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
+    max_bad: float = 0.01
+    """The share of bad samples above which the data is refused."""
+    num_workers: int = 0
+    """Processes that read pictures ahead; threads where a set is gone through in order."""
+    stream: bool = False
+    """Read the data shard by shard, without an index of all samples: for sets that are too large
+    to open, or too far away to download."""
+    shuffle_buffer: int = 1000
+    """With stream: samples in memory, of which the next one is drawn."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "shuffle_buffer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.bucket_step < 0 or (self.bucket_step and self.image_size % self.bucket_step):
+            raise ValueError(
+                f"bucket_step={self.bucket_step} must be 0 or divide image_size={self.image_size}"
+            )
+        if not 1 <= self.max_aspect <= MOST_ASPECT:
+            raise ValueError(f"max_aspect={self.max_aspect} must be in [1, {MOST_ASPECT}]")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        if self.upscale_limit < 1:
+            raise ValueError(f"upscale_limit={self.upscale_limit} must be at least 1")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad={self.max_bad} must be in [0, 1]")
+        self.decoding()
+        for option in ("caption_templates", "caption_weights"):
+            for name in getattr(self, option):
+                if name not in self.caption_columns:
+                    raise ValueError(
+                        f"{option}: {name!r} must be one of "
+                        f"caption_columns={list(self.caption_columns)}"
+                    )
+        for name, forms in self.caption_templates.items():
+            if not forms or any("{}" not in form for form in forms):
+                raise ValueError(
+                    f"caption_templates: {name!r} must have forms with {{}}, not {list(forms)}"
+                )
+
+    def place(self) -> str:
+        """The folder, file or hub data set that `data` is; "shapes" are drawn if they are not."""
+        if self.data != "shapes":
+            return self.data
+        if not SHAPES_FOLDER.exists():
+            build_shapes(SHAPES_FOLDER, count=2000, seed=0, size=64)
+        return str(SHAPES_FOLDER)
+
+    def splits(self) -> list[str]:
+        """The names of the parts of the data. Raises ValueError when it cannot be read."""
+        return splits(self.place())
+
+    def buckets(self) -> tuple[Size, ...]:
+        """The sizes (width, height) of the pictures that become latents."""
+        return bucket_sizes(self.image_size, self.bucket_step, self.max_aspect)
+
+    def decoding(self) -> Decoding:
+        """How files become pictures. Raises ValueError when that is impossible."""
+        return Decoding(
+            background=self.background,
+            max_megapixels=self.max_megapixels,
+            first_frame=self.first_frame,
+        )

@@ -1,0 +1,86 @@
+"""What a training is trained on, in numbers and examples: for the report of its run."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentdiff.data.cache import LatentCache
+from latentdiff.data.check import SUMMARY
+from latentdiff.data.decode import BadSample
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.stream import StreamedImages
+from latentdiff.formats.weights import load_json
+
+LOOKED_AT = 2000  # samples whose captions are read, evenly spaced
+EXAMPLES = 8
+
+
+def images_summary(dataset: CaptionedImages | StreamedImages) -> dict[str, Any]:
+    """What `fit(summary=...)` can be told of pictures; see `cache_summary`.
+
+    Of streamed ones nothing is known beforehand but what `latentdiff data check` has said.
+    """
+    config = dataset.config
+    summary: dict[str, Any] = {"data": config.data}
+    if isinstance(dataset, CaptionedImages):
+        summary |= {
+            "samples": len(dataset),
+            "left_out": dict(dataset.left_out),
+            "sizes": {f"{config.image_size}x{config.image_size}": len(dataset)},
+            **_captions(dataset.captions),
+        }
+    return summary | {"check": _checked(Path(config.place()))}
+
+
+def cache_summary(cache: LatentCache, place: str, *, held_out: int = 0) -> dict[str, Any]:
+    """What `fit(summary=...)` can be told of latents, of which some examples are held out.
+
+    How many samples there are, of which sizes, how many are left out for which reason, how many
+    captions they have and of how many characters, some captions, and, if it lies in `place`, what
+    `latentdiff data check` has said of the data.
+    """
+    counts = np.bincount(cache.buckets, minlength=len(cache.sizes)).tolist()
+    return {
+        "data": place,
+        "samples": len(cache),
+        "held_out": held_out,
+        "views": cache.views.count,
+        "left_out": cache.header["left_out"],
+        "sizes": {f"{w}x{h}": count for (w, h), count in zip(cache.sizes, counts, strict=True)},
+        **_captions(cache.captions),
+        "check": _checked(Path(place)),
+    }
+
+
+def _captions(captions: Sequence[list[str]]) -> dict[str, Any]:
+    count = min(len(captions), LOOKED_AT)
+    looked_at = list[list[str]]()
+    for i in range(count):
+        with suppress(BadSample):  # weights that do not fit: training will say so
+            looked_at.append(captions[i * len(captions) // count])
+    shown = [looked_at[i * len(looked_at) // EXAMPLES] for i in range(EXAMPLES) if looked_at]
+    return {
+        "captions_each": _spread([len(texts) for texts in looked_at]),
+        "characters_each": _spread([len(text) for texts in looked_at for text in texts]),
+        "captions": list(dict.fromkeys(texts[0] for texts in shown if texts)),
+    }
+
+
+def _checked(place: Path) -> dict[str, Any]:
+    """What `latentdiff data check` has said of the data, if it lies there."""
+    path = (place if place.is_dir() else place.parent) / SUMMARY
+    if not path.is_file():
+        return {}
+    found = load_json(path)
+    found.pop("data", None)
+    return found
+
+
+def _spread(numbers: Sequence[int]) -> dict[str, float]:
+    if not numbers:
+        return {}
+    low, median, high = np.quantile(numbers, [0, 0.5, 1]).tolist()
+    return {"min": low, "median": median, "max": high}

@@ -1,0 +1,133 @@
+"""Blocks: recomputed and compiled they give the same numbers, and recomputed they keep less."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import randomise
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.vae import VAE, VAEConfig
+from latentdiff.training.blocks import blocks, compile_blocks, recompute
+from latentdiff.training.footprint import Work, footprint
+from latentdiff.training.learner import Learner, OptimizerConfig
+
+
+def unet() -> UNet:
+    config = UNetConfig(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return UNet(config)
+
+
+def vae() -> VAE:
+    return VAE(VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4))
+
+
+def text() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+    )
+    return CLIPTextModel(config)
+
+
+def loss_of(network: nn.Module, count: int = 3) -> Tensor:
+    draw = torch.Generator().manual_seed(5)
+    if isinstance(network, UNet):
+        x = torch.randn(count, 4, 8, 8, generator=draw)
+        context = torch.randn(count, 5, 16, generator=draw)
+        return network(x, torch.arange(count), context).square().mean()
+    if isinstance(network, VAE):
+        pictures = torch.randn(count, 3, 16, 16, generator=draw)
+        noise = torch.randn(count, 4, 8, 8, generator=draw)
+        return network(pictures, noise)[0].square().mean()
+    ids = torch.randint(50, (count, 12), generator=draw)
+    return network(input_ids=ids).last_hidden_state.square().mean()
+
+
+@pytest.mark.parametrize("make", [unet, vae, text])
+def test_recomputed_gradients_have_the_same_bits(make) -> None:
+    plain = make().train()
+    randomise(plain)
+    other = copy.deepcopy(plain)
+    recompute(other)
+    expected, found = loss_of(plain), loss_of(other)
+    assert found.equal(expected)
+    expected.backward()
+    found.backward()
+    for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or q.grad is None or p.grad.equal(q.grad), name
+    assert blocks(other)
+
+
+@pytest.mark.slow
+def test_recomputing_keeps_less() -> None:
+    def loss(model, frozen, n: int) -> Tensor:
+        return model(
+            torch.zeros(n, 4, 8, 8), torch.zeros(n, dtype=torch.long), torch.zeros(n, 5, 16)
+        ).mean()
+
+    def recomputed() -> UNet:
+        network = unet()
+        recompute(network)
+        return network
+
+    kept, less = (footprint(Work(make, loss), 4) for make in (unet, recomputed))
+    assert less.activations < 0.5 * kept.activations
+    assert less.parameters == kept.parameters
+    # Everything but the blocks runs once: less than a whole forward pass comes on top.
+    assert 1.1 < less.step_flop / kept.step_flop < 4 / 3
+
+
+def test_a_learner_trains_the_same_with_recomputed_blocks() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    network = unet()
+    randomise(network)
+    plain, other = (
+        Learner(
+            copy.deepcopy(network),
+            OptimizerConfig(learning_rate=1e-2, warmup_steps=0, gradient_checkpointing=flag),
+            accelerator,
+        )
+        for flag in (False, True)
+    )
+    for learner in (plain, other):
+        for _ in range(3):
+            learner.update(loss_of(learner.raw))
+    expected = plain.tensors()
+    assert {n: t.equal(expected[n]) for n, t in other.tensors().items()} == dict.fromkeys(
+        expected, True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_blocks_give_the_same_numbers_up_to_rounding() -> None:
+    plain = unet().train()
+    randomise(plain)
+    other = copy.deepcopy(plain)
+    recompute(other)
+    compile_blocks(other)
+    torch.use_deterministic_algorithms(False)  # which fill new memory, and compiled code with it
+    expected, found = loss_of(plain), loss_of(other)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected.backward()
+    found.backward()
+    for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=name)

@@ -1,0 +1,93 @@
+"""A UNet trained on pictures of several shapes, in several views: one batch, one size."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from scripts import script
+from test_cache import vae, write_pictures
+from tiny import tiny_text_encoder
+
+from latentdiff.data.cache import LatentCache
+from latentdiff.formats.weights import load_safetensors
+from latentdiff.pipeline import Pipeline
+from latentdiff.training.config import run_script
+
+pytestmark = pytest.mark.slow
+
+SHAPES = "--image_size=16 --bucket_step=8 --max_aspect=4 --flip=true --crops=2"
+TINY = (
+    "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
+    "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --max_steps=6 --batch_size=4 "
+    "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --mixed_precision=no --log_every=1 "
+    "--checkpoint_every=3 --warmup_steps=1 --cooldown_steps=0 --preview_every=6"
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Pictures, networks, a cache, and a UNet that was trained on it for six steps."""
+    folder = tmp_path_factory.mktemp("home")
+    write_pictures(folder / "set", 40)
+    vae().save_pretrained(folder / "vae")
+    tiny_text_encoder(folder / "tokens").save_pretrained(folder / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        options = f"--data={folder / 'set'} --output_dir={folder / 'cache'} --vae={folder / 'vae'}"
+        call("cache_latents", f"{options} {SHAPES}")
+        train(folder, "run")
+        yield folder
+
+
+def call(name: str, options: str) -> None:
+    """Run a script in this process, which has its imports behind it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"train/{name}.py", *options.split()])
+        run_script(script(name).main)
+
+
+def train(home: Path, run: str, options: str = "") -> None:
+    cached = options or f"--cache={home / 'cache'}"
+    networks = f"--vae={home / 'vae'} --text_encoder={home / 'text'} {TINY}"
+    call("train_unet", f"--output_dir={home / run} {cached} {networks}")
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_safetensors(run / "checkpoints" / "step-6" / "unet.safetensors")
+
+
+def test_it_resumes_in_the_middle_bit_for_bit(home: Path) -> None:
+    train(home, "again", f"--cache={home / 'cache'} --resume_from={home}/run/checkpoints/step-3")
+    found, expected = weights(home / "again"), weights(home / "run")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_parts_and_an_own_cache_train_as_whole_batches_do(home: Path) -> None:
+    train(home, "parts", f"--data={home / 'set'} {SHAPES} --accumulation=2")
+    assert losses(home / "parts") == pytest.approx(losses(home / "run"), rel=1e-4)
+
+
+def test_what_is_trained_on_has_three_sizes_and_four_views(home: Path) -> None:
+    cache = LatentCache(home / "cache")
+    assert cache.views.count == 4
+    assert len(np.unique(cache.buckets)) == 3
+
+
+def test_the_pipeline_draws_squares_by_default_and_other_shapes_when_asked(home: Path) -> None:
+    pipeline = Pipeline.from_pretrained(home / "run" / "model")
+    drawn = pipeline("a", seed=0, steps=1, progress=False).images
+    assert [image.size for image in drawn] == [(16, 16)]
+    drawn = pipeline("a", seed=0, steps=1, width=32, height=8, progress=False).images
+    assert [image.size for image in drawn] == [(32, 8)]

@@ -1,0 +1,255 @@
+"""Held-out loss: a function of the averaged weights alone, which it leaves as they are."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripts import ROOT, script
+from small_run import logged, small_run
+from torch import Tensor
+
+from latentdiff.data.shapes import build_shapes
+from latentdiff.diffusion import Diffusion
+from latentdiff.formats.weights import load_safetensors
+from latentdiff.training.config import run_script
+from latentdiff.training.ema import find_snapshots
+from latentdiff.training.learner import Learner
+from latentdiff.training.meter import Metrics
+from latentdiff.training.processes import Processes
+from latentdiff.training.validation import (
+    BINS,
+    MOST,
+    Rest,
+    held_out,
+    held_out_loss,
+    stratified_t,
+)
+
+FLOW = Diffusion("flow", "flow_prediction")
+DDPM = Diffusion("linear", "epsilon")
+
+
+@settings(deadline=None)
+@given(
+    num_samples=st.integers(0, 3000),
+    share=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 9),
+)
+def test_every_example_is_either_held_out_or_trained_on(
+    num_samples: int, share: float, seed: int
+) -> None:
+    numbers = held_out(num_samples, share, seed=seed)
+    assert len(numbers) == min(int(share * num_samples), MOST)
+    rest = Rest(range(num_samples), numbers)
+    trained_on = [rest[i] for i in range(len(rest))]
+    assert trained_on == sorted(trained_on)
+    assert sorted([*trained_on, *numbers.tolist()]) == list(range(num_samples))
+
+
+def test_what_is_held_out_is_a_function_of_number_and_seed() -> None:
+    numbers = held_out(1000, 0.05, seed=1)
+    assert np.array_equal(numbers, held_out(1000, 0.05, seed=1))
+    assert not np.array_equal(numbers, held_out(1000, 0.05, seed=2))
+    assert np.isin(numbers, held_out(1000, 0.1, seed=1)).all()
+    assert numbers.tolist() == sorted(set(numbers.tolist()))
+    assert abs(numbers.mean() - 500) < 150  # of all the data, not of its beginning
+
+
+@pytest.mark.parametrize(("num_samples", "share"), [(99, 0.01), (0, 0.5), (1000, 0.0)])
+def test_too_small_a_share_holds_out_nothing(num_samples: int, share: float) -> None:
+    numbers = held_out(num_samples, share, seed=0)
+    assert numbers.tolist() == []
+    assert len(Rest(range(num_samples), numbers)) == num_samples
+
+
+def test_views_are_asked_for_of_the_right_example() -> None:
+    class Views:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: tuple[int, int]) -> tuple[int, int]:
+            return index
+
+    rest = Rest(Views(), np.array([0, 3]))
+    assert [rest[i, 7] for i in range(len(rest))] == [(1, 7), (2, 7), (4, 7)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 256])
+@pytest.mark.parametrize("diffusion", [FLOW, DDPM], ids=["flow", "linear"])
+def test_each_bin_has_a_time_of_each_example_and_they_fill_it_evenly(
+    diffusion: Diffusion, count: int
+) -> None:
+    t = stratified_t(diffusion, count, seed=0)
+    width = diffusion.num_timesteps / BINS
+    assert t.shape == (count, BINS)
+    for number, column in enumerate(t.T):
+        places = column.double().sort().values / width - number
+        assert places[0] > 0
+        assert places[-1] <= 1
+        # Whole times are at most one above, and the bin is 125 wide.
+        even = (torch.arange(count) + 0.5) / count
+        assert torch.allclose(places, even.double(), rtol=0, atol=1 / width)
+    sampled = diffusion.sample_t(1, generator=torch.Generator())
+    assert t.dtype == sampled.dtype
+    diffusion.alpha_sigma(t.flatten())  # refuses what is out of range
+    assert torch.equal(t, stratified_t(diffusion, count, seed=0))
+    assert count == 1 or not torch.equal(t, stratified_t(diffusion, count, seed=1))
+
+
+LOSSES = torch.rand(20, BINS, generator=torch.Generator().manual_seed(0))
+BUCKETS = [place % 3 for place in range(20)]
+
+
+def test_the_losses_are_means_of_all_examples() -> None:
+    asked: list[Sequence[int]] = []
+
+    def score(places: Sequence[int]) -> Tensor:
+        asked.append(places)
+        return LOSSES[list(places)]
+
+    found = held_out_loss(score, BUCKETS, batch_size=4, processes=Processes())
+    assert sorted(place for places in asked for place in places) == list(range(20))
+    for places in asked:
+        assert len(places) <= 4
+        assert len({BUCKETS[place] for place in places}) == 1
+    assert list(found) == ["held_out_loss", *(f"held_out_loss_{i}" for i in range(BINS))]
+    means = LOSSES.double().mean(dim=0)
+    assert float(found["held_out_loss"]) == pytest.approx(float(means.mean()))
+    for number in range(BINS):
+        assert float(found[f"held_out_loss_{number}"]) == pytest.approx(float(means[number]))
+
+
+def validated(folder: Path) -> list[dict[str, float]]:
+    return [record for record in logged(folder) if "held_out_loss" in record]
+
+
+def length_of_average(learner: Learner) -> Metrics:
+    return {"held_out_loss": sum((p.norm() for p in learner.ema.parameters()), torch.zeros(()))}
+
+
+@pytest.mark.parametrize("until", [1, 4, 5])
+def test_the_log_has_what_a_run_without_a_break_would_have(tmp_path: Path, until: int) -> None:
+    """Steps 2, 4 and 6 are validated, and the run is taken up again from 0 or from 3."""
+    options: dict[str, Any] = {"validate": length_of_average, "validate_every": 2}
+    small_run(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(tmp_path / "broken", until=until, **options)
+    small_run(tmp_path / "broken", **options)
+    whole, broken = validated(tmp_path / "whole"), validated(tmp_path / "broken")
+    assert [record["step"] for record in whole] == [2, 4, 6]
+    assert len({record["held_out_loss"] for record in whole}) == 3
+    assert broken == whole
+
+
+def test_validating_changes_no_weight(tmp_path: Path) -> None:
+    small_run(tmp_path / "without")
+    small_run(tmp_path / "with", validate=length_of_average, validate_every=1)
+    path = Path("checkpoints") / "step-6" / "net.safetensors"
+    assert (tmp_path / "with" / path).read_bytes() == (tmp_path / "without" / path).read_bytes()
+
+
+def test_snapshots_are_written_while_training_and_at_its_end(tmp_path: Path) -> None:
+    small_run(tmp_path, ema_lengths=(0.05, 0.1), snapshot_every=4)
+    found = find_snapshots(tmp_path / "ema" / "net")
+    pairs = [(snapshot.step, snapshot.length) for snapshot in found]
+    assert pairs == [(4, 0.05), (4, 0.1), (6, 0.05), (6, 0.1)]
+
+
+def test_without_lengths_there_are_no_snapshots(tmp_path: Path) -> None:
+    small_run(tmp_path, snapshot_every=1)
+    assert not (tmp_path / "ema").exists()
+
+
+TINY = (
+    "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
+    "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --held_out=0.2 "
+    "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --batch_size=8 --warmup_steps=2 "
+    "--cooldown_steps=0 --mixed_precision=no --preview_every=100 --checkpoint_every=100 "
+    "--image_size=32 --preview_prompts=[circle]"
+)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    build_shapes(folder, count=50, seed=0, size=64)
+    return folder
+
+
+def train_unet(shapes: Path, folder: Path, *args: str) -> None:
+    """Run the script on shapes, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command(shapes, folder, *args)[1:])
+        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
+        run_script(script("train_unet").main)
+
+
+def command(shapes: Path, folder: Path, *args: str) -> list[str]:
+    path = str(ROOT / "train" / "train_unet.py")
+    options = [*TINY.split(), f"--data={shapes}", f"--output_dir={folder}", "--max_steps=4", *args]
+    return [sys.executable, path, *options]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train_unet(shapes, folder, "--validate_every=2")
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    tensors = load_safetensors(folder / "checkpoints" / "step-4" / "unet.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+
+
+@pytest.mark.slow
+def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
+    rows = validated(whole)
+    assert [row["step"] for row in rows] == [2, 4]
+    names = ["step", "held_out_loss", *(f"held_out_loss_{i}" for i in range(BINS))]
+    for row in rows:
+        assert list(row) == names
+        assert row["held_out_loss"] == pytest.approx(
+            np.mean([row[name] for name in names[2:]]), rel=1e-12
+        )
+
+
+@pytest.mark.slow
+def test_it_scores_the_average_and_leaves_the_weights(
+    whole: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """Another average of the same weights has another loss; how often it is asked changes none."""
+    train_unet(shapes, tmp_path / "run", "--validate_every=1", "--ema_decay=0")
+    expected, found = weights(whole), weights(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    rows, others = validated(whole), validated(tmp_path / "run")
+    assert [row["step"] for row in others] == [1, 2, 3, 4]
+    assert others[-1]["held_out_loss"] != rows[-1]["held_out_loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_resumed_run_find_the_same(
+    whole: Path, shapes: Path, tmp_path: Path
+) -> None:
+    train_unet(shapes, tmp_path / "run", "--validate_every=2", "--max_steps=3")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    python, *rest = command(shapes, tmp_path / "run", "--validate_every=2")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
+    done = subprocess.run(
+        [python, *launcher, *rest], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    expected, found = validated(whole), validated(tmp_path / "run")
+    assert [row["step"] for row in found] == [2, 3, 4]
+    for row, other in ((expected[0], found[0]), (expected[1], found[2])):
+        assert other == pytest.approx(row, rel=1e-5)
