@@ -41,8 +41,8 @@ test: lint types ## every check and every test: at most 15 minutes on two cores
 	$(BIN)/python -m pytest -q -m "not faults" --durations=10 --numprocesses=2
 
 .PHONY: test-faults
-test-faults: $(VENV)/.installed-dev ## kill, stop and starve real training runs in every way: half an hour
-	$(BIN)/python -m pytest -q --durations=10 tests/test_faults.py
+test-faults: $(VENV)/.installed-dev ## kill, stop and starve real training runs in every way: 15 minutes
+	$(BIN)/python -m pytest -q --durations=10 tests/test_faults.py tests/test_faults_within.py
 
 interchange: $(VENV)/.installed-dev ## measure every file format against other tools, into docs/interchange.md
 	$(BIN)/python -m pytest -q --interchange-table docs/interchange.md tests/test_interchange.py \

@@ -1,5 +1,6 @@
 """A script's configuration: a frozen dataclass, filled from a YAML file and the command line."""
 
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on from the newest checkpoint")
-    finally:  # a process that leaves its group open crashes now and then while Python ends
+    finally:
+        # Readers of data outlive SIGTERM, with which Python ends its children before it waits.
+        for reader in multiprocessing.active_children():
+            reader.kill()
+        # A process that leaves its group open crashes now and then while Python ends.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -171,19 +171,24 @@ class Learner:
 
     def _step(self) -> Tensor:
         """Clip the gradient and step, if it is finite; its norm (), unclipped."""
-        grad_norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.config.max_grad_norm
-        )
-        assert grad_norm is not None
+        # accelerate's own wrappers look for a package on disk in every step; a scaler needs them.
+        scaled = self.accelerator.scaler is not None
+        if scaled:
+            self.accelerator.unscale_gradients(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.raw.parameters(), self.config.max_grad_norm
+        ).detach()
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
         finite = grad_norm.isfinite()
-        if self.accelerator.scaler is None and self._fused:
+        if scaled:  # it looks for itself
+            self.optimizer.step()
+        elif self._fused:
             self._adamw.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-            self.optimizer.step()
-        elif self.accelerator.scaler is not None or bool(finite):  # a scaler looks for itself
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._adamw.step()
+        elif bool(finite):
+            self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
         return grad_norm
 
     def _decay(self, average: str) -> float:
