@@ -13,7 +13,6 @@ A cache folder, which `cache_writer.py` makes, holds
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +112,9 @@ class LatentCache(Dataset[dict[str, Any]]):
         )
         assert len(self._index) == len(self.captions) == self.header["num_samples"]
         self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}
+        # Parts of `moments_path`, which takes longer than reading does.
+        self._stem = str(self.folder / "moments-")
+        self._endings = [f"{width}x{height}.npy" for width, height in self.sizes]
 
     def _moments(self, chunk: int, bucket: int, row: int, view: int) -> np.ndarray:
         """(2C, h, w) float16, read by one look at the file.
@@ -120,18 +122,20 @@ class LatentCache(Dataset[dict[str, Any]]):
         A map of each file would be opened again for nearly every example, since a large cache has
         more files than a process may keep open.
         """
-        path = moments_path(self.folder, chunk, self.sizes[bucket])
+        path = f"{self._stem}{chunk:05d}-{self._endings[bucket]}"
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 if bucket not in self._layouts:  # the same in all of a bucket's files
                     np.lib.format.read_magic(file)
                     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                     assert dtype == np.float16
                     self._layouts[bucket] = file.tell(), shape[1:]
                 start, (views, *shape) = self._layouts[bucket]
-                count = math.prod(shape)
-                file.seek(start + 2 * count * (row * views + view))
-                return np.fromfile(file, "<f2", count).reshape(shape)
+                moments = np.empty(shape, "<f2")
+                file.seek(start + moments.nbytes * (row * views + view))
+                if file.readinto(moments) != moments.nbytes:
+                    raise ValueError("it is cut short")
+                return moments
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} is missing or damaged ({error}); delete the folder and encode it anew"
