@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import randomise
+from tiny import UNET, randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.blocks import blocks, compile_blocks, recompute
 from latentdiff.training.footprint import Work, footprint
@@ -17,17 +17,7 @@ from latentdiff.training.learner import Learner, OptimizerConfig
 
 
 def unet() -> UNet:
-    config = UNetConfig(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
-    return UNet(config)
+    return UNet(UNET)
 
 
 def vae() -> VAE:

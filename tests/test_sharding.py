@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny import UNET, randomise
 from torch import Tensor
 
-from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.unet import UNet
 from latentdiff.training.checkpoint import Stored, checkpoints, load_checkpoint, save_checkpoint
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.processes import Processes
@@ -28,16 +29,6 @@ pytestmark = pytest.mark.slow
 BATCH, STEPS = 4, 4
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
-NETWORK = UNetConfig(
-    sample_size=8,
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    cross_attention_dim=16,
-    attention_head_dim=2,
-    norm_num_groups=8,
 )
 CONFIG = OptimizerConfig(
     learning_rate=1e-2,
@@ -66,11 +57,8 @@ def work(job: Job) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     processes = Processes(accelerator)
     torch.manual_seed(0)
-    network = UNet(NETWORK).double()  # Adam makes steps of gradients that are rounding alone
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
+    network = UNet(UNET).double()  # Adam makes steps of gradients that are rounding alone
+    randomise(network)
     learner = Learner(network, replace(CONFIG, sharding=job.sharding), accelerator)
     start = load_checkpoint(job.folder, {"unet": learner}, manifest={}, processes=processes)
     count = processes.count * job.accumulation

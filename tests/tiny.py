@@ -1,6 +1,7 @@
 """A whole pipeline of random weights, small enough to draw with in a test."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,16 @@ from latentdiff.pipeline import Pipeline
 
 CONTEXT_DIM = 16
 TOKENS = 12
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=CONTEXT_DIM,
+    attention_head_dim=2,
+    norm_num_groups=8,
+)
 
 
 def tiny_tokenizer(folder: Path, *, length: int = TOKENS) -> CLIPTokenizer:
@@ -55,19 +66,7 @@ def tiny_pipeline(
 ) -> Pipeline:
     """Random weights in every layer; `folder` is scratch space for the tokenizer's files."""
     torch.manual_seed(seed)
-    unet = UNet(
-        UNetConfig(
-            sample_size=8,
-            in_channels=9 if inpaints else 4,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=CONTEXT_DIM,
-            attention_head_dim=2,
-            norm_num_groups=8,
-        )
-    )
+    unet = UNet(replace(UNET, in_channels=9 if inpaints else 4))
     vae = VAE(
         VAEConfig(
             block_out_channels=(8, 16),
