@@ -133,7 +133,7 @@ class LatentCache(Dataset[dict[str, Any]]):
                 start, (views, *shape) = self._layouts[bucket]
                 moments = np.empty(shape, "<f2")
                 file.seek(start + moments.nbytes * (row * views + view))
-                if file.readinto(moments) != moments.nbytes:
+                if file.readinto(moments.data) != moments.nbytes:
                     raise ValueError("it is cut short")
                 return moments
         except (OSError, ValueError) as error:
