@@ -149,7 +149,7 @@ def bare_step(learner: Any, config: Any, batch: dict[str, Any]) -> Callable[[], 
     def step() -> None:
         x0 = posterior.sample(torch.randn(posterior.mean.shape, generator=draw))
         noise = torch.randn(x0.shape, generator=draw)
-        t = config.diffusion.sample_t(len(x0), generator=draw, shift=config.timestep_shift)
+        t = config.sample_t(config.diffusion, len(x0), generator=draw)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             context = text_encoder(words)
             loss = config.diffusion.loss(network, x0, context, noise=noise, t=t).mean()

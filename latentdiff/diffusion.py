@@ -223,20 +223,6 @@ class Diffusion:
             case "score":
                 return (x_t + sigma**2 * output) / alpha
 
-    def sample_t(self, n: int, *, generator: torch.Generator, shift: float = 1.0) -> Tensor:
-        """n times to train at, (n,), uniform over 1 … T (DDPM, Algorithm 1) or, for `flow`, (0, T].
-
-        There a `shift` above 1 moves them towards the noise: u to shift u / (1 + (shift - 1) u)
-        (Esser et al. 2024, arXiv:2403.03206, eq. 23). Raises ValueError for a shift out of place.
-        """
-        if shift <= 0 or (shift != 1 and self.schedule != "flow"):
-            raise ValueError(f"shift={shift} must be positive, and 1 unless schedule=flow")
-        device = generator.device
-        if self.schedule == "flow":
-            u = 1 - torch.rand(n, generator=generator, device=device, dtype=torch.float32)
-            return self.num_timesteps * shift * u / (1 + (shift - 1) * u)
-        return torch.randint(1, self.num_timesteps + 1, (n,), generator=generator, device=device)
-
     def loss(
         self, unet: Network, x0: Tensor, context: Tensor, *, noise: Tensor, t: Tensor
     ) -> Tensor:

@@ -35,6 +35,7 @@ from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import fit
 from latentdiff.training.meter import Metrics
+from latentdiff.training.objective import Objective
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, choose, generator, parts
 from latentdiff.training.run_folder import RunFolder
@@ -162,9 +163,10 @@ def train(toy: Toy) -> None:
     accelerator = make_accelerator(config)
     rank = accelerator.process_index
     settings = yaml.safe_dump({"seed": toy.seed, "max_steps": toy.steps, "workers": "any"})
-    run = RunFolder(toy.folder, settings, Processes(accelerator))
-    with accelerator.main_process_first():  # which makes the index of pictures
-        dataset = Samples() if toy.pictures is None else Pictures(toy.pictures)
+    processes = Processes(accelerator, timeout=toy.timeout)
+    run = RunFolder(toy.folder, settings, processes)
+    pictures = toy.pictures
+    dataset = processes.in_turn(lambda: Samples() if pictures is None else Pictures(pictures))
     torch.manual_seed(toy.disturbed)  # of the first weights, which a checkpoint replaces
     learners = {
         name: Learner(
@@ -189,7 +191,9 @@ def train(toy: Toy) -> None:
         x = torch.stack([cut(row, crop, flip) for row, crop, flip in rows])
         source = generator(toy.seed, number, "noise")
         noise = share.rows(torch.randn(BATCH, WIDTH, generator=source))
-        t = share.rows(FLOW.sample_t(BATCH, generator=generator(toy.seed, number, "t")))
+        t = share.rows(
+            Objective().sample_t(FLOW, BATCH, generator=generator(toy.seed, number, "t"))
+        )
         words = choose(batch["captions"], uniform("caption"))
         dropout = uniform("dropout")
         words = [w if place >= 0.25 else "" for w, place in zip(words, dropout, strict=True)]

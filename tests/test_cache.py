@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -159,12 +160,12 @@ def test_several_processes_write_what_one_writes(tmp_path: Path, pictures: Capti
     barrier = Barrier(3)
 
     def process(rank: int) -> None:
-        def wait() -> None:
+        def together(act: Callable[[], None]) -> None:
+            act()
             barrier.wait()
 
-        write(
-            tmp_path / "three", pictures, network, chunk_size=2, rank=rank, world_size=3, wait=wait
-        )
+        options = {"rank": rank, "world_size": 3, "together": together}
+        write(tmp_path / "three", pictures, network, chunk_size=2, **options)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(process, range(3)))
@@ -264,13 +265,14 @@ def test_caches_of_older_versions_are_refused(tmp_path: Path, pictures: Captione
 
 
 def test_two_writers_in_one_folder_are_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
-    def wait() -> None:
+    def together(act: Callable[[], None]) -> None:
+        act()  # takes the folder
         with pytest.raises(ValueError, match="is being written by another process"):
             write(tmp_path, pictures)
         raise Cut
 
     with pytest.raises(Cut):
-        write(tmp_path, pictures, wait=wait)
+        write(tmp_path, pictures, together=together)
 
 
 def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -9,7 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latentdiff.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, verify
+from latentdiff.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    origin,
+    save_checkpoint,
+    verify,
+)
 from latentdiff.training.learner import Learner, OptimizerConfig
 
 MANIFEST = {"configuration": {"seed": 1}, "fingerprints": {"data": "abc"}}
@@ -89,7 +95,7 @@ def test_an_interrupted_checkpoint_is_absent_and_in_nobodys_way(tmp_path: Path) 
         save_checkpoint(
             tmp_path, 2, {"a": whole, "b": learner(1, kind=Interrupted)}, keep=2, manifest=MANIFEST
         )
-    assert (tmp_path / ".step-2.tmp" / "a.safetensors").is_file()
+    assert (tmp_path / ".step-2.tmp").is_dir()
     assert load_checkpoint(tmp_path, {"a": learner(2), "b": learner(3)}, manifest=MANIFEST) == 1
     save_checkpoint(tmp_path, 2, {"a": whole, "b": whole}, keep=2, manifest=MANIFEST)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-2"]
@@ -190,3 +196,27 @@ def test_checkpoints_of_other_data_are_refused(tmp_path: Path) -> None:
     other = {**MANIFEST, "fingerprints": {"data": "xyz"}}
     with pytest.raises(ValueError, match=r"step-4 was made with another data than this run's"):
         load_checkpoint(tmp_path, {"net": learner(0)}, manifest=other)
+
+
+def test_a_run_taken_back_goes_on_from_its_own_checkpoints(tmp_path: Path) -> None:
+    """The same command again must not lose what came of it, nor mix it with what was left."""
+    subject = {"net": learner(0)}
+    for step in (3, 6, 9):
+        train(subject["net"], 3)
+        save_checkpoint(tmp_path, step, subject, keep=9, manifest=MANIFEST)
+    old = state(subject["net"])
+    back = tmp_path / "step-3"
+    manifest = {**MANIFEST, "resumed_from": origin(tmp_path, back)}
+    taken = {"net": learner(1)}
+    assert load_checkpoint(tmp_path, taken, manifest=manifest, path=back) == 3
+    assert [step for step, _ in checkpoints(tmp_path)] == [3]
+    assert verify(tmp_path / "abandoned-step-9")["step"] == 9  # nothing is lost
+    train(taken["net"], 1)
+    save_checkpoint(tmp_path, 5, taken, keep=1, manifest=manifest)  # which prunes step-3
+    again = {"net": learner(2)}
+    assert load_checkpoint(tmp_path, again, manifest=manifest, path=back) == 5
+    torch.testing.assert_close(state(again["net"]), state(taken["net"]), rtol=0, atol=0)
+    assert load_checkpoint(tmp_path, again, manifest=MANIFEST) == 5
+    abandoned = tmp_path / "abandoned-step-9"
+    assert load_checkpoint(tmp_path, again, manifest=manifest, path=abandoned) == 9
+    torch.testing.assert_close(state(again["net"]), old, rtol=0, atol=0)

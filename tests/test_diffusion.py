@@ -1,6 +1,5 @@
 """Laws of the diffusion process, and its schedules against diffusers'."""
 
-import math
 from itertools import product
 
 import diffusers
@@ -232,25 +231,6 @@ def test_score_loss_is_the_epsilon_loss_of_the_same_denoiser():
         score.loss(lambda x, *_: -x.sin() / sigma, x0, noise, noise=noise, t=t),
         epsilon.loss(lambda x, *_: x.sin(), x0, noise, noise=noise, t=t),
     )
-
-
-def test_times_to_train_at_are_uniform_and_shift_towards_the_noise():
-    generator = torch.Generator().manual_seed(0)
-    t = Diffusion("cosine", "epsilon", num_timesteps=10).sample_t(20_000, generator=generator)
-    counts = t.bincount()
-    assert counts[0] == 0
-    assert len(counts) == 11
-    assert (counts[1:] - 2000).abs().max() < 5 * math.sqrt(2000)
-    for shift in (1.0, 3.0):
-        t = diffusion("flow").sample_t(20_000, generator=generator, shift=shift)
-        assert t.min() > 0
-        assert t.max() <= 1000
-        u = (t / 1000) / (shift - (shift - 1) * t / 1000)  # the shift undone: uniform again
-        assert ((u * 10).ceil().long().bincount()[1:] - 2000).abs().max() < 5 * math.sqrt(2000)
-    with pytest.raises(ValueError, match=r"shift=2\.0 must be positive, and 1 unless"):
-        diffusion("linear").sample_t(1, generator=generator, shift=2.0)
-    again = [diffusion("flow").sample_t(4, generator=generator.manual_seed(1)) for _ in range(2)]
-    assert torch.equal(*again)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

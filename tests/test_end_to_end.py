@@ -36,7 +36,8 @@ TINY = {
     "train_unet": (
         "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
         "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] "
-        "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --caption_dropout=0.5"
+        "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --caption_dropout=0.5 "
+        "--weighting=uncertainty --density=logit_normal --stratified=true --offset_noise=0.1"
     ),
 }
 SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"

@@ -82,13 +82,21 @@ def test_9_and_10_torchrun_ends_all_and_names_the_process(
     assert_gone(tmp_path)
 
 
-def test_10_when_one_process_hangs_the_timeout_ends_the_others(tmp_path: Path) -> None:
-    toy = Toy(tmp_path, timeout=10, fault=Fault("sleep", step=4, rank=1))
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("sleep", step=4, rank=1), Fault("sleep", step=5, rank=0, operation=4)],
+    ids=["in a step", "in a save"],
+)
+def test_10_when_one_process_hangs_the_timeout_ends_the_others(
+    tmp_path: Path, fault: Fault
+) -> None:
+    toy = Toy(tmp_path, timeout=10, fault=fault)
     processes = start(toy, 2)
-    processes[0].join(60)
-    assert processes[0].exitcode not in (0, None)
-    assert 5 < since_the_last_step(tmp_path, rank=1) < 20
-    processes[1].kill()  # which a launcher does, once one of its processes has failed
+    other = 1 - fault.rank
+    processes[other].join(60)
+    assert processes[other].exitcode not in (0, None)
+    assert 5 < since_the_last_step(tmp_path, rank=fault.rank) < 20
+    processes[fault.rank].kill()  # which a launcher does, once one of its processes has failed
     wait(processes)
 
 

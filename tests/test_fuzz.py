@@ -391,4 +391,4 @@ def test_the_watch_notices_what_it_is_for(places: tuple[Path, Path]) -> None:
     ):
         time.sleep(1)
     with pytest.raises(RuntimeError, match="alloc"), at_most_more_memory(MEMORY):
-        torch.empty(2 * MEMORY, dtype=torch.uint8)
+        torch.empty(16 * MEMORY, dtype=torch.uint8)  # what earlier tests leave may be freed now

@@ -22,6 +22,7 @@ from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import fit
 from latentdiff.training.losses import vae_loss
 from latentdiff.training.meter import Log, Metrics
+from latentdiff.training.objective import Objective
 from latentdiff.training.randomness import Share, generator
 from latentdiff.training.run_folder import RunFolder
 from latentdiff.training.setup import LoopConfig, computes_bf16, make_accelerator
@@ -56,7 +57,7 @@ def unet(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, St
     def step(batch: list[Tensor], number: int, share: Share) -> Metrics:
         draw = generator(LOOP.seed, number, "noise")
         noise = torch.randn(batch[0].shape, generator=draw)
-        t = diffusion.sample_t(len(noise), generator=draw)
+        t = Objective().sample_t(diffusion, len(noise), generator=draw)
         context = torch.randn(len(noise), 5, 6, generator=draw)
         loss = diffusion.loss(learner.model, batch[0], context, noise=noise, t=t).mean()
         return {"loss": loss, "grad_norm": learner.update(loss, share)}

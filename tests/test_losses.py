@@ -3,8 +3,14 @@
 import pytest
 import torch
 
+from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import Posterior
-from latentdiff.training.losses import Reconstruction, vae_loss
+from latentdiff.training.losses import (
+    Reconstruction,
+    adversarial_weight,
+    hinge_loss,
+    vae_loss,
+)
 
 
 def example(size: int = 8) -> tuple[torch.Tensor, torch.Tensor, Posterior]:
@@ -75,3 +81,47 @@ def test_vae_loss_gradients_reach_encoder_and_decoder() -> None:
         torch.testing.assert_close(gradients[0], 2 * (reconstruction - images) / count)
         torch.testing.assert_close(gradients[1], 0.5 * posterior.mean / count)
         torch.testing.assert_close(gradients[2], 0.5 * (posterior.logvar.exp() - 1) / 2 / count)
+
+
+def test_hinge_loss_is_nothing_where_the_scores_are_right_by_one() -> None:
+    right = hinge_loss(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -2.0]))
+    assert float(right) == 0
+    unsure = hinge_loss(torch.zeros(2, 1, 3, 3), torch.zeros(2, 1, 3, 3))
+    assert float(unsure) == 1
+    assert float(hinge_loss(torch.tensor([-1.0]), torch.tensor([3.0]))) == 3
+
+
+def test_the_adversarial_weight_is_the_ratio_of_the_gradients_at_the_last_layer() -> None:
+    last = torch.nn.Linear(3, 2)
+    out = last(torch.randn(5, 3))
+    loss, adversarial = out.square().mean(), -out.mean()
+    weight = adversarial_weight(loss, adversarial, last.weight, mean=lambda gradient: gradient)
+    assert not weight.requires_grad
+    norms = []
+    for one in (loss, weight * adversarial):
+        last.zero_grad()
+        one.backward(retain_graph=True)
+        assert last.weight.grad is not None
+        norms.append(float(last.weight.grad.norm()))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    nothing = adversarial_weight(
+        100 * loss, 0 * out.sum(), last.weight, mean=lambda gradient: gradient
+    )
+    assert float(nothing) == pytest.approx(1e4)
+
+
+def test_the_discriminator_scores_patches_each_picture_for_itself() -> None:
+    network = Discriminator(channels=8)
+    pictures = torch.randn(4, 3, 64, 64)
+    scores = network(pictures)
+    assert scores.shape == (4, 1, 6, 6)
+    torch.testing.assert_close(network(pictures[2:3]), scores[2:3], rtol=1e-5, atol=1e-6)
+    # A corner's score depends on the corner alone: 70 x 70 pixels around it at most.
+    wide = torch.randn(1, 3, 256, 256)
+    moved = wide.clone()
+    moved[..., 200:] += 1
+    assert network(wide).shape == (1, 1, 30, 30)
+    near, far = network.layers[:1](wide), network.layers[:1](moved)
+    assert near[..., :90].equal(far[..., :90])
+    with pytest.raises(ValueError, match="layers=0 must be at least 1"):
+        Discriminator(layers=0)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from broken_pictures import photograph, saved
@@ -31,7 +33,7 @@ from test_tar import add
 from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages, Sample
 from latentdiff.data.opening import image_batches, open_images, some_captions, some_examples
-from latentdiff.data.shards import Place
+from latentdiff.data.shards import ParquetShard, Place
 from latentdiff.training.randomness import parts
 
 
@@ -238,3 +240,10 @@ def test_a_large_tar_takes_little_memory(tmp_path: Path) -> None:
             most = max(most, own())
     assert count == 25_000
     assert most - before < 8
+
+
+def test_rows_without_a_column_that_is_asked_for_come_once_each(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"]}), path)
+    shard = ParquetShard(path, 0, "train", 0, "image", ())
+    assert [raw.name for raw in shard.samples(lambda: False)] == ["train:0", "train:1", "train:2"]

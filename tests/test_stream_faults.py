@@ -61,6 +61,30 @@ def test_a_bad_picture_is_replaced_by_the_next_of_the_stream(tmp_path: Path) -> 
         steps(stream, batch_size=23, stop=2)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_more_bad_pictures_in_a_row_than_a_batch_has_are_passed_over(
+    tmp_path: Path, batch_size: int
+) -> None:
+    together(tmp_path / "set")
+    clean = captions(steps(opened(tmp_path / "set", shuffle_buffer=1), batch_size=23, stop=1))
+    bad = clean[6:10]
+    for path in (tmp_path / "set").iterdir():
+        files = {}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                spoilt = member.name.endswith(".png") and member.name[:-4] in bad
+                files[member.name] = file.read()[:40] if spoilt else file.read()
+        pack(path, files)
+    stream = opened(tmp_path / "set", shuffle_buffer=1, max_bad=0.5)
+    with pytest.warns(UserWarning, match="a sample is replaced by the next"):
+        drawn = captions(steps(stream, batch_size=batch_size, stop=18 // batch_size))
+    # Each stands for the next good one, which comes at its own place as well.
+    wanted = [clean[10] if text in bad else text for text in clean]
+    assert drawn == wanted[: len(drawn)]
+
+
 def test_too_much_that_is_bad_ends_the_stream_early(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for number in range(30):

@@ -136,6 +136,15 @@ def test_a_damaged_header_is_told(tmp_path: Path) -> None:
         list(members(path))
 
 
+@pytest.mark.parametrize("size", ["\u00b2", "9" * 5000, "1e3", ""])
+def test_a_size_that_is_no_number_is_told(tmp_path: Path, size: str) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "1.png", b"abc", pax_headers={"size": size})
+    with pytest.raises(ValueError, match=r"a\.tar has a damaged pax header"):
+        list(members(path))
+
+
 def test_members_beyond_eight_gibibytes_are_found(tmp_path: Path) -> None:
     """GNU's binary sizes, on a file that is all hole."""
     path, size = tmp_path / "a.tar", 9 << 30

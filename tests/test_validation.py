@@ -23,6 +23,7 @@ from latentdiff.training.config import run_script
 from latentdiff.training.ema import find_snapshots
 from latentdiff.training.learner import Learner
 from latentdiff.training.meter import Metrics
+from latentdiff.training.objective import Objective
 from latentdiff.training.processes import Processes
 from latentdiff.training.validation import (
     BINS,
@@ -97,7 +98,7 @@ def test_each_bin_has_a_time_of_each_example_and_they_fill_it_evenly(
         # Whole times are at most one above, and the bin is 125 wide.
         even = (torch.arange(count) + 0.5) / count
         assert torch.allclose(places, even.double(), rtol=0, atol=1 / width)
-    sampled = diffusion.sample_t(1, generator=torch.Generator())
+    sampled = Objective().sample_t(diffusion, 1, generator=torch.Generator())
     assert t.dtype == sampled.dtype
     diffusion.alpha_sigma(t.flatten())  # refuses what is out of range
     assert torch.equal(t, stratified_t(diffusion, count, seed=0))

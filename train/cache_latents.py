@@ -2,10 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_writer import CHUNK, write_cache
@@ -16,7 +15,10 @@ from latentdiff.data.views import Views
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.vae import VAE
 from latentdiff.training.config import parse_config, run_script, write_config
+from latentdiff.training.processes import Processes
 from latentdiff.training.setup import uses_cpu
+
+WEEK = 7 * 24 * 3600  # seconds
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,10 @@ class CacheLatents(DataConfig, Views):
 
 def main() -> None:
     config, text = parse_config(CacheLatents)
-    # The first to have encoded its share waits for the last, which is no sign of a fault.
-    PartialState(cpu=uses_cpu(), timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=uses_cpu(), mixed_precision="no")  # written once, so exactly
-    with accelerator.main_process_first():
-        dataset = open_images(config)
+    # The first to have encoded its share waits for the last, which is no sign of a fault.
+    processes = Processes(accelerator, timeout=WEEK)
+    dataset = processes.in_turn(lambda: open_images(config))
     vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
     write_cache(
         config.output_dir,
@@ -56,7 +57,7 @@ def main() -> None:
         chunk_size=config.chunk_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
+        together=processes.everywhere,
     )
     if accelerator.is_main_process:
         write_config(text, config.output_dir)

@@ -61,6 +61,11 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
     def __post_init__(self) -> None:
         for part in (DataConfig, LoopConfig, OptimizerConfig):
             part.__post_init__(self)
+        if self.sharding != "none":
+            raise ValueError(
+                f"sharding={self.sharding!r} must be 'none': CLIP's temperature is one number, "
+                "which cannot be split, and is kept below a limit after each step"
+            )
         if self.accumulation != 1:
             raise ValueError(
                 f"accumulation={self.accumulation} must be 1: the contrastive loss compares each "
@@ -78,9 +83,9 @@ def main() -> None:
     logging.disable_progress_bar()  # transformers' would break into ours
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    run = RunFolder(config.output_dir, settings, Processes(accelerator))
-    with accelerator.main_process_first():
-        dataset = open_images(config)
+    processes = Processes(accelerator, timeout=config.timeout)
+    run = RunFolder(config.output_dir, settings, processes)
+    dataset = processes.in_turn(lambda: open_images(config))
     if isinstance(dataset, CaptionedImages):  # a stream tells when its first epoch ends
         check_batch(config.batch_size, len(dataset))
     tokenizer = train_tokenizer(

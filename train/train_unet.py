@@ -31,6 +31,7 @@ from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import fit
 from latentdiff.training.meter import Metrics
+from latentdiff.training.objective import Objective, Uncertainty
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, choose, generator, parts
 from latentdiff.training.run_folder import RunFolder
@@ -48,7 +49,7 @@ SMALL = UNetConfig(
 
 
 @dataclass(frozen=True)
-class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig):
+class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
     """Train a UNet to denoise the latents of captioned pictures; leaves a whole pipeline folder."""
 
     output_dir: Path = Path("runs/shapes/unet")
@@ -68,20 +69,19 @@ class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig):
     """Channels, context width and sample_size follow from VAE, text encoder and cache."""
     caption_dropout: float = 0.1
     """Share of examples whose caption is emptied, for classifier-free guidance."""
-    timestep_shift: float = 1.0
-    """Above 1 a flow is trained more at high noise; 1 is uniform."""
     held_out: float = 0.01
     """Share of the examples, 256 at most, that are kept out of training for `held_out_loss`."""
     preview_prompts: Sequence[str] = ()
     """Captions of the preview grid; by default eight of the training data's."""
 
     def __post_init__(self) -> None:
-        for part in (DataConfig, Views, LoopConfig, OptimizerConfig):
+        for part in (DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
             part.__post_init__(self)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out} must be in [0, 1)")
+        self.check(self.diffusion)
 
 
 def main() -> None:
@@ -91,9 +91,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    processes = Processes(accelerator)
+    processes = Processes(accelerator, timeout=config.timeout)
     run = RunFolder(config.output_dir, settings, processes)
-    cache, vae = open_cache(config, accelerator)
+    cache, vae = open_cache(config, accelerator, processes)
     held = held_out(len(cache), config.held_out, seed=config.seed)
     examples = Rest(cache, held)
     check_batch(config.batch_size, len(examples))
@@ -109,30 +109,39 @@ def main() -> None:
     )
     torch.manual_seed(config.seed)
     learner = Learner(UNet(unet_config), config, accelerator)
+    learners = {"unet": learner}
+    if config.weighting == "uncertainty":
+        whole = replace(config, sharding="none")
+        learners["uncertainty"] = Learner(Uncertainty(), whole, accelerator, averaged=False)
     diffusion = config.diffusion
 
     def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
-        def draw(purpose: str) -> torch.Tensor:
-            """This part's rows of a global batch of N(0, I), (B, C, h, w) of this step's size."""
-            source = generator(config.seed, number, purpose)
-            size = batch["moments"].shape[2:]
-            whole = torch.randn(config.batch_size, C, *size, generator=source)
+        shape = (config.batch_size, C, *batch["moments"].shape[2:])  # of this step's size
+
+        def draw(purpose: str) -> torch.Generator:
+            return generator(config.seed, number, purpose)
+
+        def own(whole: torch.Tensor) -> torch.Tensor:
+            """This part's rows of a global batch."""
             return share.rows(whole).to(accelerator.device)
 
         posterior = Posterior.from_moments(batch["moments"].to(accelerator.device))
-        x0 = posterior.sample(draw("posterior"))
+        x0 = posterior.sample(own(torch.randn(shape, generator=draw("posterior"))))
         with accelerator.autocast():
             context = text_encoder(captions(batch, number, share))
-        t = diffusion.sample_t(
-            config.batch_size,
-            generator=generator(config.seed, number, "t"),
-            shift=config.timestep_shift,
-        )
-        t = share.rows(t).to(accelerator.device)
-        noise = draw("noise")
+        t = own(config.sample_t(diffusion, config.batch_size, generator=draw("t")))
+        noise = own(config.noise(shape, generator=draw("noise")))
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
-        loss = diffusion.loss(learner.model, x0, context, noise=noise, t=t).mean()
-        return {"loss": loss, "grad_norm": learner.update(loss, share)}
+        losses = diffusion.loss(learner.model, x0, context, noise=noise, t=t)
+        metrics = {"loss": losses.mean()}
+        weight = config.weight(diffusion, t).to(losses)
+        if "uncertainty" in learners:
+            u = learners["uncertainty"].model(*diffusion.alpha_sigma(t))
+            weight = torch.exp(-u.detach())
+            own_loss = (losses.detach() * torch.exp(-u) + u).mean()
+            metrics["grad_norm_uncertainty"] = learners["uncertainty"].update(own_loss, share)
+            metrics["uncertainty"] = u.mean()
+        return metrics | {"grad_norm": learner.update((weight * losses).mean(), share)}
 
     def captions(batch: dict[str, Any], number: int, share: Share) -> list[str]:
         """One caption an example, or none: the same whatever the number of parts."""
@@ -171,7 +180,7 @@ def main() -> None:
     def score(places: Sequence[int]) -> torch.Tensor:
         """Losses of held-out examples of one size, (B, BINS): each with its caption and noise."""
         numbers = held[places].tolist()
-        sources = [generator(config.seed, number, "held out") for number in numbers]
+        sources = [generator(config.seed, number, "held out noise") for number in numbers]
 
         def draw(*shape: int) -> torch.Tensor:
             """Each example's own N(0, I), (B, *shape)."""
@@ -205,7 +214,7 @@ def main() -> None:
     fit(
         step,
         data,
-        {"unet": learner},
+        learners,
         config,
         accelerator,
         run,
@@ -225,7 +234,9 @@ def main() -> None:
     )
 
 
-def open_cache(config: TrainUNet, accelerator: Accelerator) -> tuple[LatentCache, VAE]:
+def open_cache(
+    config: TrainUNet, accelerator: Accelerator, processes: Processes
+) -> tuple[LatentCache, VAE]:
     """The cache that the configuration names, or one made now from its data; and its VAE.
 
     Raises ValueError for less data than a batch, before any network is loaded.
@@ -240,8 +251,7 @@ def open_cache(config: TrainUNet, accelerator: Accelerator) -> tuple[LatentCache
         vae = load_vae()
         cache.check_vae(vae)
         return cache, vae
-    with accelerator.main_process_first():
-        dataset = open_images(config)
+    dataset = processes.in_turn(lambda: open_images(config))
     if isinstance(dataset, CaptionedImages):  # how much a stream holds is known when it is cached
         check_batch(config.batch_size, len(dataset))
     vae = load_vae()
@@ -253,7 +263,7 @@ def open_cache(config: TrainUNet, accelerator: Accelerator) -> tuple[LatentCache
         views=Views(crops=config.crops, flip=config.flip),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
+        together=processes.everywhere,
     )
     return LatentCache(config.output_dir / "cache"), vae
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import image_batches, open_images, some_examples
 from latentdiff.data.stream import StreamedImages
 from latentdiff.data.summary import images_summary
+from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import fit
-from latentdiff.training.losses import Reconstruction, vae_loss
+from latentdiff.training.losses import (
+    Reconstruction,
+    adversarial_weight,
+    hinge_loss,
+    vae_loss,
+)
 from latentdiff.training.meter import Metrics
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, generator, parts
@@ -36,7 +43,10 @@ SMALL = VAEConfig(
 
 @dataclass(frozen=True)
 class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
-    """Train a VAE on pictures: reconstruction plus KL. Captions are never read."""
+    """Train a VAE on pictures: reconstruction, KL and, if asked for, a discriminator.
+
+    Captions are never read.
+    """
 
     output_dir: Path = Path("runs/shapes/vae")
     max_steps: int = 600
@@ -49,6 +59,11 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
     reconstruction: Reconstruction = "l1"
     kl_weight: float = 1e-3
     """Weight of the KL in nats per pixel value."""
+    disc_weight: float = 0.0
+    """Above 0 a PatchGAN judges the reconstructions (LDM: 0.5): its pull at the decoder's last
+    layer as a share of that of all the rest."""
+    disc_start: int = 0
+    """Steps before that begins; a decoder that knows nothing yet would only lose."""
     random_flip: bool = False
     """Every second picture is mirrored, drawn anew at each visit."""
 
@@ -60,22 +75,38 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
                 f"ema_lengths={list(self.ema_lengths)} must be empty: a VAE is saved with the "
                 "statistics of its latents, which other weights change"
             )
+        for name in ("disc_weight", "disc_start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name, alone in (("accumulation", 1), ("sharding", "none")):
+            if self.disc_weight > 0 and getattr(self, name) != alone:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be {alone!r} with a disc_weight: the "
+                    "weight of the adversarial loss follows from the whole batch and network"
+                )
 
 
 def main() -> None:
     config, settings = parse_config(TrainVAE)
     accelerator = make_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    run = RunFolder(config.output_dir, settings, Processes(accelerator))
-    with accelerator.main_process_first():
-        dataset = open_images(config)
+    processes = Processes(accelerator, timeout=config.timeout)
+    run = RunFolder(config.output_dir, settings, processes)
+    dataset = processes.in_turn(lambda: open_images(config))
     if isinstance(dataset, CaptionedImages):  # a stream tells when its first epoch ends
         check_batch(config.batch_size, len(dataset))
     vae_config = replace(config.vae, sample_size=config.image_size)
     torch.manual_seed(config.seed)
     learner = Learner(VAE(vae_config), config, accelerator)
-    ema = learner.ema
+    raw, ema = learner.raw, learner.ema
+    assert isinstance(raw, VAE)
     assert isinstance(ema, VAE)
+    learners = {"vae": learner}
+    if config.disc_weight > 0:
+        steps = max(1, config.max_steps - config.disc_start)
+        learners["discriminator"] = Learner(
+            Discriminator(), replace(config, max_steps=steps), accelerator, averaged=False
+        )
     latent = (vae_config.latent_channels, *(config.image_size // vae_config.factor,) * 2)
 
     def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
@@ -94,8 +125,32 @@ def main() -> None:
             norm=config.reconstruction,
             kl_weight=config.kl_weight,
         )
-        grad_norm = learner.update(loss, share)
-        return {"loss": loss, config.reconstruction: distance, "kl": kl, "grad_norm": grad_norm}
+        metrics = {"loss": loss, config.reconstruction: distance, "kl": kl}
+        if "discriminator" not in learners or number < config.disc_start:
+            return metrics | {"grad_norm": learner.update(loss, share)}
+        critic = learners["discriminator"]
+        # The VAE's step: of its own weights alone, for a better score.
+        critic.raw.requires_grad_(False)
+        adversarial = -critic.raw(reconstruction).mean()
+        critic.raw.requires_grad_(True)
+        weight = adversarial_weight(
+            loss,
+            adversarial,
+            raw.decoder.conv_out.weight,
+            mean=partial(accelerator.reduce, reduction="mean"),  # pyright: ignore[reportArgumentType]
+        )
+        whole = loss + config.disc_weight * weight * adversarial
+        metrics |= {"adversarial": adversarial, "grad_norm": learner.update(whole, share)}
+        # The discriminator's step: both kinds in one pass, and nothing reaches the VAE.
+        scores = critic.model(torch.cat([images, reconstruction.detach().to(images)]))
+        real, fake = scores.chunk(2)
+        disc_loss = hinge_loss(real, fake)
+        return metrics | {
+            "disc_loss": disc_loss,
+            "disc_real": real.mean(),
+            "disc_fake": fake.mean(),
+            "grad_norm_disc": critic.update(disc_loss, share),
+        }
 
     def data(start: int) -> Iterator[dict[str, Any]]:
         shares = image_batches(
@@ -132,7 +187,7 @@ def main() -> None:
     fit(
         step,
         data,
-        {"vae": learner},
+        learners,
         config,
         accelerator,
         run,

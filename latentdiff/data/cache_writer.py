@@ -9,7 +9,7 @@ What is written does not depend on the number of processes, nor on how often the
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -73,9 +73,12 @@ def write_cache(
     chunk_size: int = CHUNK,
     rank: int = 0,
     world_size: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    together: Callable[[Callable[[], None]], None] = lambda act: act(),
 ) -> None:
-    """Encode the data set into `folder`, each process its chunks; `wait` is a barrier for them all.
+    """Encode the data set into `folder`, each process its chunks.
+
+    `together(act)` calls `act`, and comes back when all processes have done so, or raises in all
+    of them when it failed in one.
 
     A finished cache of the same VAE, data, views and buckets is kept, and so are finished chunks.
     `batch_size` pictures are encoded at a time, and threads (`num_workers` of the data) decode
@@ -108,20 +111,18 @@ def write_cache(
     records = _records(folder)
     if records:
         _compare(folder, made_of, _made_of(records[0]))
-    with _alone(folder) if rank == 0 else nullcontext():
-        wait()
-        _Encoder(folder, config, vae, views, batch_size, made_of).run(dataset, rank, world_size)
-        wait()
+    encoder = _Encoder(folder, config, vae, views, batch_size, made_of)
+    with ExitStack() as stack:
+        together(lambda: stack.enter_context(_alone(folder)) if rank == 0 else None)
+        together(lambda: encoder.run(dataset, rank, world_size))
         left_out, total = Counter[str](), 0
         for path in _records(folder):  # every process: all of them end if this is too much
             record = _read(path)
             left_out.update(record["reason"].drop_null().to_pylist())
             total += len(record)
         _check_left_out(left_out, total, config)
-        wait()
-        if rank == 0:
-            _join(folder, {**made_of, "left_out": dict(left_out)})
-        wait()
+        header = {**made_of, "left_out": dict(left_out)}
+        together(lambda: _join(folder, header) if rank == 0 else None)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, overload
 
 import datasets
@@ -129,10 +130,16 @@ class Captions(Sequence[list[str]]):
 
 def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
     """Each text about as often as its weight says, so that a plain choice has the weights."""
-    weights = [weight for _, weight in pairs]
+    counts = _counts(tuple(weight for _, weight in pairs))
+    return [text for (text, _), n in zip(pairs, counts, strict=True) for _ in range(n)]
+
+
+@lru_cache(maxsize=1000)  # a hundred lengths are tried, and data mostly has few sets of weights
+def _counts(weights: tuple[float, ...]) -> list[int]:
+    """How often each is in a short list in which each has about its weight's share."""
     total = sum(weights)
-    if pairs and (min(weights) < 0 or not 0 < total < math.inf):
-        raise BadSample("weights do not fit", f"{weights} must not be negative, nor all 0")
+    if weights and (min(weights) < 0 or not 0 < total < math.inf):
+        raise BadSample("weights do not fit", f"{list(weights)} must not be negative, nor all 0")
     shares = [weight / total for weight in weights]
     best, counts = math.inf, list[int]()
     for length in range(1, PLACES + 1):
@@ -141,7 +148,7 @@ def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
         error = max((abs(n / sum(tried) - share) for n, share in pieces), default=0.0)
         if error < best - WEIGHT_ERROR:  # a longer list must be worth it
             best, counts = error, tried
-    return [text for (text, _), n in zip(pairs, counts, strict=True) for _ in range(n)]
+    return counts
 
 
 def as_list(value: Any) -> list[Any]:

@@ -194,6 +194,7 @@ class ParquetShard:
                 if not columns:
                     for i in range(file.metadata.row_group(self.group).num_rows):
                         yield Raw(f"{self.split}:{number + i}", {}, None)
+                    return
                 for batch in file.iter_batches(
                     ROWS, row_groups=[self.group], columns=columns, use_threads=False
                 ):

@@ -313,7 +313,7 @@ class StreamedImages:
             return example
 
         for _ in range(start, stop):
-            waiting.extend(islice(samples, batch_size - len(waiting)))
+            waiting.extend(islice(samples, max(0, batch_size - len(waiting))))
             found = ahead(self._example, (waiting[i] for i in own), threads=threads)
             yield collate([good(i, one) for i, one in zip(own, found, strict=True)])
             for _ in range(batch_size):

@@ -16,6 +16,7 @@ from latentdiff.data.decode import BadSample
 BLOCK = 512
 PIECE = 1 << 20  # bytes of what is passed over, in memory at a time
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+MOST_DIGITS = 18  # of a size in bytes
 TEXT_LIMIT = 1 << 20  # bytes of a caption, a JSON object or a name; beyond it is no caption
 
 
@@ -81,7 +82,7 @@ def members_of(tape: Tape) -> Iterator[Member]:
         if len(header) == BLOCK and not header.strip(b"\0"):
             return  # the end mark
         kind, name, size = _header(tape.name, header, position)
-        size = int(override.get("size", size)) if override.get("size", "0").isdigit() else size
+        size = int(override.get("size", size))
         start = position + BLOCK
         if tape.end is not None and start + size > tape.end:
             raise ValueError(f"{tape.name} ends within the member {name!r} at byte {position}")
@@ -201,13 +202,19 @@ def _override(tape: Tape, kind: bytes, size: int) -> dict[str, str]:
     found = {}
     while data:  # records "<length> <key>=<value>\n"
         length, _, rest = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+        if not _is_number(length) or not 0 < int(length) <= len(data):
             raise ValueError(f"{tape.name} has a damaged pax header")
         key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        if key == b"size" and not _is_number(value):
+            raise ValueError(f"{tape.name} has a damaged pax header")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "backslashreplace")
         data = data[int(length) :]
     return found
+
+
+def _is_number(digits: bytes) -> bool:
+    return digits.isdigit() and len(digits) <= MOST_DIGITS
 
 
 def _wanted(name: str) -> bool:

@@ -78,13 +78,24 @@ def load_checkpoint(
     """Restore the newest whole checkpoint, if there is one; returns the step to go on from, else 0.
 
     A damaged one is skipped with a warning that names the file. `path` asks for one checkpoint in
-    place of the newest. Raises ValueError when that one is damaged, when there are checkpoints but
-    none is whole, and when it is of other networks or other data (`fingerprints` of `manifest`).
+    place of the newest, and later ones are set aside under other names; once there are checkpoints
+    that came of it (`resumed_from` of `manifest`), the newest of these is taken. Raises ValueError
+    when that one is damaged, when there are checkpoints but none is whole, and when it is of other
+    networks or other data (`fingerprints` of `manifest`).
     """
     processes = Processes() if processes is None else processes
     found = processes.on_first(lambda: find_checkpoint(folder, path))
     if found is None:
         return 0
+    step = processes.everywhere(lambda: _load(found, learners, manifest))
+    for learner in learners.values():
+        learner.gather()
+    if path is not None and found == path:
+        processes.on_first(lambda: _set_aside(folder, step))
+    return step
+
+
+def _load(found: Path, learners: Mapping[str, Learner], manifest: Mapping[str, Any]) -> int:
     content = load_json(found / MANIFEST)
     recorded, now = content.get("fingerprints", {}), manifest.get("fingerprints", {})
     changed = [name for name in recorded.keys() & now.keys() if recorded[name] != now[name]]
@@ -139,11 +150,12 @@ class Stored(Mapping[str, Tensor]):
 
 
 def find_checkpoint(folder: Path, path: Path | None = None) -> Path | None:
-    """`path`, or else the newest checkpoint of the folder, that is whole; None if there is none.
+    """The whole checkpoint to go on from; None if there is none.
 
-    Raises ValueError as `load_checkpoint` does.
+    The newest one, or `path`, unless the newest came of that already. Raises ValueError as
+    `load_checkpoint` does.
     """
-    if path is not None:
+    if path is not None and not _came_of(folder, path):
         verify(path)
         return path
     damaged = []
@@ -162,6 +174,31 @@ def find_checkpoint(folder: Path, path: Path | None = None) -> Path | None:
             "delete them to begin anew or choose another output_dir"
         )
     return None
+
+
+def origin(folder: Path, path: Path) -> str:
+    """How the manifests of the checkpoints in a folder name one that they came of."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
+def _came_of(folder: Path, path: Path) -> bool:
+    """Whether the newest checkpoint is of a run that was taken back to `path`."""
+    found = checkpoints(folder)
+    try:
+        return bool(found) and verify(found[-1][1]).get("resumed_from") == origin(folder, path)
+    except ValueError:
+        return False
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints after a step to which the run was taken back: nothing is lost."""
+    for number, path in checkpoints(folder):
+        if number > step:
+            name, count = f"abandoned-{path.name}", 1
+            while (folder / name).exists():
+                count += 1
+                name = f"abandoned-{path.name}-{count}"
+            os.replace(path, folder / name)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -194,8 +231,9 @@ def _begin(folder: Path, staging: Path) -> None:
 
 
 def _write(staging: Path, learners: Mapping[str, Learner], processes: Processes) -> None:
+    # All of them first: processes make some together, and a full disk must not part them.
+    tensors = {name: learner.tensors() for name, learner in learners.items()}
     for number, (name, learner) in enumerate(learners.items()):
-        tensors = learner.tensors()
         if learner.sharded:
             path = staging / f"{name}-{processes.rank + 1:05d}-of-{processes.count:05d}.safetensors"
         elif number % processes.count == processes.rank:
@@ -203,7 +241,7 @@ def _write(staging: Path, learners: Mapping[str, Learner], processes: Processes)
         else:
             continue
         try:
-            save_safetensors(tensors, path)
+            save_safetensors(tensors[name], path)
         except safetensors.SafetensorError as error:  # a full disk, seen from inside the library
             raise OSError(f"{path} cannot be written: {error}") from error
 

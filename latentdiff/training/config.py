@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 T = TypeVar("T")
 
@@ -18,6 +18,8 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
     Raises ValueError, in one sentence, for unknown keys, wrong types and values that the
     dataclass refuses. `--help` and `--print_config` print and end the program.
     """
+    # So that --help says of each option what its field's docstring does.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     description = (cls.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")

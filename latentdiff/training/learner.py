@@ -84,12 +84,22 @@ class Learner:
     `gather`.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> None:
-        """Raises ValueError for a network that cannot be sharded."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        accelerator: Accelerator,
+        *,
+        averaged: bool = True,
+    ) -> None:
+        """Without `averaged` there is no average, and `ema` is the network itself.
+
+        Raises ValueError for a network that cannot be sharded.
+        """
         self.config = config
         self.accelerator = accelerator
         model = model.to(accelerator.device)
-        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval() if averaged else model
         if config.gradient_checkpointing:
             recompute(model)
         if config.compile:
@@ -132,9 +142,10 @@ class Learner:
         if self.sharded:
             likes = zip(averages, model.parameters(), strict=True)
             averages = [own_rows(average, like).clone() for average, like in likes]
-        self._averages = {"ema": averages}
+        self._averages = {"ema": averages} if averaged else {}
         """By name, what this process has of each average, in the order of the parameters."""
-        self._exponents = {str(float(x)): power_exponent(x) for x in config.ema_lengths}
+        lengths = config.ema_lengths if averaged else ()
+        self._exponents = {str(float(x)): power_exponent(x) for x in lengths}
         for name in self._exponents:
             self._averages[f"ema-{name}"] = [average.clone() for average in averages]
 
@@ -143,8 +154,8 @@ class Learner:
 
         With gradient accumulation, `loss` is the mean over one part, `share`, of the global batch:
         the step is taken with a process's last part, and 0 returned for those before it.
-        A step whose gradient is not finite is counted but leaves weights, averages and moments as
-        they are, in all processes alike, since they all have the same gradient.
+        A step whose gradient is not finite is counted but leaves weights, `ema` and moments as they
+        are, in all processes alike, since they all have the same gradient.
         """
         parts = 1 if share is None else share.count // self.accelerator.num_processes
         last = share is None or (share.index + 1) % parts == 0
@@ -201,7 +212,7 @@ class Learner:
 
     def gather(self) -> None:
         """Bring `ema` up to date, in every process; all must call it."""
-        if self.sharded:
+        if self.sharded and self._averages:
             shards = zip(self._averages["ema"], self.raw.parameters(), strict=True)
             for whole, (average, like) in zip(self.ema.parameters(), shards, strict=True):
                 whole.data.copy_(joined(average, like))
@@ -248,6 +259,8 @@ class Learner:
     def load_tensors(self, state: Mapping[str, Tensor], *, num_updates: int) -> None:
         """Go on, bit for bit, from the whole tensors that `tensors` gave after so many updates.
 
+        `gather` then brings `ema` up to date.
+
         They may have been split over any number of processes. Raises ValueError when they were of
         another network.
         """
@@ -285,4 +298,3 @@ class Learner:
             scaler.load_state_dict(
                 {**scaler.state_dict(), "scale": scale, "_growth_tracker": growth}
             )
-        self.gather()

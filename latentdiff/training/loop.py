@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint import load_checkpoint, origin, save_checkpoint
 from latentdiff.training.ema import save_snapshot
 from latentdiff.training.finite import watching
 from latentdiff.training.learner import Learner
@@ -58,6 +58,8 @@ def fit(
     processes, folder = run.processes, run.path
     main = accelerator.is_main_process
     manifest = {"configuration": run.configuration, "fingerprints": dict(fingerprints or {})}
+    if config.resume_from is not None:
+        manifest["resumed_from"] = origin(run.checkpoints, config.resume_from)
 
     def take_step(parts: Sequence[Any], number: int) -> Metrics:
         """One step of the optimizers: means of what `step` gives over this process's parts."""
@@ -82,15 +84,18 @@ def fit(
         with watching({name: learner.raw for name, learner in learners.items()}) as found:
             take_step(parts, number)
         places = [place for all_found in processes.gather(found) for place in all_found]
+        first = (places or ["in the loss"])[0]
+        advice = "a lower learning_rate may help"
+        if first.startswith("the input of"):
+            advice = "the data or the latent cache may be damaged: make it anew"
         raise ValueError(
-            f"step {number}: the gradient was not finite for {config.max_bad_steps} steps in a "
-            f"row, and the first number that was not is {(places or ['in the loss'])[0]}; "
-            "the weights are those before these steps; a lower learning_rate may help"
+            f"step {number + 1}: the gradient was not finite for {config.max_bad_steps} steps in a "
+            f"row, and the first number that was not is {first}; the weights are "
+            f"those before these steps; {advice}"
         )
 
     def write(record: Mapping[str, float]) -> None:
-        if log is not None:
-            log.write(record)
+        processes.on_first(lambda: log.write(record))
         accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
 
     def gather() -> None:
@@ -113,8 +118,8 @@ def fit(
 
     def keep_averages(done: int) -> None:
         for name, learner in learners.items():
-            if learner.config.ema_lengths:
-                found, path = learner.snapshots(), folder / "ema" / name
+            if found := learner.snapshots():
+                path = folder / "ema" / name
                 processes.on_first(partial(save_snapshot, path, done, found))
 
     def keep(done: int, *, results: bool) -> None:
@@ -152,8 +157,10 @@ def fit(
         processes.on_first(run.write_config)
         if summary is not None:
             processes.on_first(lambda: write_data(folder, summary))
-        log = Log(folder / "log.jsonl", start) if main else None
+        log = processes.on_first(lambda: Log(folder / "log.jsonl", start))
         progress.total, progress.initial, progress.n = config.max_steps, start, start
+        if start:
+            progress.write(f"going on from step {start}")
         meter = Meter(accelerator, learners, start, batch_size=config.batch_size)
         batches = data(start)
         if start < config.max_steps:  # after the data, whose workers should not be their children
@@ -179,17 +186,22 @@ def fit(
                 if record is not None:
                     progress.set_postfix_str(_shown(record))
                     write(record)
+                if done % config.snapshot_every == 0 or last:
+                    keep_averages(done)
+                if stopped and not last:  # whoever sent a signal may not wait for more
+                    keep(done, results=False)
                 if validate is not None and (done % config.validate_every == 0 or last):
                     score(done, validate)
                 if preview is not None and (done % config.preview_every == 0 or last):
                     show(done, preview)
-                if done % config.snapshot_every == 0 or last:
-                    keep_averages(done)
-                if checkpoint:
-                    # Whoever sent a signal may not wait for more than the checkpoint.
-                    keep(done, results=not stopped or last)
+                if checkpoint and (last or not stopped):
+                    keep(done, results=True)
         accelerator.wait_for_everyone()
     accelerator.end_training()
+    if stopped and done < config.max_steps:
+        accelerator.print(f"stopped by a signal after step {done}; the same command goes on there")
+    else:
+        accelerator.print(f"the model is in {folder / 'model'}")
     if stopped:
         raise SystemExit(STOPPED)
 

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ class Meter:
     def _begin(self, step: int) -> None:
         self.since = step
         self.sums: Metrics = {}
+        self.counts = Counter[str]()
         self.waited = 0.0
         self.clock = time.perf_counter()
 
@@ -52,6 +54,7 @@ class Meter:
         for name, value in metrics.items():
             kept = torch.where(skipped > 0, 0.0, value)
             self.sums[name] = self.sums.get(name, 0) + kept
+            self.counts[name] += 1
         self.sums["skipped"] = self.sums.get("skipped", 0) + skipped
 
     def read(self, done: int) -> dict[str, float] | None:
@@ -66,7 +69,9 @@ class Meter:
         if skipped == steps:
             return None
         record: dict[str, float] = {"step": done}
-        record |= {name: float(value) / (steps - skipped) for name, value in sums.items()}
+        # Some metrics begin amid a run, such as those of a discriminator.
+        counts = {name: max(1, self.counts[name] - skipped) for name in sums}
+        record |= {name: float(value) / counts[name] for name, value in sums.items()}
         learner = next(iter(self.learners.values()))
         record["learning_rate"] = learner.config.learning_rate_at(learner.num_updates - 1)
         seconds = time.perf_counter() - self.clock

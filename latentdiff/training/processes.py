@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -23,10 +24,13 @@ class Processes:
     need neither the accelerator's stream nor its backend.
     """
 
-    def __init__(self, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, accelerator: Accelerator | None = None, *, timeout: int = 1800) -> None:
+        """Any of them waits for the others for `timeout` seconds, and then raises."""
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.count = 1 if accelerator is None else accelerator.num_processes
-        self.group: Any = dist.new_group(backend="gloo") if self.count > 1 else None
+        self.group: Any = None
+        if self.count > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in the order of ranks; all must call it."""
@@ -53,6 +57,12 @@ class Processes:
             if failure is not None:
                 raise ValueError(failure) from error
         return result  # pyright: ignore[reportReturnType] # nobody failed, so act() returned
+
+    def in_turn(self, act: Callable[[], T]) -> T:
+        """Call `act` in the first process, and then, with what it left on disk, in the others."""
+        first = self.everywhere(lambda: act() if self.rank == 0 else None)
+        other = self.everywhere(lambda: act() if self.rank > 0 else None)
+        return first if self.rank == 0 else other  # pyright: ignore[reportReturnType]
 
     def on_first(self, act: Callable[[], T]) -> T:
         """Call `act` in the first process alone; all get what it returns, or raise if it fails."""

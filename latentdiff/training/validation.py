@@ -62,7 +62,7 @@ class Rest(Dataset[Any]):
 def stratified_t(diffusion: Diffusion, count: int, *, seed: int) -> Tensor:
     """(count, BINS): a time in each bin for each example, evenly spread over the bin by them all.
 
-    As `Diffusion.sample_t` gives them: real numbers for `flow`, else whole ones.
+    As `Objective.sample_t` gives them: real numbers for `flow`, else whole ones.
     """
     draw = generator(seed, 0, "held out t")
     places = torch.stack([torch.randperm(count, generator=draw) for _ in range(BINS)], dim=1)

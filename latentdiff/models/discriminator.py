@@ -1,0 +1,39 @@
+"""PatchGAN: whether a picture's patches look real; trained beside a VAE and thrown away with it."""
+
+from torch import Tensor, nn
+
+
+class Discriminator(nn.Module):
+    """Pictures (B, 3, H, W) -> a score of each patch, (B, 1, H / 2^layers - 2, W / 2^layers - 2).
+
+    pix2pix's (Isola et al. 2017, arXiv:1611.07004, section 3.2.2), which LDM took for its
+    autoencoders: three layers judge patches of 70 x 70. With group norm in place of batch norm, so
+    that a picture's score does not depend on the pictures beside it, nor on how a batch is cut.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers={layers} must be at least 1")
+        parts: list[nn.Module] = [
+            nn.Conv2d(3, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
+        width = channels
+        for i in range(1, layers + 1):
+            before, width = width, channels * min(2**i, 8)
+            stride = 2 if i < layers else 1
+            parts += [
+                nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(min(32, width // 4), width),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # the paper's section 6.2
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
