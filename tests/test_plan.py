@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from latentdiff.cli import plan as command
 from latentdiff.models.layers import Attention
 from latentdiff.models.unet import UNet
+from latentdiff.training.devices import DEVICES, Device
 from latentdiff.training.footprint import Passes, Work, footprint, nbytes
-from latentdiff.training.plan import DEVICES, Device, make_plan, read_settings, work_of
+from latentdiff.training.plan import make_plan, read_settings, work_of
 
 ANY = Device({"no": 1e12, "bf16": 2e12})
 ROOT = Path(__file__).parents[1]
@@ -283,6 +284,7 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"vae": {"layers_per_block": 1}}, "vae.block_out_channels is missing"),
         ({"vae": {**vae(16, 1, 8)["vae"], "width": 3}}, "vae.width is unknown"),
         ({"vae": "emoji"}, "one of unet, vae and clip"),
+        ({"disc_weight": 0.5}, "disc_weight=0.5 must be 0 for a plan"),
     ],
 )
 def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], sentence: str) -> None:

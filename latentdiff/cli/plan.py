@@ -49,7 +49,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from latentdiff.training.plan import DEVICES, make_plan, measure_cpu, read_settings
+    from latentdiff.training.devices import DEVICES, measure_cpu
+    from latentdiff.training.plan import make_plan, read_settings
 
     given = {name: getattr(arguments, name) for name in REPLACING}
     settings = read_settings(arguments.config, given)

@@ -7,7 +7,6 @@ whole, and knows nothing of the data but its size.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, get_args
 
 import torch
@@ -23,6 +22,7 @@ from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text_config import tower_config
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
+from latentdiff.training.devices import Device
 from latentdiff.training.footprint import Footprint, Model, Passes, Sharding, Work, footprint
 from latentdiff.training.losses import vae_loss
 
@@ -54,61 +54,6 @@ checkpointing and sharding "full". What is held all the time takes what it is.
 Measured with torch 2.12.1 on Linux: 1.35 to 1.66, and 1.8 to 2.9."""
 MARGIN = 0.1
 """Share of a GPU's memory that is left to the driver, workspaces and fragmentation: assumed."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a processor can do at most: FLOP/s by precision, and its memory in bytes."""
-
-    flops: Mapping[str, float]
-    memory: float | None = None
-
-    @property
-    def precision(self) -> str:
-        """What mixed_precision "auto" is there."""
-        return "bf16" if "bf16" in self.flops else "no"
-
-
-def _gpu(memory: int, fp32: float, fp16: float, *, bf16: bool = True) -> Device:
-    peaks = {"no": fp32 * 1e12, "fp16": fp16 * 1e12}
-    return Device(peaks | ({"bf16": fp16 * 1e12} if bf16 else {}), memory * 2**30)
-
-
-DEVICES = {
-    "t4": _gpu(16, 8.1, 65, bf16=False),
-    "v100-32gb": _gpu(32, 15.7, 125, bf16=False),
-    "rtx-3090": _gpu(24, 35.6, 71),
-    "rtx-4090": _gpu(24, 82.6, 165.2),
-    "l4": _gpu(24, 30.3, 121),
-    "l40s": _gpu(48, 91.6, 362),
-    "a100-40gb": _gpu(40, 19.5, 312),
-    "a100-80gb": _gpu(80, 19.5, 312),
-    "h100": _gpu(80, 67, 989),
-    "h200": _gpu(141, 67, 989),
-}
-"""GiB and peak TFLOP/s (float32 without tensor cores; half precision with float32 sums, dense).
-
-What NVIDIA states for T4, V100 (SXM), L4, L40S, A100 (SXM), H100 (SXM), H200 (SXM) and the RTX
-cards, half of it where that is with sparsity. Of the half-precision peaks those of A100, H100 and
-RTX 4090 were compared with published pages, the others not."""
-
-
-def measure_cpu(precision: str | None = None) -> Device:
-    """This machine's processor: the rate of a product of two matrices, in a second or so."""
-    names = {"no": torch.float32}
-    if precision == "bf16" or (precision is None and torch.cpu._is_avx512_bf16_supported()):
-        names["bf16"] = torch.bfloat16
-    rates = {}
-    for name, dtype in names.items():
-        a = torch.ones(1024, 1024, dtype=dtype)
-        torch.mm(a, a)  # the first call also chooses its kernel
-        seconds = []
-        for _ in range(5):
-            start = perf_counter()
-            torch.mm(a, a)
-            seconds.append(perf_counter() - start)
-        rates[name] = 2 * 1024**3 / min(seconds)
-    return Device(rates)
 
 
 @dataclass(frozen=True)
@@ -251,7 +196,7 @@ def work_of(
     if isinstance(network, UNetConfig):
         return kind, *_unet(settings, network)
     if isinstance(network, VAEConfig):
-        return kind, _vae(network, _count(settings, "image_size")), None
+        return kind, _vae(settings, network, _count(settings, "image_size")), None
     return kind, _clip(settings, network, processes=processes, eager=not gpu), None
 
 
@@ -344,7 +289,12 @@ def _frozen(settings: Mapping[str, Any]) -> tuple[VAEConfig, CLIPTextConfig]:
     return vae_config, text_config
 
 
-def _vae(config: VAEConfig, size: int) -> Work:
+def _vae(settings: Mapping[str, Any], config: VAEConfig, size: int) -> Work:
+    if settings.get("disc_weight", 0) > 0:
+        raise ValueError(
+            f"disc_weight={settings['disc_weight']} must be 0 for a plan: what a discriminator "
+            "needs is not counted"
+        )
     if size % config.factor:
         raise ValueError(f"image_size={size} must be divisible by {config.factor}")
     C, side = config.latent_channels, size // config.factor
