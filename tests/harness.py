@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ def _process(toy: Toy, rank: int, count: int, port: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     multiprocessing.set_start_method("fork", force=True)  # not the one that this process came by
     os.environ |= {"ACCELERATE_USE_CPU": "true", "MPLBACKEND": "Agg"}
     if count > 1:

@@ -313,7 +313,6 @@ SIZES = [
     vae(32, 8, 128, "bf16"),
     {**unet(64, 16, 64), **CHECKPOINTING, **AVERAGES},
     {**unet(64, 16, 64), **AVERAGES, "accumulation": 2},
-    {**vae(32, 16, 64), **CHECKPOINTING},
 ]
 SHARED = [
     {**unet(64, 16, 64), "sharding": "full"},
