@@ -1,5 +1,6 @@
 """open_clip's tokens from a tokenizer of transformers': the same of any clean text, and padding."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ def test_tokens_and_padding_are_open_clips(encoder: TextEncoder) -> None:
 def test_any_clean_text_has_open_clips_tokens(encoder: TextEncoder, text: str) -> None:
     clean = basic_clean(text)
     assume("<start_of_text>" not in clean and "<end_of_text>" not in clean)
+    # Whether these are letters depends on the year of each library's Unicode.
+    assume(all(unicodedata.category(letter) != "Cn" for letter in clean))
     tokens = [token for chunk, _ in encoder._chunks(clean, weighting=False) for token in chunk]
     assert tokens == SIMPLE.encode(text)
 
