@@ -115,14 +115,18 @@ def write_cache(
     with ExitStack() as stack:
         together(lambda: stack.enter_context(_alone(folder)) if rank == 0 else None)
         together(lambda: encoder.run(dataset, rank, world_size))
-        left_out, total = Counter[str](), 0
-        for path in _records(folder):  # every process: all of them end if this is too much
-            record = _read(path)
-            left_out.update(record["reason"].drop_null().to_pylist())
-            total += len(record)
-        _check_left_out(left_out, total, config)
-        header = {**made_of, "left_out": dict(left_out)}
-        together(lambda: _join(folder, header) if rank == 0 else None)
+        together(lambda: _finish(folder, config, made_of) if rank == 0 else None)
+
+
+def _finish(folder: Path, config: DataConfig, made_of: dict[str, Any]) -> None:
+    """Count what was left out and, if it is not too much, join the records."""
+    left_out, total = Counter[str](), 0
+    for path in _records(folder):
+        record = _read(path)
+        left_out.update(record["reason"].drop_null().to_pylist())
+        total += len(record)
+    _check_left_out(left_out, total, config)
+    _join(folder, {**made_of, "left_out": dict(left_out)})
 
 
 @contextmanager

@@ -278,7 +278,7 @@ def _finish(
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    # Newer ones stay: they are damaged, or of a run that was taken back; it will replace them.
+    # Newer ones stay: they are damaged, and the run will replace them.
     older = [path for number, path in checkpoints(folder) if number < step]
     for old in older[: max(0, len(older) - (keep - 1))]:
         os.replace(old, folder / f".{old.name}.tmp")  # at no moment half there
