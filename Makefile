@@ -12,7 +12,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check quick test interchange lint types clean
+.PHONY: help setup demo check quick test interchange theory lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ interchange: $(VENV)/.installed-dev ## measure every file format against other t
 	    tests/test_full_size.py tests/test_single_file.py tests/test_single_file_reading.py \
 	    tests/test_open_clip.py tests/test_lora.py tests/test_a1111.py tests/test_editing.py \
 	    tests/test_convert.py
+
+theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, numbers, links: a minute
+	MPLBACKEND=Agg $(BIN)/python docs/theory/figures.py
 
 lint: $(VENV)/.installed-dev ## style, formatting and the import contracts
 	$(BIN)/ruff check

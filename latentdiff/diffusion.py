@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from latentdiff import gaussians
 from latentdiff.formats import scheduler
 from latentdiff.formats.header import shown
 from latentdiff.formats.timesteps import Grid, Spacing
@@ -36,8 +37,6 @@ _WORDS = {
 }
 _BETA_RANGES = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 
-
-Level = tuple[Tensor, Tensor]  # alpha, sigma
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep (B,), context
 
 
@@ -51,6 +50,8 @@ class Diffusion:
     `set_alpha_to_one` choose the levels of a sampling run, with the meanings that they have in
     diffusers; the defaults start at t = T and end on data (Lin et al. 2023, arXiv:2305.08891).
     `rescale_betas_zero_snr` stretches a beta schedule to end in pure noise (Algorithm 1 there).
+    `learned_variance`, for beta schedules: the network gives twice the channels, and the second
+    half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
     Everything is computed in float64; results have the dtype and device of x.
 
     Raises ValueError for a value out of range, and for `epsilon` or `score` where alpha is 0 at
@@ -67,6 +68,7 @@ class Diffusion:
     steps_offset: int = 1
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
+    learned_variance: bool = False
 
     def __post_init__(self) -> None:
         for field, words in _WORDS.items():
@@ -80,8 +82,9 @@ class Diffusion:
         if self.schedule == "flow":
             if not self.set_alpha_to_one:
                 raise ValueError("set_alpha_to_one=False is for beta schedules, not schedule=flow")
-            if self.rescale_betas_zero_snr:
-                raise ValueError("rescale_betas_zero_snr=True is for beta schedules, not flow")
+            for field in ("rescale_betas_zero_snr", "learned_variance"):
+                if getattr(self, field):
+                    raise ValueError(f"{field}=True is for beta schedules, not flow")
         if self.schedule in _BETA_RANGES:
             start, end = _BETA_RANGES[self.schedule]
             start = start if self.beta_start is None else self.beta_start
@@ -179,7 +182,7 @@ class Diffusion:
 
     def forward_step(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t from x = x_{t-1}: a sample of q(x_t | x_{t-1}), DDPM eq. 2. t >= 1 is (B,) or ()."""
-        alpha, variance = transition(self.alpha_sigma(t - 1), self.alpha_sigma(t))
+        alpha, variance = gaussians.transition(self.alpha_sigma(t - 1), self.alpha_sigma(t))
         return _fit(alpha, x) * x + _fit(variance.sqrt(), x) * eps
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +190,8 @@ class Diffusion:
 
         DDPM eq. 6 and 7. t >= 1 is (B,) or ().
         """
-        a, b, variance = posterior_coefficients(self.alpha_sigma(t - 1), self.alpha_sigma(t))
+        before, now = self.alpha_sigma(t - 1), self.alpha_sigma(t)
+        a, b, variance = gaussians.posterior_coefficients(before, now)
         return _fit(a, x0) * x0 + _fit(b, x_t) * x_t, variance
 
     # What the network predicts. Salimans & Ho 2022 (arXiv:2202.00512) for v, Song et al. 2021
@@ -232,13 +236,54 @@ class Diffusion:
         weighted by sigma^2 (Song et al. 2021, section 3.3), without which the smallest noise
         levels, where the target is eps / sigma, would drown all others.
         """
+        return self.losses(unet, x0, context, noise=noise, t=t)[0]
+
+    def losses(
+        self, unet: Network, x0: Tensor, context: Tensor, *, noise: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`loss`, and where the variance is learned the bound's term at t, times T; each (B,).
+
+        The term is in bits a dimension: with t uniform, its mean is the bound on real numbers but
+        for the prior, which nothing learned is in. Its gradient reaches the variance alone, as the
+        estimate of x0 is held fixed (Nichol & Dhariwal 2021, section 3.1).
+        """
         alpha, sigma = self.alpha_sigma(t)
         x_t = _fit(alpha, x0) * x0 + _fit(sigma, x0) * noise
-        output = unet(x_t, self.timestep(t), context)
-        error = output.to(x0.dtype) - self.target(x0, noise, alpha, sigma)
+        output, share = self.halves(unet(x_t, self.timestep(t), context).to(x0.dtype))
+        error = output - self.target(x0, noise, alpha, sigma)
         if self.prediction == "score":
             error = _fit(sigma, x0) * error
-        return error.square().flatten(1).mean(1)
+        loss = error.square().flatten(1).mean(1)
+        if share is None:
+            return loss, None
+        estimate = self.to_x0(output.detach(), x_t, alpha, sigma)
+        term = self._bound_term(x0, estimate, share, t).flatten(1).mean(1)
+        return loss, self.num_timesteps / math.log(2) * term
+
+    def halves(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction in a network's output, (B, C, ...), and the variance's share, or None.
+
+        The second half counts from -1 to 1, the share from 0 to 1; nothing keeps either there.
+        """
+        if not self.learned_variance:
+            return output, None
+        output, v = output.chunk(2, dim=1)
+        return output, (v + 1) / 2
+
+    def _bound_term(self, x0: Tensor, estimate: Tensor, share: Tensor, t: Tensor) -> Tensor:
+        """The bound's term at t of each number, in nats: see `likelihood.bound_terms`."""
+        before, now = self.alpha_sigma(t - 1), self.alpha_sigma(t)
+        # At t = 1 beta_tilde is 0, and that of t = 2 stands in for it, as in the authors' code.
+        t = t.clamp(min=2)
+        small, _ = gaussians.reverse_variances(self.alpha_sigma(t - 1), self.alpha_sigma(t))
+        _, large = gaussians.reverse_variances(before, now)
+        from_x0, _, _ = gaussians.posterior_coefficients(before, now)
+        small, large, from_x0 = (_fit(values, x0) for values in (small, large, from_x0))
+        log_variance = gaussians.learned_log_variance(share, small, large)
+        options = {"from_x0": from_x0, "log_small": small.log()}
+        kl = gaussians.divergence(x0, estimate, log_variance, **options)
+        log_p = gaussians.log_density(x0, estimate, log_variance, bins=None)
+        return torch.where(_fit(before[1], x0) == 0, -log_p, kl)
 
     def denoiser(
         self,
@@ -246,6 +291,8 @@ class Diffusion:
         context: Tensor,
         null_context: Tensor | None,
         guidance: Guidance | float,
+        *,
+        shares: bool = False,
     ) -> Denoise:
         """The network as an estimate of x0, guided; a number is the scale of plain guidance.
 
@@ -253,7 +300,10 @@ class Diffusion:
         Both halves go through the network in one call, [null, conditional]; where nothing is guided
         there is one half, at half the cost, and no null_context is needed. Guiding the output is
         guiding x0, because `to_x0` is affine. For one sampling run: momentum remembers its steps.
+        With `shares` it gives (B, 2C, H, W): after x0 the share of the learned variance, which is
+        that with the prompt and is not guided, as in GLIDE's code.
         """
+        assert self.learned_variance or not shares, "only a learned variance has shares"
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
         if guidance.scale != 1 and null_context is None:
@@ -267,13 +317,18 @@ class Diffusion:
             timestep, alpha, sigma = level
             timestep = timestep.to(x.device, non_blocking=True).expand(len(x))
             if not guidance.guides(alpha, sigma):
-                return self.to_x0(unet(x, timestep, context), x, alpha, sigma)
-            null, conditional = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
-            if not guidance.projected:
-                return self.to_x0(guidance.combine(null, conditional), x, alpha, sigma)
-            x0 = self.to_x0(conditional, x, alpha, sigma)
-            update = x0 - self.to_x0(null, x, alpha, sigma) + guidance.momentum * update
-            return guidance.project(update, x0)
+                output, share = self.halves(unet(x, timestep, context))
+                x0 = self.to_x0(output, x, alpha, sigma)
+            else:
+                outputs = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+                (null, _), (output, share) = map(self.halves, outputs)
+                if not guidance.projected:
+                    x0 = self.to_x0(guidance.combine(null, output), x, alpha, sigma)
+                else:
+                    x0 = self.to_x0(output, x, alpha, sigma)
+                    update = x0 - self.to_x0(null, x, alpha, sigma) + guidance.momentum * update
+                    x0 = guidance.project(update, x0)
+            return torch.cat([x0, share], dim=1) if shares and share is not None else x0
 
         return denoise
 
@@ -316,25 +371,6 @@ class Diffusion:
     def from_scheduler_config(cls, config: dict[str, Any]) -> Self:
         """The diffusion of a diffusers scheduler; ValueError for what is not supported."""
         return cls(**scheduler.from_config(config))
-
-
-def transition(s: Level, t: Level) -> tuple[Tensor, Tensor]:
-    """a and v of q(x_t | x_s) = N(a x_s, v I), from (alpha, sigma) of t and of a less noisy s.
-
-    Kingma et al. 2021 (arXiv:2107.00630), eq. 23; v is DDPM's beta_t if s = t - 1.
-    """
-    alpha = t[0] / s[0]
-    return alpha, (t[1] ** 2 - (alpha * s[1]) ** 2).clamp(min=0)
-
-
-def posterior_coefficients(s: Level, t: Level) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and v of q(x_s | x_t, x_0) = N(a x_0 + b x_t, v I), levels as in `transition`.
-
-    DDPM, eq. 7, for any two levels: v is beta_tilde_t if s = t - 1.
-    """
-    alpha, variance = transition(s, t)
-    kept = (s[1] / t[1]) ** 2
-    return s[0] * variance / t[1] ** 2, alpha * kept, variance * kept
 
 
 def _fit(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Given:
         So any model inpaints (Lugmayr et al. 2022, arXiv:2201.09865, eq. 8, without resampling).
         As a sampler moves x by what the denoiser estimates, what is kept stays the picture: with
         `ddim` exactly as if latents were blended after each step, which is what diffusers does.
-        `noise_only` is the sigma at which x_t is eps, if sampling starts from noise, as there.
+        `noise_only` is the sigma at which x_t is eps, if sampling starts from noise, as there. What
+        `denoise` gives after x0, the share of a learned variance, is left as it is.
         """
         masks = self.latent_masks(latents)
 
@@ -56,8 +57,9 @@ class Given:
             known = level.alpha * latents + level.sigma * eps
             if noise_only is not None and level.sigma == noise_only:
                 known = eps
-            x0 = denoise(masks * x + (1 - masks) * known, level)
-            return masks * x0 + (1 - masks) * latents
+            given = denoise(masks * x + (1 - masks) * known, level)
+            x0, shares = given.tensor_split([latents.shape[1]], dim=1)
+            return torch.cat([masks * x0 + (1 - masks) * latents, shares], dim=1)
 
         return denoise_rest
 

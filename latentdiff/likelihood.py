@@ -11,18 +11,21 @@ each in expectation over the noise. Everything is in nats; `bits_per_dim` conver
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import posterior_coefficients, transition
+from latentdiff.gaussians import (
+    Variance,
+    divergence,
+    learned_log_variance,
+    log_density,
+    posterior_coefficients,
+    reverse_variances,
+)
 from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
-
-Fraction = Callable[[Tensor, NoiseLevel], Tensor]
-Variance = Literal["small", "large"] | Fraction
-"""Of p(x_{t-1} | x_t): beta_tilde, beta, or a share in [0, 1] of the way from the one to the other,
-in logarithms, of x_t's shape, which is how a network learns it (Nichol & Dhariwal 2021, eq. 15)."""
+from latentdiff.models.vae import Posterior
 
 
 def bound_terms(
@@ -41,18 +44,18 @@ def bound_terms(
     `reconstruction` (B,). With `bins`, x0 is pixels in [-1, 1] of so many values (256 for 8 bits)
     and the reconstruction their probability (DDPM, eq. 13), else the density of real numbers.
     Its variance in the last step, where beta_tilde is 0, is the step before's (Nichol & Dhariwal).
-    Raises ValueError for another variance and for fewer than two steps.
+    For "learned", `denoise` gives the variance's share after x0: `diffusion.denoiser(…,
+    shares=True)`. Raises ValueError for another variance and for fewer than two steps.
     """
-    if not callable(variance) and variance not in ("small", "large"):
-        raise ValueError(f"variance={variance!r} must be small, large or a function")
+    if variance not in get_args(Variance):
+        allowed = ", ".join(get_args(Variance))
+        raise ValueError(f"variance={variance!r} must be one of {allowed}")
     steps = len(levels)
     if steps < 2:
         raise ValueError(f"levels has {steps} steps and must have 2 or more")
     now, after = levels.pairs()
-    from_x0, _, small = posterior_coefficients(after, now)
-    forward = transition(after, now)[1]
-    # Var(x_s | x_t) of unit Gaussian data; the fraction is 1 wherever alpha^2 + sigma^2 = 1.
-    large = forward * (after[0] ** 2 + after[1] ** 2) / (now[0] ** 2 + now[1] ** 2)
+    from_x0, _, _ = posterior_coefficients(after, now)
+    small, large = reverse_variances(after, now)
     small = torch.cat([small[:-1], small[-2:-1]])
     first = levels[0]
     mean_square = (first.alpha * x0).square().flatten(1).sum(1)
@@ -64,13 +67,12 @@ def bound_terms(
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
         x_t = level.alpha * x0 + level.sigma * noise
         estimate = denoise(x_t, level)
-        log_small, log_large = small[i].log(), large[i].log()
-        if callable(variance):
-            share = variance(x_t, level)
-            log_variance = share * log_large + (1 - share) * log_small
+        if variance == "learned":
+            estimate, share = estimate.chunk(2, dim=1)
+            log_variance = learned_log_variance(share, small[i], large[i])
         else:
-            chosen = log_large if variance == "large" else log_small
-            log_variance = chosen.to(x0).expand(x0.shape)
+            chosen = large[i] if variance == "large" else small[i]
+            log_variance = chosen.log().to(x0).expand(x0.shape)
         if i == steps - 1:  # from the least noise to data: q is a point, so no KL
             log_p = log_density(x0, estimate, log_variance, bins=bins)
             return {
@@ -78,37 +80,44 @@ def bound_terms(
                 "denoising": torch.stack(denoising, dim=1),
                 "reconstruction": -log_p.flatten(1).sum(1),
             }
-        error = (from_x0[i] * (estimate - x0)).square() / log_variance.exp()
-        ratio = log_small - log_variance  # of q's variance to p's
-        kl = 0.5 * (error + ratio.exp() - 1 - ratio)
+        log_small = small[i].log()
+        kl = divergence(x0, estimate, log_variance, from_x0=from_x0[i], log_small=log_small)
         denoising.append(kl.flatten(1).sum(1))
     raise AssertionError("the loop returns in its last step")
-
-
-def log_density(x: Tensor, mean: Tensor, log_variance: Tensor, *, bins: int | None) -> Tensor:
-    """log N(x; mean, variance) of each number, or with `bins` that of its bin in [-1, 1].
-
-    DDPM, eq. 13: the outermost bins reach to infinity.
-    """
-    if bins is None:
-        error = (x - mean).square() / log_variance.exp()
-        return -0.5 * (error + log_variance + math.log(2 * math.pi))
-    scale = torch.exp(-0.5 * log_variance)
-    half = 1 / (bins - 1)
-    below, above = (scale * (x - mean + side) for side in (-half, half))
-    edge = 1 - half / 2
-    below = torch.where(x < -edge, -math.inf, below)
-    above = torch.where(x > edge, math.inf, above)
-    # Phi(above) - Phi(below) in the tail where both are small, so that nothing cancels.
-    swap = below > 0
-    low, high = torch.where(swap, -above, below), torch.where(swap, -below, above)
-    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    return log_high + torch.log(-torch.expm1(log_low - log_high))
 
 
 def bits_per_dim(nats: Tensor, num_dimensions: int) -> Tensor:
     """Nats of a whole example as bits of each of its dimensions."""
     return nats / (num_dimensions * math.log(2))
+
+
+def composed_bound_terms(
+    images: Tensor,
+    posterior: Posterior,
+    decode: Callable[[Tensor], Tensor],
+    denoise: Denoise,
+    levels: NoiseLevels,
+    *,
+    log_variance: Tensor,
+    variance: Variance = "small",
+    bins: int | None = 256,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """One draw of the bound on -log p(images) of an autoencoder with a diffusion prior, in nats.
+
+        -log p(x) <= E[-log p(x | z)] + E[log q(z | x)] + E[bound on -log p(z)],  z ~ q(z | x)
+
+    (Vahdat et al. 2021, arXiv:2106.05931, eq. 4): the last two are KL(q(z | x) || p(z)), bounded.
+    images are (B, 3, H, W) in [-1, 1], `decode` gives the mean of p(x | z), whose `log_variance`
+    is () or like an image, and `bins` is as in `bound_terms`. Gives `pixels`, `code` (the negative
+    entropy of q) and the three terms of `bound_terms` for z, of which `reconstruction` is that of
+    the latents; each (B,), and `denoising` (B, N - 1).
+    """
+    mean = posterior.mean
+    z = posterior.sample(torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean))
+    log_p = log_density(images, decode(z), log_variance.to(images), bins=bins)
+    terms = bound_terms(denoise, z, levels, variance=variance, generator=generator)
+    return {"pixels": -log_p.flatten(1).sum(1), "code": -posterior.entropy(), **terms}
 
 
 def flow_log_density(

@@ -1,4 +1,4 @@
-"""From prompts to pictures: text encoder, UNet, VAE and noise schedule composed.
+"""From prompts to pictures: text encoder, denoiser, VAE and noise schedule composed.
 
 Read on in samplers/ (the steps), diffusion.py (the mathematics) and models/ (the networks).
 Shapes: B pictures, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
@@ -30,6 +30,7 @@ from latentdiff.formats.diffusers import (
 from latentdiff.formats.lora import check_without_loras
 from latentdiff.formats.single_file import read_single_file, write_single_file
 from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
+from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.lora import LoRAs
 from latentdiff.models.single_file import networks, single_file
@@ -54,9 +55,10 @@ class Pipeline:
     """A text-to-image model: `Pipeline.from_pretrained("emoji")("red heart").images[0]`."""
 
     def __init__(
-        self, *, unet: UNet, vae: VAE, text_encoder: TextEncoder, diffusion: Diffusion
+        self, *, unet: UNet | DiT, vae: VAE, text_encoder: TextEncoder, diffusion: Diffusion
     ) -> None:
         self.unet = unet
+        """The denoiser, which may be a DiT; it and not the UNet is meant wherever we say UNet."""
         self.vae = vae
         self.text_encoder = text_encoder
         self.diffusion = diffusion
@@ -67,6 +69,13 @@ class Pipeline:
             raise ValueError(
                 f"in_channels={unet.config.in_channels} of the UNet must be {channels}, the VAE's "
                 f"latent_channels, or {2 * channels + 1}, with mask and masked picture"
+            )
+        times, variance = (2, "learned") if diffusion.learned_variance else (1, "not learned")
+        if unet.config.out_channels != times * channels:
+            raise ValueError(
+                f"out_channels={unet.config.out_channels} of the UNet must be {times * channels}: "
+                f"the VAE has latent_channels={channels}, and the scheduler says that the variance "
+                f"is {variance}"
             )
         if unet.config.cross_attention_dim != text:
             raise ValueError(
@@ -96,8 +105,9 @@ class Pipeline:
             return cls.from_single_file(name, dtype=dtype, device=device)
         folder = find_model(name, revision=revision, variant=variant)
         variants = check_pipeline_folder(folder, variant=variant)
+        network, part = (UNet, "unet") if "unet" in variants else (DiT, "transformer")
         pipeline = cls(
-            unet=UNet.from_pretrained(folder / "unet", variant=variants["unet"], dtype=dtype),
+            unet=network.from_pretrained(folder / part, variant=variants[part], dtype=dtype),
             vae=VAE.from_pretrained(folder / "vae", variant=variants["vae"], dtype=dtype),
             text_encoder=TextEncoder.from_pretrained(
                 folder, variant=variants["text_encoder"], dtype=dtype
@@ -138,16 +148,18 @@ class Pipeline:
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain diffusers pipeline folder; `dtype` is what weights are converted to.
 
-        model_index.json comes last: a folder that has one is whole.
+        A DiT is in `transformer/`, and such a folder is for latentdiff alone. model_index.json
+        comes last: a folder that has one is whole.
         """
         self._check_whole()
         folder = Path(folder)
-        self.unet.save_pretrained(folder / "unet", dtype=dtype)
+        part = "unet" if isinstance(self.unet, UNet) else "transformer"
+        self.unet.save_pretrained(folder / part, dtype=dtype)
         self.vae.save_pretrained(folder / "vae", dtype=dtype)
         self.text_encoder.save_pretrained(folder, dtype=dtype)
         scheduler = self.diffusion.to_scheduler_config()
         save_scheduler_config(scheduler, folder)
-        save_model_index(folder, scheduler_class=scheduler["_class_name"])
+        save_model_index(folder, scheduler_class=scheduler["_class_name"], denoiser=part)
 
     def save_single_file(self, path: str | Path, *, dtype: torch.dtype | None = None) -> list[str]:
         """Write one .safetensors file with LDM's names; returns sentences on which tools open it.
@@ -172,12 +184,12 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the UNet is."""
-        return self.unet.conv_in.weight.device
+        return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The UNet's dtype."""
-        return self.unet.conv_in.weight.dtype
+        return next(self.unet.parameters()).dtype
 
     @property
     def inpaints(self) -> bool:
@@ -254,20 +266,22 @@ class Pipeline:
 
     def _latent_size(self, request: Request) -> tuple[int, int]:
         """Height and width of the latents."""
-        f = self.vae.config.factor
+        f, multiple = self.vae.config.factor, self.vae.config.factor * self.unet.multiple
         trained = self.unet.config.sample_size
         side = self.vae.config.sample_size // f if trained is None else trained
         size = request.images[0].size[::-1] if request.images else (side * f, side * f)
         asked = {"height": request.height, "width": request.width}
         for (field, pixels), own in zip(asked.items(), size, strict=True):
-            if pixels is not None and pixels % f:
+            if pixels is not None and pixels % multiple:
+                patch = "" if multiple == f else f" times {self.unet.multiple}, a patch of the DiT"
+                why = f"the factor of the VAE{patch}"
+                raise ValueError(f"{field}={pixels} must be divisible by {multiple}, {why}")
+            if own < multiple:
                 raise ValueError(
-                    f"{field}={pixels} must be divisible by {f}, the factor of the VAE"
+                    f"image has a {field} of {own}; it must be at least {multiple} pixels"
                 )
-            if own < f:
-                raise ValueError(f"image has a {field} of {own}; it must be at least {f} pixels")
         height, width = (
-            own if pixels is None else pixels
+            own // multiple * multiple if pixels is None else pixels
             for pixels, own in zip(asked.values(), size, strict=True)
         )
         return height // f, width // f
@@ -308,11 +322,12 @@ class Pipeline:
             channels = given.channels(self.vae, noise)
         if latents is not None and not from_noise:
             x = levels.alpha[0] * latents + levels.sigma[0] * eps
-        denoise = self._denoiser(request, channels)
+        sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
+        denoise = self._denoiser(request, channels, shares=sampler.shares)
         if given is not None and latents is not None and masked and not self.inpaints:
             noise_only = levels.sigma[0] if from_noise else None
             denoise = given.keep(denoise, latents, eps, noise_only=noise_only)
-        return find_sampler(request.sampler)(denoise, x, levels, noise=noise)
+        return sampler(denoise, x, levels, noise=noise)
 
     def _first_noise(self, request: Request, noise: PictureNoise) -> Tensor:
         eps = noise()
@@ -341,7 +356,7 @@ class Pipeline:
             contexts.append((context, null[0] if null else None))
         return contexts
 
-    def _denoiser(self, request: Request, channels: Tensor | None) -> Denoise:
+    def _denoiser(self, request: Request, channels: Tensor | None, *, shares: bool) -> Denoise:
         """The guided network for all pictures, those with equally long texts in one call.
 
         But on the CPU for each alone: matrix products add up in an order that depends on the batch,
@@ -359,16 +374,18 @@ class Pipeline:
             network = self._network
             if channels is not None:
                 network = with_channels(network, channels[rows])
-            guidance = request.guidance
-            parts.append((rows, self.diffusion.denoiser(network, context, null_context, guidance)))
+            part = self.diffusion.denoiser(
+                network, context, null_context, request.guidance, shares=shares
+            )
+            parts.append((rows, part))
         if len(parts) == 1:
             return parts[0][1]
 
         def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-            x0 = torch.empty_like(x)
+            of_row: dict[int, Tensor] = {}
             for rows, denoise_rows in parts:
-                x0[rows] = denoise_rows(x[rows], level)
-            return x0
+                of_row |= zip(rows, denoise_rows(x[rows], level), strict=True)
+            return torch.stack([of_row[row] for row in range(len(x))])
 
         return denoise
 

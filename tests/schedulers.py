@@ -31,6 +31,9 @@ def our_path(
     sampler: Callable[..., Iterator[Tensor]],
     x: Tensor,
     levels: NoiseLevels,
+    *,
+    network: Network = network,
+    shares: bool = False,
     **options: Any,
 ) -> list[Tensor]:
     inputs = []
@@ -39,7 +42,7 @@ def our_path(
         inputs.append(x)
         return network(x, timestep, context)
 
-    denoise = diffusion.denoiser(recorded, normal(7), None, 1.0)
+    denoise = diffusion.denoiser(recorded, normal(7), None, 1.0, shares=shares)
     samples = list(sampler(denoise, x, levels, **options))
     assert len(samples) == len(levels)
     return [*inputs, samples[-1]]

@@ -1,6 +1,7 @@
 """Blocks: recomputed and compiled they give the same numbers, and recomputed they keep less."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,15 +10,26 @@ from tiny import UNET, randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.blocks import blocks, compile_blocks, recompute
 from latentdiff.training.footprint import Work, footprint
 from latentdiff.training.learner import Learner, OptimizerConfig
 
+DIT = DiTConfig(num_layers=3, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
+
 
 def unet() -> UNet:
     return UNet(UNET)
+
+
+def dit() -> DiT:
+    return DiT(DIT)
+
+
+def joint_dit() -> DiT:
+    return DiT(replace(DIT, attention="joint", pooled_text=True))
 
 
 def vae() -> VAE:
@@ -38,7 +50,7 @@ def text() -> CLIPTextModel:
 
 def loss_of(network: nn.Module, count: int = 3) -> Tensor:
     draw = torch.Generator().manual_seed(5)
-    if isinstance(network, UNet):
+    if isinstance(network, UNet | DiT):
         x = torch.randn(count, 4, 8, 8, generator=draw)
         context = torch.randn(count, 5, 16, generator=draw)
         return network(x, torch.arange(count), context).square().mean()
@@ -50,7 +62,7 @@ def loss_of(network: nn.Module, count: int = 3) -> Tensor:
     return network(input_ids=ids).last_hidden_state.square().mean()
 
 
-@pytest.mark.parametrize("make", [unet, vae, text])
+@pytest.mark.parametrize("make", [unet, dit, joint_dit, vae, text])
 def test_recomputed_gradients_have_the_same_bits(make) -> None:
     plain = make().train()
     randomise(plain)

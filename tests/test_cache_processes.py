@@ -35,7 +35,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def start(home: Path, out: Path, launcher: list[str]) -> subprocess.Popen[bytes]:
     options = (
         f"--data={home / 'set'} --output_dir={out} --vae={home / 'vae'} --image_size=16 "
-        "--bucket_step=8 --max_aspect=4 --flip=true --crops=2 --chunk_size=1 --batch_size=4"
+        "--bucket_step=8 --max_aspect=4 --flip=true --crops=2 --chunk_size=1 --batch_size=4 "
+        "--gate=false"
     )
     command = [sys.executable, *launcher, str(ROOT / "train" / "cache_latents.py")]
     return subprocess.Popen([*command, *options.split()])

@@ -13,7 +13,11 @@ from scripts import CONFIGS, ROOT, config_class
 from latentdiff.training.config import parse_config, run_script, write_config
 
 # Which script reads which of configs/*/.
-READERS = {"clip": "train_clip", "vae": "train_vae", "cache": "cache_latents", "unet": "train_unet"}
+READERS = {
+    **{"clip": "train_clip", "vae": "train_vae", "cache": "cache_latents", "unet": "train_unet"},
+    **{"enlarge": "train_vae", "enlarge_cache": "cache_latents", "enlarge_unet": "train_unet"},
+    "dit": "train_unet",
+}
 
 
 @dataclass(frozen=True)

@@ -330,6 +330,10 @@ def test_denoiser_takes_a_level_of_its_own_for_each_picture():
             {"schedule": "flow", "prediction": "sample", "rescale_betas_zero_snr": True},
             "rescale_betas_zero_snr=True is for beta schedules, not flow",
         ),
+        (
+            {"schedule": "flow", "prediction": "sample", "learned_variance": True},
+            "learned_variance=True is for beta schedules, not flow",
+        ),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5, beta_end=0.1 must be"),
         ({"schedule": "cosine", "beta_end": 0.1}, "schedule=cosine has no beta_start or beta_end"),
         ({"steps_offset": -1}, "steps_offset=-1 must not be negative"),

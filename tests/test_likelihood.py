@@ -8,7 +8,14 @@ from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.levels import Denoise, NoiseLevel
-from latentdiff.likelihood import bits_per_dim, bound_terms, flow_log_density, log_density
+from latentdiff.likelihood import (
+    bits_per_dim,
+    bound_terms,
+    composed_bound_terms,
+    flow_log_density,
+    log_density,
+)
+from latentdiff.models.vae import Posterior
 
 PREDICTION = {"flow": "flow_prediction"}
 SIZE = 5
@@ -84,12 +91,16 @@ def test_a_learned_variance_makes_it_exact_for_any_gaussian_data() -> None:
             small = step * (s_t / before.sigma) ** 2
         return ((true / small).log() / (forward / small).log()).expand(x.shape)
 
+    def both(x: Tensor, level: NoiseLevel) -> Tensor:
+        return torch.cat([gaussian(0, std)(x, level), share(x, level)], dim=1)
+
     means = {}
-    for name, variance in (("small", "small"), ("large", "large"), ("learned", share)):
-        found = draws(x0, 1000, denoise=gaussian(0, std), levels=levels, variance=variance)
+    for variance in ("small", "large", "learned"):
+        denoise = both if variance == "learned" else gaussian(0, std)
+        found = draws(x0, 1000, denoise=denoise, levels=levels, variance=variance)
         error = found.std(0) / math.sqrt(len(found))
-        means[name] = found.mean(0)
-        gap = means[name] + exact(x0, 0, std)
+        means[variance] = found.mean(0)
+        gap = means[variance] + exact(x0, 0, std)
         assert (gap > -4 * error - 1e-3).all()
     # The chain ends a little off N(0, I) for such data: 0.5 alpha_T^2 at most a dimension.
     assert (means["learned"] + exact(x0, 0, std)).abs().max() < 0.05
@@ -183,7 +194,38 @@ def test_bits_are_nats_over_log_two_a_dimension() -> None:
 
 def test_what_is_no_variance_is_refused() -> None:
     x0, levels = torch.zeros(1, 2), diffusion("cosine", 4).levels(4)
-    with pytest.raises(ValueError, match="variance='medium' must be small, large or a function"):
+    with pytest.raises(ValueError, match="variance='medium' must be one of small, large, learned"):
         bound_terms(gaussian(0, 1), x0, levels, variance="medium")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="levels has 1 steps and must have 2 or more"):
         bound_terms(gaussian(0, 1), x0, diffusion("cosine", 4).levels(1))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_an_autoencoder_with_a_diffusion_prior_is_exact_where_its_posterior_is(right: bool) -> None:
+    """x = w z + s eps with z ~ N(0, 1) is N(0, w^2 + s^2); another q(z | x) is above by its KL."""
+    w, s = 0.8, 0.3
+    x = torch.randn(3, 1, 1, SIZE, dtype=torch.float64)
+    variance = 1 / (1 + (w / s) ** 2)
+    width = variance if right else 4 * variance
+    repeated = x.repeat(4000, 1, 1, 1)
+    posterior = Posterior(
+        variance * w / s**2 * repeated, torch.full_like(repeated, math.log(width))
+    )
+    terms = composed_bound_terms(
+        repeated,
+        posterior,
+        lambda z: w * z,
+        gaussian(0, 1),
+        diffusion("flow", 20).levels(20),
+        log_variance=torch.tensor(2 * math.log(s)),
+        variance="large",
+        bins=None,
+        generator=torch.Generator().manual_seed(0),
+    )
+    found = sum(term.reshape(len(repeated), -1).sum(1) for term in terms.values())
+    assert isinstance(found, Tensor)
+    found = found.reshape(4000, 3)
+    error = found.std(0) / math.sqrt(len(found))
+    log_p = exact(x.flatten(1), 0, math.hypot(w, s))
+    kl = 0.5 * SIZE * (width / variance - 1 - math.log(width / variance))
+    assert ((found.mean(0) + log_p - kl).abs() < 4 * error + 1e-9).all()

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import Posterior
+from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.losses import (
+    OutputScale,
     Reconstruction,
     adversarial_weight,
     hinge_loss,
+    pixel_nats,
     vae_loss,
 )
 
@@ -81,6 +85,53 @@ def test_vae_loss_gradients_reach_encoder_and_decoder() -> None:
         torch.testing.assert_close(gradients[0], 2 * (reconstruction - images) / count)
         torch.testing.assert_close(gradients[1], 0.5 * posterior.mean / count)
         torch.testing.assert_close(gradients[2], 0.5 * (posterior.logvar.exp() - 1) / 2 / count)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("logvar", [-4.0, 0.5])
+def test_pixel_nats_are_those_of_a_density(norm: Reconstruction, logvar: float) -> None:
+    """exp(-nats) over all values of a pixel has the integral 1."""
+    errors = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
+    distances = errors.abs() if norm == "l1" else errors.square()
+    width = torch.tensor(logvar, dtype=torch.float64)
+    nats = pixel_nats(distances, width, norm=norm)
+    assert float(torch.trapezoid(torch.exp(-nats), errors)) == pytest.approx(1, abs=1e-5)
+    laplace = torch.distributions.Laplace(0.0, width.exp())
+    gaussian = torch.distributions.Normal(0.0, (0.5 * width).exp())
+    known = laplace if norm == "l1" else gaussian
+    torch.testing.assert_close(-nats, known.log_prob(errors))
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_best_width_is_the_mean_error(norm: Reconstruction) -> None:
+    """Of the nats by calculus, and of what the learner finds among errors that vary."""
+    distance = torch.tensor(0.03)
+    best = distance.log().requires_grad_(True)
+    (slope,) = torch.autograd.grad(pixel_nats(distance, best, norm=norm), best)
+    assert float(slope) == pytest.approx(0, abs=1e-6)
+    scale = OutputScale(norm)
+    config = OptimizerConfig(
+        learning_rate=scale.RATE, weight_decay=0.0, max_steps=600, cooldown_steps=200
+    )
+    learner = Learner(scale, config, Accelerator(cpu=True), averaged=False)
+    for error in (0.02, 0.04) * (config.max_steps // 2):
+        learner.update(learner.model(torch.tensor(error)))
+    assert scale.logvar.exp().item() == pytest.approx(0.03, rel=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_with_a_width_the_loss_is_the_negative_elbo(norm: Reconstruction) -> None:
+    reconstruction, images, posterior = example()
+    logvar = torch.tensor(-1.5)
+    loss, distance, kl = vae_loss(
+        reconstruction, images, posterior, norm=norm, kl_weight=1.0, logvar=logvar
+    )
+    s = logvar.exp()
+    density = torch.distributions.Laplace if norm == "l1" else torch.distributions.Normal
+    log_p = density(reconstruction, s if norm == "l1" else s.sqrt()).log_prob(images)
+    torch.testing.assert_close(loss, (posterior.kl().sum() - log_p.sum()) / images.numel())
+    plain = vae_loss(reconstruction, images, posterior, norm=norm, kl_weight=1.0)
+    torch.testing.assert_close((distance, kl), plain[1:])
 
 
 def test_hinge_loss_is_nothing_where_the_scores_are_right_by_one() -> None:

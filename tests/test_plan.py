@@ -39,6 +39,13 @@ def unet(width: int, batch: int, size: int, precision: str = "no") -> dict[str, 
     return {"unet": network, **shared}
 
 
+def dit(batch: int, attention: str = "cross") -> dict[str, Any]:
+    """The UNet's keys beside it, as the script writes them."""
+    network = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    shared = {"batch_size": batch, "image_size": 32, "mixed_precision": "no"}
+    return {**unet(32, batch, 32), "dit": {**network, "attention": attention}, **shared}
+
+
 def vae(width: int, batch: int, size: int, precision: str = "no") -> dict[str, Any]:
     network = {
         "block_out_channels": [width, 2 * width, 4 * width],
@@ -85,7 +92,9 @@ def test_arithmetic_is_that_of_the_formulas(side: int) -> None:
     assert found.step_flop == found.forward_flop + n * backward
 
 
-@pytest.mark.parametrize("settings", [unet(32, 2, 32), vae(16, 2, 16), clip(3)])
+@pytest.mark.parametrize(
+    "settings", [unet(32, 2, 32), dit(2), dit(2, "joint"), vae(16, 2, 16), clip(3)]
+)
 def test_arithmetic_is_what_torch_counts_on_real_tensors(settings: dict[str, Any]) -> None:
     work = work_of(settings)[1]
     batch = settings["batch_size"]
@@ -283,7 +292,7 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"gradient_checkpointing": "yes"}, "gradient_checkpointing='yes' must be one of True"),
         ({"vae": {"layers_per_block": 1}}, "vae.block_out_channels is missing"),
         ({"vae": {**vae(16, 1, 8)["vae"], "width": 3}}, "vae.width is unknown"),
-        ({"vae": "emoji"}, "one of unet, vae and clip"),
+        ({"vae": "emoji"}, "one of unet, dit, vae and clip"),
         ({"disc_weight": 0.5}, "disc_weight=0.5 must be 0 for a plan"),
     ],
 )

@@ -389,5 +389,5 @@ def test_ddim_refuses_what_it_cannot_do(options, message):
 
 def test_ddpm_refuses_an_unknown_variance():
     levels = Diffusion("linear", "sample").levels(3)
-    with pytest.raises(ValueError, match="variance=learned must be small or large"):
-        next(ddpm(lambda x, level: x, normal(1), levels, variance="learned", noise=noise_from(1)))
+    with pytest.raises(ValueError, match="variance=medium must be one of small, large, learned"):
+        next(ddpm(lambda x, level: x, normal(1), levels, variance="medium", noise=noise_from(1)))

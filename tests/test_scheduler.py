@@ -1,5 +1,6 @@
 """scheduler_config.json against diffusers' own classes."""
 
+import dataclasses
 import inspect
 import json
 from itertools import product
@@ -8,6 +9,7 @@ from typing import Any, get_args
 import diffusers
 import pytest
 import torch
+from parity import no_warning_logged
 
 from latentdiff.diffusion import Diffusion, Prediction, Schedule
 from latentdiff.formats import scheduler
@@ -39,6 +41,7 @@ def test_a_diffusion_is_the_same_after_writing_and_reading(schedule, prediction)
         {"num_timesteps": 2000, "timestep_spacing": "linspace", "steps_offset": 0},
         {} if schedule == "flow" else {"set_alpha_to_one": False, "timestep_spacing": "leading"},
         {"rescale_betas_zero_snr": schedule != "flow" and prediction not in ("epsilon", "score")},
+        {"learned_variance": schedule != "flow"},
     ):
         diffusion = Diffusion(schedule, prediction, **options)
         text = json.dumps(diffusion.to_scheduler_config(), allow_nan=False)
@@ -48,9 +51,46 @@ def test_a_diffusion_is_the_same_after_writing_and_reading(schedule, prediction)
         assert Diffusion.from_scheduler_config(diffusion.to_scheduler_config()) == diffusion
 
 
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Diffusion)])
+def test_no_field_is_forgotten(field):
+    """Each has another value here than its default, and comes back."""
+    other = {
+        "schedule": "cosine",
+        "prediction": "sample",
+        "num_timesteps": 1500,
+        "beta_start": 0.001,
+        "beta_end": 0.03,
+        "timestep_spacing": "linspace",
+        "steps_offset": 0,
+        "set_alpha_to_one": False,
+        "rescale_betas_zero_snr": True,
+        "learned_variance": True,
+    }
+    diffusion = Diffusion(
+        **{"schedule": "linear", "prediction": "v_prediction"} | {field: other[field]}
+    )  # pyright: ignore[reportArgumentType]
+    assert getattr(diffusion, field) == other[field]
+    assert Diffusion.from_scheduler_config(diffusion.to_scheduler_config()) == diffusion
+
+
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_every_key_of_the_class_is_written_and_no_other(schedule):
     config = Diffusion(schedule, "sample").to_scheduler_config()
+    assert_every_key(config)
+
+
+def test_a_learned_variance_is_written_as_the_one_class_that_reads_it():
+    """With DDIMScheduler's set_alpha_to_one, over which diffusers loses no word: it is a cousin."""
+    config = Diffusion("linear", "epsilon", learned_variance=True).to_scheduler_config()
+    assert (config["_class_name"], config["variance_type"]) == ("DDPMScheduler", "learned_range")
+    with no_warning_logged():
+        theirs = their_scheduler(config)
+    assert theirs.variance_type == "learned_range"
+    assert config.pop("set_alpha_to_one")
+    assert_every_key(config)
+
+
+def assert_every_key(config: dict[str, Any]) -> None:
     keys = set(inspect.signature(getattr(diffusers, config.pop("_class_name")).__init__).parameters)
     assert set(config) == keys - {"self", "lambda_min_clipped"}
 
@@ -142,7 +182,15 @@ def test_unipc_flow_is_read():
         ({"trained_betas": [0.1]}, r"trained_betas=\[0.1\] is not supported, only None"),
         ({"thresholding": True}, "thresholding=True is not supported, only False"),
         ({"rescale_betas_zero_snr": True}, "prediction=epsilon says nothing of x0 where alpha=0"),
-        ({"variance_type": "learned_range"}, "variance_type=learned_range is not supported"),
+        ({"variance_type": "learned"}, "variance_type=learned is not supported"),
+        (
+            {
+                "variance_type": "learned_range",
+                "use_flow_sigmas": True,
+                "prediction_type": "sample",
+            },
+            "learned_variance=True is for beta schedules, not flow",
+        ),
         ({"use_flow_sigmas": True, "flow_shift": 3.0}, "flow_shift=3.0 is not supported, only 1.0"),
         (
             {"use_flow_sigmas": True, "prediction_type": "v_prediction"},

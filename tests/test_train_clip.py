@@ -1,7 +1,32 @@
-"""What train_clip.py does to its pictures."""
+"""train_clip.py: its pictures, its two losses, what it holds out and what it starts from."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
-from scripts import script
+import torch.distributed as dist
+from clips import SIDE, tiny_clip
+from scripts import ROOT, script
+from small_run import logged
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPProcessor
+
+from latentdiff.data.config import DataConfig
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.shapes import build_shapes
+from latentdiff.formats.weights import load_safetensors, save_safetensors
+from latentdiff.training.config import run_script
+from latentdiff.training.randomness import Share
+from latentdiff.training.validation import held_out
+
+BATCH, WIDTH = 6, 5
 
 
 def test_a_blur_spreads_a_point_by_its_own_deviation_and_loses_nothing() -> None:
@@ -16,3 +41,236 @@ def test_a_blur_spreads_a_point_by_its_own_deviation_and_loses_nothing() -> None
         # A Gaussian that is sampled at whole pixels and cut at three deviations.
         torch.testing.assert_close(variance, sigma**2, rtol=0.03, atol=1e-12)
     torch.testing.assert_close(blurred.sum((1, 2, 3)), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_blur_leaves_what_is_of_one_colour_and_mixes_no_channels_or_pictures() -> None:
+    colours = torch.rand(2, 3, 1, 1).expand(-1, -1, 8, 8)
+    blurred = script("train_clip").blur(colours, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(blurred, colours, rtol=0, atol=1e-6)
+
+
+def test_a_crop_of_the_whole_picture_is_the_picture() -> None:
+    images = torch.randn(3, 3, 12, 12)
+    cropped = script("train_clip").crop(images, torch.rand(3, 3), scale=1.0)
+    torch.testing.assert_close(cropped, images, rtol=0, atol=1e-5)
+
+
+def test_a_crop_is_a_square_inside_the_picture_enlarged() -> None:
+    """Of pictures that show their own coordinates, from -1 to 1, as the crop's corners do."""
+    size, scale = 16, 0.5
+    along = (torch.arange(size) + 0.5) / size * 2 - 1
+    images = torch.stack([along.expand(size, size), along[:, None].expand(size, size)])
+    places = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.25], [1.0, 0.3, 0.9], [0.2, 1.0, 0.0]])
+    cropped = script("train_clip").crop(images.expand(4, 2, size, size), places, scale=scale)
+    for crop, (share, x, y) in zip(cropped, places.tolist(), strict=True):
+        side = scale + (1 - scale) * share
+        for channel, middle in ((crop[0], x), (crop[1].T, y)):
+            seen = side * along + (2 * middle - 1) * (1 - side)
+            # Between the outermost pixels' middles and the edge is only the outermost pixel.
+            expected = seen.clamp(float(along[0]), float(along[-1])).expand(size, size)
+            torch.testing.assert_close(channel, expected, rtol=0, atol=1e-5)
+
+
+def pairs() -> tuple[Tensor, Tensor, Any]:
+    """A global batch's embeddings and what a loss asks of the towers, with leaves for gradients."""
+    source = torch.Generator().manual_seed(3)
+    rows = [torch.randn(BATCH, WIDTH, generator=source, dtype=torch.float64) for _ in range(2)]
+    image, text = (F.normalize(x, dim=1).requires_grad_() for x in rows)
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.2, -2.0))
+    return image, text, SimpleNamespace(logit_scale=scale, logit_bias=bias)
+
+
+def loss_and_gradients(kind: str, rank: int, count: int) -> tuple[Tensor, list[Tensor]]:
+    """Of a process's share of the batch: loss () and gradients, those of the rows whole."""
+    image, text, clip = pairs()
+    share = Share(rank, count)
+    loss_of = script("train_clip").contrastive_loss(kind, rank=rank, world_size=count)
+    loss = loss_of(share.rows(image), share.rows(text), clip)
+    loss.backward()
+    leaves = [image, text, clip.logit_scale, clip.logit_bias]
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+    return loss.detach(), gradients
+
+
+def test_softmax_asks_each_picture_for_its_caption_and_each_caption_for_its_picture() -> None:
+    image, text, clip = pairs()
+    logits = clip.logit_scale.exp() * image @ text.T
+    own = -torch.log_softmax(logits, 1).diagonal() - torch.log_softmax(logits, 0).diagonal()
+    torch.testing.assert_close(loss_and_gradients("softmax", 0, 1)[0], own.mean().detach() / 2)
+
+
+def test_sigmoid_asks_of_each_pair_whether_it_is_one() -> None:
+    """SigLIP, eq. 1: -1/B sum over i, j of log sigmoid(z_ij (t x_i · y_j + b))."""
+    image, text, clip = pairs()
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(BATCH):
+        for j in range(BATCH):
+            logit = clip.logit_scale.exp() * (image[i] @ text[j]) + clip.logit_bias
+            expected = expected - torch.log(torch.sigmoid(logit if i == j else -logit)) / BATCH
+    expected.backward()
+    loss, gradients = loss_and_gradients("sigmoid", 0, 1)
+    torch.testing.assert_close(loss, expected.detach())
+    leaves = (image, text, clip.logit_scale, clip.logit_bias)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
+    """Means over the processes, as DDP takes them."""
+    torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
+    for kind in ("softmax", "sigmoid"):
+        files = [load_safetensors(tmp_path / f"{kind}-{rank}.safetensors") for rank in range(2)]
+        loss, gradients = loss_and_gradients(kind, 0, 1)
+        for name, expected in zip("abcde", [loss, *gradients], strict=True):
+            torch.testing.assert_close((files[0][name] + files[1][name]) / 2, expected)
+
+
+def _process(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    for kind in ("softmax", "sigmoid"):
+        loss, gradients = loss_and_gradients(kind, rank, 2)
+        named = dict(zip("abcde", [loss, *gradients], strict=True))
+        save_safetensors(named, folder / f"{kind}-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+TINY = (
+    "--clip.text_width=16 --clip.text_layers=1 --clip.image_width=16 --clip.image_layers=1 "
+    "--clip.projection_dim=8 --vocab_size=600 --max_steps=4 --contrastive=sigmoid"
+)
+COMMON = (
+    "--caption_columns=[text,text_zh] --batch_size=8 --warmup_steps=2 --cooldown_steps=0 "
+    "--log_every=1 --mixed_precision=no --held_out=0.2 --checkpoint_every=2 --preview_every=100 "
+    "--validate_every=2 --image_size=16"
+)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    build_shapes(folder, count=80, seed=0, size=32)
+    return folder
+
+
+def command(shapes: Path, folder: Path, *args: str) -> list[str]:
+    path = str(ROOT / "train" / "train_clip.py")
+    return [path, *COMMON.split(), f"--data={shapes}", f"--output_dir={folder}", *args]
+
+
+def train(shapes: Path, folder: Path, *args: str) -> None:
+    """Run the script on shapes, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command(shapes, folder, *args))
+        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
+        patch.setattr("latentdiff.training.loop.plot_log", lambda log, out: None)
+        run_script(script("train_clip").main)
+
+
+def found(folder: Path) -> list[dict[str, float]]:
+    return [record for record in logged(folder) if "retrieval_text@1" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by the sigmoid loss."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(shapes, folder, *TINY.split())
+    return folder
+
+
+@pytest.mark.slow
+def test_the_sigmoids_bias_is_learned_and_lies_beside_a_plain_clip(whole: Path) -> None:
+    state = load_safetensors(whole / "checkpoints" / "step-4" / "clip.safetensors")
+    bias = state["ema.logit_bias"]
+    assert state["model.logit_bias"] not in (bias, -10.0)
+    clip, loaded = CLIPModel.from_pretrained(whole / "model" / "clip", output_loading_info=True)
+    assert not any(loaded.values())
+    assert clip.config.logit_bias == float(bias)
+    assert all(torch.equal(v, state[f"ema.{name}"]) for name, v in clip.state_dict().items())
+    assert CLIPProcessor.from_pretrained(whole / "model" / "clip").tokenizer.model_max_length == 24
+
+
+@pytest.mark.slow
+def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
+    whole: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """The same weights and retrieval after a break at step 2; sums in another order in two."""
+    train(shapes, tmp_path / "one", *TINY.split(), "--max_steps=2")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(shapes, tmp_path / "two", *TINY.split())],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    train(shapes, tmp_path / "one", *TINY.split())
+    file = Path("checkpoints") / "step-4" / "clip.safetensors"
+    assert (tmp_path / "one" / file).read_bytes() == (whole / file).read_bytes()
+    assert found(tmp_path / "one") == found(whole)
+    assert [record["step"] for record in found(whole)] == [2, 4]
+    assert found(tmp_path / "two") == found(whole)
+    steps = [[r for r in logged(path) if "loss" in r] for path in (tmp_path / "two", whole)]
+    for two, one in zip(*steps, strict=True):
+        for name in ("loss", "accuracy", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
+    shapes: Path, tmp_path: Path
+) -> None:
+    """Without a learning rate worth the name: the pool as it is, whatever training sees."""
+    tiny_clip(tmp_path / "source")
+    still = ["--init", str(tmp_path / "source"), "--max_steps=1", "--learning_rate=1e-30"]
+    augmented = ["--crop_scale=0.5", "--blur=2", "--noise=1"]
+    train(shapes, tmp_path / "plain", *still, "--crop_scale=1")
+    train(shapes, tmp_path / "other", *still, *augmented)
+    source = CLIPModel.from_pretrained(tmp_path / "source")
+    for name, tensor in (
+        CLIPModel.from_pretrained(tmp_path / "other/model/clip").state_dict().items()
+    ):
+        torch.testing.assert_close(tensor, source.state_dict()[name], rtol=0, atol=1e-12)
+    written = json.loads((tmp_path / "other/model/clip/preprocessor_config.json").read_text())
+    asked = json.loads((tmp_path / "source/preprocessor_config.json").read_text())
+    assert [written[key] for key in ("image_mean", "image_std")] == [
+        asked[key] for key in ("image_mean", "image_std")
+    ]
+    (plain,), (other,) = found(tmp_path / "plain"), found(tmp_path / "other")
+    assert plain == other
+    config = DataConfig(data=str(shapes), image_size=SIDE, caption_columns=("text", "text_zh"))
+    dataset = CaptionedImages(config)
+    numbers = held_out(len(dataset), 0.2, seed=0).tolist()
+    module = script("train_clip")
+    pool = module.make_pool(dataset, numbers, seed=0)
+    assert len(pool.images) == len(numbers) == int(0.2 * len(dataset))
+    processor = CLIPProcessor.from_pretrained(tmp_path / "source")
+    words = processor.tokenizer(
+        list(pool.captions), padding="max_length", truncation=True, return_tensors="pt"
+    )
+    values = processor.image_processor(list(pool.images), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = source(input_ids=words.input_ids, pixel_values=values)
+    shares = pool.recall(expected.image_embeds, expected.text_embeds)
+    assert {name: float(share) for name, share in shares.items()} == {
+        name: value for name, value in plain.items() if name != "step"
+    }
+
+
+@pytest.mark.slow
+def test_of_a_stream_nothing_is_held_out_which_is_said(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(shapes, tmp_path / "run", *TINY.split(), "--max_steps=1", "--stream=true")
+    assert "a stream has no pictures to hold out" in capsys.readouterr().out
+    assert found(tmp_path / "run") == []
+    assert "held_out" not in json.loads((tmp_path / "run" / "data.json").read_text())
+
+
+def test_a_share_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"held_out=1\.0 must be in \[0, 1\)"):
+        script("train_clip").TrainCLIP(held_out=1.0)

@@ -1,4 +1,4 @@
-"""What train_vae.py does to its pictures, and its discriminator beside it."""
+"""What train_vae.py does to its pictures, and what it trains beside or in place of the whole."""
 
 import json
 import os
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import write_backbone
 from scripts import ROOT, script
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
+from latentdiff.formats.weights import load_json
+from latentdiff.models.vae import VAE
 from latentdiff.training.checkpoint import Stored
 from latentdiff.training.config import run_script
 from latentdiff.training.randomness import Share, generator
@@ -58,18 +61,29 @@ def log(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def stored(run: Path, step: int, name: str) -> dict[str, Tensor]:
+    return dict(Stored(run / "checkpoints" / f"step-{step}", name))
+
+
 def weights(run: Path, step: int, name: str) -> dict[str, Tensor]:
-    stored = Stored(run / "checkpoints" / f"step-{step}", name)
-    return {key: tensor for key, tensor in stored.items() if key.startswith("model.")}
+    found = stored(run, step, name)
+    return {key: tensor for key, tensor in found.items() if key.startswith("model.")}
+
+
+def gradients_of(run: Path, name: str) -> dict[str, Tensor]:
+    """The gradients of a run's only step: its optimizer has a tenth of them."""
+    found = stored(run, 1, name)
+    ending = ".exp_avg"
+    return {key.removesuffix(ending): 10 * t for key, t in found.items() if key.endswith(ending)}
 
 
 @pytest.mark.slow
 def test_a_vae_with_its_discriminator_resumes_bit_for_bit(pictures: Path, tmp_path: Path) -> None:
-    records = train(pictures, tmp_path / "whole")
+    records = train(pictures, tmp_path / "whole", "--learn_logvar=true")
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-4")
-    again = train(pictures, tmp_path / "part")
-    for name in ("vae", "discriminator"):
+    again = train(pictures, tmp_path / "part", "--learn_logvar=true")
+    for name in ("vae", "discriminator", "logvar"):
         found, expected = (
             dict(Stored(tmp_path / run / "checkpoints" / "step-4", name))
             for run in ("part", "whole")
@@ -79,6 +93,13 @@ def test_a_vae_with_its_discriminator_resumes_bit_for_bit(pictures: Path, tmp_pa
     assert [r["disc_loss"] for r in again[1:]] == [r["disc_loss"] for r in records[1:]]
     assert "disc_loss" not in records[0]  # which begins after a step
     assert all(key in records[1] for key in ("adversarial", "grad_norm_disc", "disc_real"))
+    for record in records:
+        assert record["loss"] == pytest.approx(record["pixel_nats"] + 1e-3 * record["kl"])
+    facts = load_json(tmp_path / "whole" / "model" / "training.json")
+    assert facts == load_json(tmp_path / "part" / "model" / "training.json")
+    assert facts["reconstruction"] == "l1"
+    assert facts["logvar"] == float(stored(tmp_path / "whole", 4, "logvar")["model.logvar"]) < 0
+    assert facts.keys() >= {"disc_real", "disc_fake", "disc_loss"}
 
 
 @pytest.mark.slow
@@ -107,12 +128,29 @@ def test_neither_step_takes_the_others_gradients(pictures: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_two_processes_train_both_as_one_does(pictures: Path, tmp_path: Path) -> None:
-    alone = train(pictures, tmp_path / "one")
+    alone = train(pictures, tmp_path / "one", "--learn_logvar=true")
+    train_in_two(pictures, tmp_path / "two", "--learn_logvar=true")
+    for found, expected in zip(log(tmp_path / "two"), alone, strict=True):
+        for name in found.keys() - {"samples_per_second", "data_wait", "memory"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    for name in ("vae", "discriminator", "logvar"):
+        assert_near(*(weights(tmp_path / run, 4, name) for run in ("two", "one")))
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same weights up to sums in another order, which AdamW makes most of."""
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def train_in_two(pictures: Path, run: Path, *more: str) -> None:
+    """Run the script in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "train" / "train_vae.py"), *ARGUMENTS, f"--data={pictures}"]
     path = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, f"--output_dir={tmp_path / 'two'}"],
+        [*command, f"--output_dir={run}", *more],
         capture_output=True,
         text=True,
         check=False,
@@ -124,9 +162,70 @@ def test_two_processes_train_both_as_one_does(pictures: Path, tmp_path: Path) ->
         },
     )
     assert done.returncode == 0, done.stderr
-    for found, expected in zip(log(tmp_path / "two"), alone, strict=True):
-        for name in found.keys() - {"samples_per_second", "data_wait", "memory"}:
-            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_the_perceptual_gradient_reaches_every_layer(pictures: Path, tmp_path: Path) -> None:
+    """In diffusers' script LPIPS is computed without gradients: it is logged and changes nothing.
+
+    Here the gradients of a step are those without it and its own by its weight, in the decoder and
+    in the encoder alike.
+    """
+    path = write_backbone(tmp_path / "alexnet.safetensors", "alexnet")
+    options = ["--disc_weight=0", "--max_steps=1", "--max_grad_norm=1e9"]
+    gradients, records = [], []
+    for weight in (0.0, 1.0, 2.0):
+        run = tmp_path / str(weight)
+        more = [f"--perceptual_weight={weight}", f"--perceptual_weights={path}"]
+        records += train(pictures, run, *options, *more)
+        gradients.append(gradients_of(run, "vae"))
+        assert [file.stem for file in run.glob("checkpoints/*/*.safetensors")] == ["vae"]
+    without, with_one, with_two = gradients
+    for name, gradient in without.items():
+        own = with_one[name] - gradient
+        assert own.norm() > 0, name
+        torch.testing.assert_close(with_two[name] - gradient, 2 * own, rtol=1e-3, atol=1e-5)
+    assert any(name.startswith("optimizer.encoder.conv_in") for name in without)
+    assert any(name.startswith("optimizer.decoder.conv_out") for name in without)
+    assert records[2]["loss"] == pytest.approx(records[0]["loss"] + 2 * records[2]["perceptual"])
+    write_backbone(path, "alexnet", seed=1)  # another one under the same name
+    with pytest.raises(SystemExit):
+        train(pictures, tmp_path / "2.0", *options, *more, "--max_steps=2")
+
+
+DECODER_ONLY = ["--decoder_only=true", "--disc_weight=0", "--init"]
+
+
+@pytest.mark.slow
+def test_a_new_decoder_leaves_the_latents_as_they_were(pictures: Path, tmp_path: Path) -> None:
+    train(pictures, tmp_path / "start", "--disc_weight=0")
+    start = tmp_path / "start" / "model"
+    records = train(pictures, tmp_path / "more", *DECODER_ONLY, str(start))
+    before, after = VAE.from_pretrained(start), VAE.from_pretrained(tmp_path / "more" / "model")
+    images = 2 * torch.rand(4, 3, 32, 32) - 1
+    moments_before, moments_after = before.encode(images), after.encode(images)
+    assert moments_after.mean.equal(moments_before.mean)
+    assert moments_after.logvar.equal(moments_before.logvar)
+    trained = set()
+    for name, tensor in after.state_dict().items():
+        if tensor.equal(before.state_dict()[name]):
+            assert name.startswith(("encoder.", "quant_conv."))
+        else:
+            trained.add(name)
+    assert trained == {n for n in after.state_dict() if n.startswith(("decoder.", "post_quant_"))}
+    kept = {key for key in stored(tmp_path / "more", 4, "vae") if key.startswith("optimizer.")}
+    assert {key.removeprefix("optimizer.").rpartition(".")[0] for key in kept} == trained
+    assert all("kl" not in record and record["loss"] == record["l1"] for record in records)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_decoder_as_one_does(pictures: Path, tmp_path: Path) -> None:
+    runs = {name: tmp_path / name for name in ("start", "one", "two")}
+    train(pictures, runs["start"], "--disc_weight=0", "--max_steps=1")
+    options = [*DECODER_ONLY, str(runs["start"] / "model")]
+    train(pictures, runs["one"], *options)
+    train_in_two(pictures, runs["two"], *options)
+    assert_near(weights(runs["two"], 4, "vae"), weights(runs["one"], 4, "vae"))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +234,15 @@ def test_two_processes_train_both_as_one_does(pictures: Path, tmp_path: Path) ->
         ({"disc_weight": -1.0}, "disc_weight=-1.0 must not be negative"),
         ({"disc_weight": 0.5, "accumulation": 2}, "accumulation=2 must be 1 with a disc_weight"),
         ({"disc_weight": 0.5, "sharding": "full"}, "sharding='full' must be 'none' with a"),
+        ({"perceptual_weight": 1.0}, "perceptual_weight=1.0 needs perceptual_weights, a safe"),
+        ({"perceptual_weight": -1.0}, "perceptual_weight=-1.0 must not be negative"),
+        ({"decoder_only": True}, "decoder_only=True needs init, the VAE whose latents are kept"),
+        (
+            {"decoder_only": True, "init": "emoji", "sharding": "zero2"},
+            "sharding='zero2' must be 'none' or 'full' with decoder_only",
+        ),
     ],
 )
-def test_what_a_discriminator_cannot_be_trained_with_is_refused(option, message: str) -> None:
+def test_what_does_not_go_together_is_refused(option, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         script("train_vae").TrainVAE(**option)

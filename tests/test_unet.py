@@ -70,6 +70,13 @@ CONFIGS = {
         out_channels=3,
         freq_shift=0.5,
     ),
+    "text added to time": config(
+        (True, False), addition_embed_type="text", addition_embed_type_num_heads=3
+    ),
+    "mean of the text added to time": config((True, False), class_embed_type="simple_projection"),
+    "mean of the text beside time": config(
+        (False, True), class_embed_type="simple_projection", class_embeddings_concat=True
+    ),
 }
 
 
@@ -98,7 +105,8 @@ def drawn(seed: int) -> UNetConfig:
 
 
 CONFIGS |= {f"drawn {seed}": drawn(seed) for seed in range(4)}
-QUICK = ("sd1", "sd2", "odd widths")
+POOLED = [name for name in CONFIGS if " time" in name]
+QUICK = ("sd1", "sd2", "odd widths", *POOLED)
 each_config = pytest.mark.parametrize(
     "config",
     [
@@ -137,15 +145,18 @@ def test_output_and_all_gradients_equal_diffusers(config: UNetConfig) -> None:
     assert shapes(unet) == shapes(reference)
     unet.load_state_dict(reference.state_dict())
     for dtype, tolerance in TOLERANCES.items():
+        if config.addition_embed_type is not None:
+            tolerance = max(tolerance, 1e-5)  # diffusers pools with a softmax in float32 always
         reference.to(dtype)
         unet.to(dtype)
         x, timestep, context = inputs(config, dtype=dtype, requires_grad=True)
-        expected = reference(x, timestep, context).sample
+        pooled = None if config.class_embed_type is None else context.mean(dim=1)
+        expected = reference(x, timestep, context, class_labels=pooled).sample
         output = unet(x, timestep, context)
         assert difference({"": output}, {"": expected}) < tolerance
         wanted = gradients(expected, reference, (x, context))
         assert difference(gradients(output, unet, (x, context)), wanted) < tolerance
-        reads_context = any(".attn2." in name for name in wanted)
+        reads_context = any(".attn2." in n or "_embedding." in n for n in wanted if "time" not in n)
         unused = [] if reads_context else ["input 1"]
         assert [name for name, gradient in wanted.items() if not gradient.any()] == unused
 
@@ -180,6 +191,8 @@ def test_a_key_that_diffusers_does_not_know_would_be_noticed() -> None:
         ("only_cross_attention", True),
         ("resnet_time_scale_shift", "scale_shift"),
         ("conv_in_kernel", 1),
+        ("class_embeddings_concat", True),
+        ("projection_class_embeddings_input_dim", 12),
         ("num_attention_heads", 8),
         ("colour", "red"),
         ("down_block_types", ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]),
@@ -273,7 +286,7 @@ def test_a_new_network_is_the_zero_function_and_so_is_every_branch(config: UNetC
             zeros.append(module.conv2)
             x = torch.randn(2, module.conv1.in_channels, 4, 4)
             shortcut = x if module.conv_shortcut is None else module.conv_shortcut(x)
-            time = torch.randn(2, 4 * config.block_out_channels[0])
+            time = torch.randn(2, config.time_width)
             assert torch.equal(module(x, time), shortcut)
         elif isinstance(module, SpatialTransformer):
             zeros.append(module.proj_out)
@@ -285,6 +298,54 @@ def test_a_new_network_is_the_zero_function_and_so_is_every_branch(config: UNetC
     expected = {name for name in names.values() if name.endswith(suffixes)}
     assert zeroed == expected | {"conv_out.weight", "conv_out.bias"}
     assert not any(p.any() for module in zeros for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_pooled_text_reaches_where_no_attention_does(name: str) -> None:
+    """A network without attention sees its text through the time alone, each example its own."""
+    sees = dataclasses.replace(
+        CONFIGS[name],
+        down_block_types=[DOWN[0]] * 2,
+        up_block_types=[UP[0]] * 2,
+        mid_block_type="UNetMidBlock2D",
+    )
+    unet = ours(sees).double()
+    x, timestep, context = inputs(sees, dtype=torch.float64)
+    expected = unet(x, timestep, context)
+    assert not torch.allclose(unet(x, timestep, context.flip(0)), expected, atol=1e-3)
+    torch.testing.assert_close(unet(x, timestep, context.flip(1)), expected)  # no order of words
+    context[1] = torch.randn_like(context[1])
+    changed = unet(x, timestep, context)
+    torch.testing.assert_close(changed[0], expected[0], rtol=0, atol=1e-10)
+    assert not torch.allclose(changed[1], expected[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (
+            {"addition_embed_type": "text"},
+            "addition_embed_type_num_heads=64 must divide cross_attention_dim=12",
+        ),
+        (
+            {
+                "addition_embed_type": "text",
+                "addition_embed_type_num_heads": 2,
+                "class_embed_type": "simple_projection",
+            },
+            "class_embed_type='simple_projection' must be null where addition_embed_type is given",
+        ),
+        (
+            {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 8},
+            "projection_class_embeddings_input_dim=8 must be 12: cross_attention_dim",
+        ),
+    ],
+)
+def test_pooled_text_that_cannot_be_is_refused_in_words(
+    keys: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        UNetConfig.from_dict({**CONFIGS["sd1"].to_dict(), **keys})
 
 
 def test_from_zero_the_gradient_reaches_the_output_first_and_every_parameter_in_three_steps() -> (

@@ -65,6 +65,13 @@ def drawn(seed: int) -> VAEConfig:
     )
 
 
+# Of widths that no two levels share, f 4, 8 and 16 with the latents of newer models.
+SIZES = {
+    "f4, 8 channels": config((4, 8, 12), latent_channels=8),
+    "f8, 16 channels": config((4, 8, 12, 16), latent_channels=16),
+    "f16, 32 channels": config((4, 8, 12, 16, 20), latent_channels=32),
+}
+CONFIGS |= SIZES
 CONFIGS |= {f"drawn {seed}": drawn(seed) for seed in range(3)}
 QUICK = ("sd", "odd widths")
 each_config = pytest.mark.parametrize(

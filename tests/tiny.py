@@ -66,7 +66,9 @@ def tiny_pipeline(
 ) -> Pipeline:
     """Random weights in every layer; `folder` is scratch space for the tokenizer's files."""
     torch.manual_seed(seed)
-    unet = UNet(replace(UNET, in_channels=9 if inpaints else 4))
+    learned = diffusion is not None and diffusion.learned_variance
+    channels = {"in_channels": 9 if inpaints else 4, "out_channels": 8 if learned else 4}
+    unet = UNet(replace(UNET, **channels))
     vae = VAE(
         VAEConfig(
             block_out_channels=(8, 16),

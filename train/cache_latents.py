@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_writer import CHUNK, write_cache
 from latentdiff.data.config import DataConfig
+from latentdiff.data.gate import check_latents
 from latentdiff.data.images import breakdown
 from latentdiff.data.opening import open_images
 from latentdiff.data.views import Views
@@ -30,6 +32,8 @@ class CacheLatents(DataConfig, Views):
     """The VAE's folder, that of a pipeline, or "emoji", the embedded one."""
     batch_size: int = 64
     """Pictures that are encoded at a time."""
+    gate: bool = True
+    """Refuse a VAE whose latents are not fit to train on; false warns and goes on."""
     chunk_size: int = CHUNK
     """Samples of a file: a process that is killed has to encode the last so many again."""
 
@@ -47,7 +51,9 @@ def main() -> None:
     # The first to have encoded its share waits for the last, which is no sign of a fault.
     processes = Processes(accelerator, timeout=WEEK)
     dataset = processes.in_turn(lambda: open_images(config))
-    vae = VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
+    folder = find_part(config.vae, "vae")
+    vae = VAE.from_pretrained(folder).to(accelerator.device)
+    gate = partial(check_latents, batch_size=config.batch_size, refuse=config.gate)
     write_cache(
         config.output_dir,
         dataset,
@@ -58,6 +64,7 @@ def main() -> None:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         together=processes.everywhere,
+        gate=lambda: gate(vae, dataset, folder),
     )
     if accelerator.is_main_process:
         write_config(text, config.output_dir)

@@ -1,26 +1,36 @@
-"""Train a tokenizer and both CLIP towers from scratch: accelerate launch train/train_clip.py."""
+"""Train a tokenizer and both CLIP towers, or train on: accelerate launch train/train_clip.py."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from open_clip import ClipLoss
-from torch import Tensor
+from open_clip.loss import SigLipLoss
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
 from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import image_batches, open_images, some_captions, some_examples
+from latentdiff.data.stream import StreamedImages
 from latentdiff.data.summary import images_summary
 from latentdiff.models.clip import CLIPSize, new_clip
-from latentdiff.models.text import TextEncoder
+from latentdiff.models.clip_start import Pixels, load_start
+from latentdiff.models.text import TextEncoder, save_tokenizer
 from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
@@ -28,23 +38,40 @@ from latentdiff.training.loop import fit
 from latentdiff.training.meter import Metrics
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, choose, generator
+from latentdiff.training.retrieval import Pool
 from latentdiff.training.run_folder import RunFolder
 from latentdiff.training.setup import LoopConfig, make_accelerator
 from latentdiff.training.tokenizer import train_tokenizer
+from latentdiff.training.validation import Rest, held_out
 
 MOST_CAPTIONED = 200_000  # pictures of a stream whose captions the tokenizer learns from
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5: clipped to keep training stable
+# SigLIP (Zhai et al. 2023, section 3.2): so that the many wrong pairs do not overwhelm at first.
+SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0
+POOL_BATCH = 64  # held-out pictures at a time, the same in every run, as sums are not
 
 
 @dataclass(frozen=True)
 class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
-    """Train a tokenizer on the captions, then text and image tower contrastively on the pairs."""
+    """Train a tokenizer on the captions, then text and image tower contrastively on the pairs.
+
+    With `init`, train on from towers and a tokenizer that are there."""
 
     output_dir: Path = Path("runs/shapes/clip")
     max_steps: int = 600
     batch_size: int = 128
     learning_rate: float = 1e-3
     cooldown_steps: int = 200
+    init: str | None = None
+    """What to start from: a folder of transformers' CLIPModel gives both towers; a pipeline's or
+    run's folder, "emoji", a hub id or open_clip:NAME:WEIGHTS the text tower. Its shapes and its
+    tokenizer are then taken in place of those of `clip`, `vocab_size` and `max_tokens`."""
+    contrastive: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: which of the batch's captions is a picture's, and which picture a caption's (CLIP);
+    sigmoid: of each pair, whether it is one (SigLIP)."""
+    held_out: float = 0.01
+    """Share of the pictures, 256 at most, that are kept out of training to find each other's
+    captions among; none if that is fewer than two, and none of a stream."""
     clip: CLIPSize = field(default_factory=CLIPSize)
     vocab_size: int = 3072
     """Tokens at most, of them 514 fixed: bytes, start and end."""
@@ -74,6 +101,8 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
         for name in ("blur", "noise"):
             if not 0 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 8")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out} must be in [0, 1)")
         if not self.caption_columns:
             raise ValueError("caption_columns is empty: CLIP is trained on pictures with captions")
 
@@ -86,28 +115,36 @@ def main() -> None:
     processes = Processes(accelerator, timeout=config.timeout)
     run = RunFolder(config.output_dir, settings, processes)
     dataset = processes.in_turn(lambda: open_images(config))
-    if isinstance(dataset, CaptionedImages):  # a stream tells when its first epoch ends
-        check_batch(config.batch_size, len(dataset))
-    tokenizer = train_tokenizer(
-        some_captions(dataset, MOST_CAPTIONED),
-        vocab_size=config.vocab_size,
-        length=config.max_tokens,
-    )
-    torch.manual_seed(config.seed)
-    learner = Learner(
-        new_clip(config.clip, tokenizer, image_size=config.image_size), config, accelerator
-    )
+    pool, rest, num_held = None, None, 0
+    if isinstance(dataset, CaptionedImages):
+        held = held_out(len(dataset), config.held_out, seed=config.seed)
+        num_held = len(held) if len(held) > 1 else 0
+        check_batch(config.batch_size, len(dataset) - num_held)  # a stream tells when it ends
+        if num_held:
+            rest = Rest(dataset, held)
+            pool = make_pool(dataset, held.tolist(), seed=config.seed)
+    elif config.held_out > 0:
+        accelerator.print("a stream has no pictures to hold out: no retrieval is reported")
+    clip, tokenizer, scaled = begin(config, dataset)
+    learner = Learner(clip, config, accelerator)
     raw, ema = learner.raw, learner.ema
     assert isinstance(raw, CLIPModel)
     assert isinstance(ema, CLIPModel)
     if accelerator.device.type == "cpu":
         # torch's fused attention is slower than plain products there, see models/layers.py.
         raw.set_attn_implementation("eager")
-    contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    loss_of = contrastive_loss(config.contrastive, rank=rank, world_size=world_size)
 
     def tokenize(prompts: list[str]) -> Tensor:
         """(B, L) token ids; training captions may be cut, so here nobody is warned."""
-        encoded = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+        encoded = tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            # What pads may be a word too, such as "!": see models/text.py.
+            split_special_tokens=tokenizer.pad_token_id != tokenizer.eos_token_id,
+        )
         return encoded.input_ids.to(accelerator.device)
 
     def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
@@ -129,9 +166,9 @@ def main() -> None:
             strength = config.noise * draw("noise strength", 1, 1, 1).to(images)
             images = images + strength * gaussian("noise", *images.shape[1:]).to(images)
         words = choose(batch["captions"], draw("caption").tolist())
-        output = learner.model(input_ids=tokenize(words), pixel_values=images)
+        output = learner.model(input_ids=tokenize(words), pixel_values=scaled(images))
         image, text = output.image_embeds, output.text_embeds  # (B, D), of length 1
-        loss = contrastive(image, text, raw.logit_scale.exp())
+        loss = loss_of(image, text, raw)
         with torch.no_grad():
             own = torch.arange(len(image), device=image.device) + rank * len(image)
             texts = accelerator.gather(text)
@@ -150,7 +187,25 @@ def main() -> None:
             stop=config.max_steps,
             rank=rank,
             world_size=world_size,
+            examples=rest,
         )
+
+    @torch.no_grad()
+    def retrieval() -> Metrics:
+        assert pool is not None
+        towers: Any = ema  # whose methods' types say nothing
+        pictures, texts = [], []
+        for images in pool.images.split(POOL_BATCH):
+            values = scaled(to_floats(images.to(accelerator.device)))
+            pictures.append(towers.get_image_features(pixel_values=values).pooler_output)
+        for start in range(0, len(pool.captions), POOL_BATCH):
+            ids = tokenize(list(pool.captions[start : start + POOL_BATCH]))
+            texts.append(towers.get_text_features(input_ids=ids).pooler_output)
+        return pool.recall(torch.cat(pictures), torch.cat(texts))
+
+    def validate() -> Metrics:
+        # In one process, in batches of one size: the same numbers, however many processes train.
+        return processes.on_first(retrieval)
 
     @torch.no_grad()
     def preview(path: Path) -> None:
@@ -158,27 +213,34 @@ def main() -> None:
         examples = list(some_examples(dataset, 1024))
         count = len(examples)
         images = torch.stack([example["image"] for example in examples])
-        pixels = to_floats(images.to(accelerator.device))
+        pictures = to_floats(images.to(accelerator.device))
         asked = [i * count // 8 for i in range(8)]
         words = tokenize([examples[i]["captions"][0] for i in asked])
-        output = ema(input_ids=words, pixel_values=pixels)
+        output = ema(input_ids=words, pixel_values=scaled(pictures))
         nearest = (output.text_embeds @ output.image_embeds.T).topk(min(7, count)).indices
         rows = [[i, *row.tolist()] for i, row in zip(asked, nearest, strict=True)]
-        shown = [to_pil(pixels[i]) for row in rows for i in row]
+        shown = [to_pil(pictures[i]) for row in rows for i in row]
         picture_grid(shown, columns=1 + nearest.shape[1]).save(path)
 
     def save(folder: Path) -> None:
-        """`text_encoder/` and `tokenizer/` for the UNet; `clip/`, both towers, for evaluation."""
+        """`text_encoder/` and `tokenizer/` for the UNet; `clip/`, both towers, for the rest.
+
+        A CLIPModel has no `logit_bias`: it goes into `clip/config.json`, where `init` finds it.
+        """
         assert isinstance(ema.config.text_config, CLIPTextConfig)
         tower = CLIPTextModel(ema.config.text_config)
         names = tower.state_dict().keys()
         weights = {name.removeprefix("text_model."): v for name, v in ema.state_dict().items()}
         tower.load_state_dict({name: weights[name.removeprefix("text_model.")] for name in names})
         TextEncoder(tower, tokenizer).save_pretrained(folder)
-        ema.save_pretrained(folder / "clip")
+        state = ema.state_dict()
+        if (bias := state.pop("logit_bias", None)) is not None:
+            ema.config.logit_bias = float(bias)
+        ema.save_pretrained(folder / "clip", state_dict=state)
+        save_tokenizer(tokenizer, folder / "clip")
         side = {"height": config.image_size, "width": config.image_size}
         CLIPImageProcessor(
-            size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            size=side, crop_size=side, image_mean=list(scaled.mean), image_std=list(scaled.std)
         ).save_pretrained(folder / "clip")
 
     fit(
@@ -190,9 +252,80 @@ def main() -> None:
         run,
         save=save,
         preview=preview,
+        validate=None if pool is None else validate,
         fingerprints={"data": dataset.fingerprint},
-        summary=images_summary(dataset),
+        summary=images_summary(dataset, held_out=num_held),
     )
+
+
+def begin(
+    config: TrainCLIP, dataset: CaptionedImages | StreamedImages
+) -> tuple[CLIPModel, CLIPTokenizer, Pixels]:
+    """Both towers as training finds them, the tokenizer, and how pictures are scaled.
+
+    Raises ValueError where `init` is no CLIP or has other shapes than the configuration asks for.
+    """
+    torch.manual_seed(config.seed)
+    if config.init is None:
+        tokenizer = train_tokenizer(
+            some_captions(dataset, MOST_CAPTIONED),
+            vocab_size=config.vocab_size,
+            length=config.max_tokens,
+        )
+        clip = new_clip(config.clip, tokenizer, image_size=config.image_size)
+        scaled, bias = Pixels(), None
+    else:
+        start = load_start(config.init, config.clip, image_size=config.image_size)
+        check_shapes(config, start.shapes)
+        tokenizer, (clip, scaled, bias) = start.tokenizer, start.towers
+    if config.contrastive == "sigmoid":
+        if bias is None:
+            bias = SIGMOID_BIAS
+            clip.logit_scale.data.fill_(SIGMOID_SCALE)
+        clip.register_parameter("logit_bias", nn.Parameter(torch.tensor(bias)))
+    return clip, tokenizer, scaled
+
+
+def check_shapes(config: TrainCLIP, shapes: Mapping[str, int]) -> None:
+    """Raise ValueError for an option that asks for other shapes than those of `init`.
+
+    One that is left as it is by default asks for nothing.
+    """
+    plain = TrainCLIP()
+    for name, own in shapes.items():
+        asked = attrgetter(name)
+        if asked(config) not in (asked(plain), own):
+            raise ValueError(
+                f"{name}={asked(config)} contradicts init={config.init!r}, whose is {own}: "
+                "leave it out"
+            )
+
+
+def contrastive_loss(
+    kind: str, *, rank: int, world_size: int
+) -> Callable[[Tensor, Tensor, CLIPModel], Tensor]:
+    """The loss () of this process's pairs of embeddings (B, D) with those of all processes.
+
+    The mean over the processes is that of the whole batch.
+    """
+    if kind == "softmax":
+        softmax = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+        return lambda image, text, clip: softmax(image, text, clip.logit_scale.exp())
+    # "gather" is the one of its ways that asks for a collective alone, which every backend has.
+    sigmoid = SigLipLoss(rank=rank, world_size=world_size, dist_impl="gather")
+    return lambda image, text, clip: sigmoid(image, text, clip.logit_scale.exp(), clip.logit_bias)
+
+
+def make_pool(dataset: CaptionedImages, numbers: Sequence[int], *, seed: int) -> Pool:
+    """The held-out examples of these numbers, each with one of its captions, as it has them all."""
+    examples = [dataset[number] for number in numbers]
+    places = [
+        float(torch.rand((), generator=generator(seed, number, "held out caption")))
+        for number in numbers
+    ]
+    captions = [example["captions"] for example in examples]
+    images = torch.stack([example["image"] for example in examples])
+    return Pool.of(images, choose(captions, places), captions)
 
 
 def crop(images: Tensor, places: Tensor, *, scale: float) -> Tensor:

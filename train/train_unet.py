@@ -1,8 +1,9 @@
-"""Train the denoising UNet on cached latents: accelerate launch train/train_unet.py."""
+"""Train the denoiser, a UNet or a DiT, on cached latents: accelerate launch train/train_unet.py."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from latentdiff.data.batches import batches, check_batch
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
+from latentdiff.data.gate import check_latents
 from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import open_images
 from latentdiff.data.summary import cache_summary
 from latentdiff.data.views import Views
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_part
+from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
@@ -62,11 +65,15 @@ class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
     is encoded first, into the run folder."""
     vae: str = "emoji"
     """Folder of the VAE or of a pipeline, or "emoji", the embedded one."""
+    gate: bool = True
+    """Where `data` is encoded: refuse a VAE whose latents are not fit to train on; false warns."""
     text_encoder: str = "emoji"
     """Folder with text_encoder/ and tokenizer/, or "emoji"."""
     diffusion: Diffusion = field(default_factory=lambda: Diffusion("flow", "flow_prediction"))
     unet: UNetConfig = field(default_factory=lambda: SMALL)
     """Channels, context width and sample_size follow from VAE, text encoder and cache."""
+    dit: DiTConfig | None = None
+    """Given, a diffusion transformer is trained in the UNet's place; the same three follow."""
     caption_dropout: float = 0.1
     """Share of examples whose caption is emptied, for classifier-free guidance."""
     held_out: float = 0.01
@@ -100,16 +107,18 @@ def main() -> None:
     text_encoder = TextEncoder.from_pretrained(find_part(config.text_encoder, "text_encoder"))
     text_encoder.to(accelerator.device)
     C = vae.config.latent_channels
-    unet_config = replace(
-        config.unet,
+    network = replace(
+        config.unet if config.dit is None else config.dit,
         in_channels=C,
-        out_channels=C,
+        out_channels=2 * C if config.diffusion.learned_variance else C,
         sample_size=cache.image_size // vae.config.factor,
         cross_attention_dim=text_encoder.width,
     )
     torch.manual_seed(config.seed)
-    learner = Learner(UNet(unet_config), config, accelerator)
-    learners = {"unet": learner}
+    unet = UNet(network) if isinstance(network, UNetConfig) else DiT(network)
+    check_sizes(cache, vae, unet)
+    learner = Learner(unet, config, accelerator)
+    learners = {"unet" if isinstance(unet, UNet) else "dit": learner}
     if config.weighting == "uncertainty":
         whole = replace(config, sharding="none")
         learners["uncertainty"] = Learner(Uncertainty(), whole, accelerator, averaged=False)
@@ -132,7 +141,7 @@ def main() -> None:
         t = own(config.sample_t(diffusion, config.batch_size, generator=draw("t")))
         noise = own(config.noise(shape, generator=draw("noise")))
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
-        losses = diffusion.loss(learner.model, x0, context, noise=noise, t=t)
+        losses, bound = diffusion.losses(learner.model, x0, context, noise=noise, t=t)
         metrics = {"loss": losses.mean()}
         weight = config.weight(diffusion, t).to(losses)
         if "uncertainty" in learners:
@@ -141,7 +150,11 @@ def main() -> None:
             own_loss = (losses.detach() * torch.exp(-u) + u).mean()
             metrics["grad_norm_uncertainty"] = learners["uncertainty"].update(own_loss, share)
             metrics["uncertainty"] = u.mean()
-        return metrics | {"grad_norm": learner.update((weight * losses).mean(), share)}
+        loss = (weight * losses).mean()
+        if bound is not None:
+            metrics["bound"] = bound.mean()
+            loss = loss + config.vlb_weight * metrics["bound"]
+        return metrics | {"grad_norm": learner.update(loss, share)}
 
     def captions(batch: dict[str, Any], number: int, share: Share) -> list[str]:
         """One caption an example, or none: the same whatever the number of parts."""
@@ -174,7 +187,7 @@ def main() -> None:
         return parts(shares, config.accumulation)
 
     ema = learner.ema
-    assert isinstance(ema, UNet)
+    assert isinstance(ema, UNet | DiT)
     held_t = stratified_t(diffusion, len(held), seed=config.seed).to(accelerator.device)
 
     def score(places: Sequence[int]) -> torch.Tensor:
@@ -234,6 +247,17 @@ def main() -> None:
     )
 
 
+def check_sizes(cache: LatentCache, vae: VAE, unet: UNet | DiT) -> None:
+    """Raise ValueError for a cache with a size that the network cannot take."""
+    needed = vae.config.factor * unet.multiple
+    for width, height in cache.sizes:
+        if width % needed or height % needed:
+            raise ValueError(
+                f"patch_size={unet.multiple} needs sides divisible by {needed} pixels, and the "
+                f"cache has {width}x{height}; choose another patch_size, image_size or bucket_step"
+            )
+
+
 def open_cache(
     config: TrainUNet, accelerator: Accelerator, processes: Processes
 ) -> tuple[LatentCache, VAE]:
@@ -254,7 +278,7 @@ def open_cache(
     dataset = processes.in_turn(lambda: open_images(config))
     if isinstance(dataset, CaptionedImages):  # how much a stream holds is known when it is cached
         check_batch(config.batch_size, len(dataset))
-    vae = load_vae()
+    vae, folder = load_vae(), find_part(config.vae, "vae")
     write_cache(
         config.output_dir / "cache",
         dataset,
@@ -264,6 +288,7 @@ def open_cache(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         together=processes.everywhere,
+        gate=partial(check_latents, vae, dataset, folder, batch_size=64, refuse=config.gate),
     )
     return LatentCache(config.output_dir / "cache"), vae
 

@@ -1,7 +1,8 @@
-"""The command line: `latentdiff generate`, `convert`, `data`, `plan`, `ema`, `env`, a module each.
+"""The command line: `latentdiff generate`, `convert`, `data`, `plan`, `ema`, `eval`, `env`.
 
-Only arguments, files and messages: what a command does is the library's business. torch and
-transformers are imported inside the commands, so that `latentdiff --help` answers at once.
+A module each. Only arguments, files and messages: what a command does is the library's business.
+torch and transformers are imported inside the commands, so that `latentdiff --help` answers at
+once.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import latentdiff
-from latentdiff.cli import convert, data, ema, env, generate, plan
+from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
 
 EXTRAS = {"peft": "lora", "diffusers": "lora"}  # of pyproject.toml, where it is not "train"
 USER_ERROR = 2  # argparse's exit code for a wrong command line
@@ -60,11 +61,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="latentdiff",
-        description="Draw pictures, convert models, check data, plan and average trainings.",
+        description="Draw pictures and compare them, convert models, check data, plan trainings.",
     )
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, convert, data, plan, ema, env):
+    for command in (generate, convert, data, plan, ema, evaluate, env):
         command.add(commands)
     return parser
 

@@ -86,7 +86,7 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
 
 
 def _stored(source: Path, variant: str | None) -> "torch.dtype":
-    """The dtype of most tensors of the UNet, or of the single file that it is in."""
+    """The dtype of most tensors of the denoiser, or of the single file that it is in."""
     from latentdiff.formats.diffusers import STEMS, check_pipeline_folder
     from latentdiff.formats.header import read_header
     from latentdiff.formats.shards import read_headers
@@ -94,7 +94,8 @@ def _stored(source: Path, variant: str | None) -> "torch.dtype":
     if source.is_file():
         headers = [read_header(source)]
     else:
-        variant = check_pipeline_folder(source, variant=variant)["unet"]
-        headers = read_headers(source / "unet", STEMS["unet"], variant)[1].values()
+        variants = check_pipeline_folder(source, variant=variant)
+        part = "unet" if "unet" in variants else "transformer"
+        headers = read_headers(source / part, STEMS["unet"], variants[part])[1].values()
     counts = Counter(dtype for header in headers for dtype in header.dtypes.values())
     return max((dtype for dtype in counts if dtype.is_floating_point), key=lambda d: counts[d])

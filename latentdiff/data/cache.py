@@ -27,10 +27,10 @@ from latentdiff.data.buckets import Size
 from latentdiff.data.captions import Captions
 from latentdiff.data.views import Views
 from latentdiff.formats.weights import load_json
-from latentdiff.models.fingerprint import fingerprint
+from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
 
-FORMAT = 2  # of a cache folder, and of how pictures are cut; other caches are refused
+FORMAT = 3  # of a cache folder, and of how pictures are cut; other caches are refused
 
 
 class LatentCache(Dataset[dict[str, Any]]):
@@ -77,8 +77,8 @@ class LatentCache(Dataset[dict[str, Any]]):
         return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()
 
     def check_vae(self, vae: VAE) -> None:
-        """Raise ValueError when the cache was made with another VAE."""
-        if self.header["vae"] != fingerprint(vae, vae.config.to_dict()):
+        """Raise ValueError when the cache was made with another VAE; its decoder may be another."""
+        if self.header["vae"] != encoder_fingerprint(vae):
             raise ValueError(
                 f"{self.folder} was encoded by another VAE than the one given; encode it anew"
             )

@@ -29,7 +29,7 @@ from latentdiff.data.decode import BadSample
 from latentdiff.data.images import Sample, breakdown
 from latentdiff.data.views import Views
 from latentdiff.formats.weights import replacing, save_json
-from latentdiff.models.fingerprint import fingerprint
+from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
 from latentdiff.pictures import to_floats
 
@@ -74,11 +74,13 @@ def write_cache(
     rank: int = 0,
     world_size: int = 1,
     together: Callable[[Callable[[], None]], None] = lambda act: act(),
+    gate: Callable[[], None] = lambda: None,
 ) -> None:
     """Encode the data set into `folder`, each process its chunks.
 
     `together(act)` calls `act`, and comes back when all processes have done so, or raises in all
-    of them when it failed in one.
+    of them when it failed in one. `gate` is called by the first of them before anything is written,
+    unless the cache is finished, and may raise ValueError: see `gate.check_latents`.
 
     A finished cache of the same VAE, data, views and buckets is kept, and so are finished chunks.
     `batch_size` pictures are encoded at a time, and threads (`num_workers` of the data) decode
@@ -99,7 +101,7 @@ def write_cache(
     views = Views() if views is None else views
     made_of = {
         "format": FORMAT,
-        "vae": fingerprint(vae, vae.config.to_dict()),
+        "vae": encoder_fingerprint(vae),
         "data": dataset.fingerprint,
         "views": asdict(views),
         "buckets": [list(size) for size in config.buckets()],
@@ -113,7 +115,13 @@ def write_cache(
         _compare(folder, made_of, _made_of(records[0]))
     encoder = _Encoder(folder, config, vae, views, batch_size, made_of)
     with ExitStack() as stack:
-        together(lambda: stack.enter_context(_alone(folder)) if rank == 0 else None)
+
+        def begin() -> None:
+            if rank == 0:
+                gate()
+                stack.enter_context(_alone(folder))
+
+        together(begin)
         together(lambda: encoder.run(dataset, rank, world_size))
         together(lambda: _finish(folder, config, made_of) if rank == 0 else None)
 

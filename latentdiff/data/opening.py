@@ -5,6 +5,8 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from latentdiff.data.batches import batches
 from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages, collate
@@ -25,12 +27,17 @@ def image_batches(
     stop: int,
     rank: int = 0,
     world_size: int = 1,
+    examples: Dataset[Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """This process's part of the batches of steps `start` … `stop - 1`, see `collate`."""
+    """This process's part of the batches of steps `start` … `stop - 1`, see `collate`.
+
+    examples: of a data set with random access, those that batches are made of, if not all.
+    """
     if isinstance(dataset, StreamedImages):
         make = dataset.batches
     else:
-        make = partial(batches, dataset, num_samples=len(dataset), collate=collate)
+        chosen: Any = dataset if examples is None else examples
+        make = partial(batches, chosen, num_samples=len(chosen), collate=collate)
     return make(
         start,
         batch_size=batch_size,

@@ -84,7 +84,10 @@ def shape_scene(seed: int, index: int, size: int) -> Scene:
     shapes, relation = _compose(seed, index)
     held_out = any((shape.colour, shape.kind) in HELD_OUT for shape in shapes)
     return Scene(
-        _draw(shapes, size), _caption(shapes, relation), _caption_zh(shapes, relation), held_out
+        draw_scene(shapes, size),
+        scene_words(shapes, relation),
+        _caption_zh(shapes, relation),
+        held_out,
     )
 
 
@@ -162,7 +165,8 @@ def _place(rng: random.Random, radius: float) -> float:
     return _MARGIN + radius + rng.random() * (1 - 2 * (_MARGIN + radius))
 
 
-def _draw(shapes: Sequence[Shape], size: int) -> Image.Image:
+def draw_scene(shapes: Sequence[Shape], size: int) -> Image.Image:
+    """Shapes on white, `size` x `size` pixels, antialiased; the last lies on top."""
     side = size * _SUPERSAMPLING
     image = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(image)
@@ -207,7 +211,8 @@ def _on_circle(turns: float, radius: float = 1.0) -> tuple[float, float]:
     return radius * math.sin(angle), -radius * math.cos(angle)
 
 
-def _caption(shapes: Sequence[Shape], relation: str) -> str:
+def scene_words(shapes: Sequence[Shape], relation: str) -> str:
+    """The English caption of a shape, or of two in a relation of `RELATIONS`."""
     phrases = []
     for shape in shapes:
         words = " ".join(word for word in (shape.size, shape.colour, shape.kind) if word)

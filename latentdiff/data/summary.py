@@ -18,7 +18,9 @@ LOOKED_AT = 2000  # samples whose captions are read, evenly spaced
 EXAMPLES = 8
 
 
-def images_summary(dataset: CaptionedImages | StreamedImages) -> dict[str, Any]:
+def images_summary(
+    dataset: CaptionedImages | StreamedImages, *, held_out: int = 0
+) -> dict[str, Any]:
     """What `fit(summary=...)` can be told of pictures; see `cache_summary`.
 
     Of streamed ones nothing is known beforehand but what `latentdiff data check` has said.
@@ -28,6 +30,7 @@ def images_summary(dataset: CaptionedImages | StreamedImages) -> dict[str, Any]:
     if isinstance(dataset, CaptionedImages):
         summary |= {
             "samples": len(dataset),
+            "held_out": held_out,
             "left_out": dict(dataset.left_out),
             "sizes": {f"{config.image_size}x{config.image_size}": len(dataset)},
             **_captions(dataset.captions),

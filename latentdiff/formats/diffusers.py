@@ -16,7 +16,8 @@ from latentdiff.formats.weights import load_json, save_json
 DIFFUSERS_VERSION = "0.42.1"
 EMBEDDED_MODELS = ("emoji",)  # shipped with the package under latentdiff/pretrained/
 
-# The parts that have weights, and what the names of their files begin with.
+# The parts that have weights, and what the names of their files begin with; with a DiT there is
+# `transformer` in the place of `unet`.
 STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -29,9 +30,15 @@ _PIPELINE_CLASSES = (
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
 )
+# What diffusers has no pipeline for, and so refuses by this name: a DiT, whose class it has not
+# either, and a UNet that is told of the text as diffusers' UNet is of a class.
+_OWN_PIPELINE = "LatentDiffPipeline"
+_DIT = ["latentdiff.models.dit", "DiT"]
+# A decoder that enlarges small pictures, by where its class is: diffusers has none, and says so.
+ENLARGING_VAE = ["latentdiff.models.vae", "VAE"]
+_DENOISER_CLASSES = {"unet": ["diffusers", "UNet2DConditionModel"], "transformer": _DIT}
 _COMPONENT_CLASSES = {
-    "unet": (["diffusers", "UNet2DConditionModel"],),
-    "vae": (["diffusers", "AutoencoderKL"],),
+    "vae": (["diffusers", "AutoencoderKL"], ENLARGING_VAE),
     "text_encoder": (["transformers", "CLIPTextModel"],),
     "tokenizer": (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]),
 }
@@ -51,7 +58,6 @@ _UNREAD_CLASSES = {
 }
 _REMOTE_CODE = ("auto_map", "custom_pipeline", "trust_remote_code")
 _FILES = (  # beside the weights; each a file that must be there in any one of these forms
-    ("unet/config.json",),
     ("vae/config.json",),
     ("text_encoder/config.json",),
     ("tokenizer/vocab.json", "tokenizer/tokenizer.json"),
@@ -96,33 +102,42 @@ def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[s
     checked are the presence of every part's files and the class names in model_index.json.
     """
     folder = Path(folder)
-    names = {part: sorted(path.name for path in (folder / part).glob("*")) for part in STEMS}
-    found = {part: find_variants(names[part], stem) for part, stem in STEMS.items()}
+    denoiser = _denoiser(folder)
+    stems = {denoiser if part == "unet" else part: stem for part, stem in STEMS.items()}
+    names = {part: sorted(path.name for path in (folder / part).glob("*")) for part in stems}
+    found = {part: find_variants(names[part], stem) for part, stem in stems.items()}
     missing = [
         forms[0]
-        for forms in (("model_index.json",), *_FILES)
+        for forms in (("model_index.json",), (f"{denoiser}/config.json",), *_FILES)
         if not any((folder / name).is_file() for name in forms)
     ]
     empty = [part for part, variants in found.items() if not variants]
     if any(name.lower().endswith(PICKLES) for part in empty for name in names[part]):
         part = next(part for part in empty if names[part])
-        raise ValueError(refuse_missing(folder / part, STEMS[part], variant, names[part]))
-    missing += [f"{part}/{STEMS[part]}.safetensors" for part in empty]
+        raise ValueError(refuse_missing(folder / part, stems[part], variant, names[part]))
+    missing += [f"{part}/{stems[part]}.safetensors" for part in empty]
     if missing:
         raise ValueError(f"{folder} is not a whole pipeline folder; missing: {', '.join(missing)}")
-    _check_classes(folder)
+    _check_classes(folder, denoiser)
 
     if variant is not None and not any(variant in variants for variants in found.values()):
         there = describe_variants(name for variants in found.values() for name in variants)
         raise ValueError(f"{folder} has no weights of {variant=}; variants found: {there}")
-    chosen = {part: variant if variant in found[part] else None for part in STEMS}
+    chosen = {part: variant if variant in found[part] else None for part in stems}
     for part, name in chosen.items():
         if name not in found[part]:
-            raise ValueError(refuse_missing(folder / part, STEMS[part], name, names[part]))
+            raise ValueError(refuse_missing(folder / part, stems[part], name, names[part]))
     return chosen
 
 
-def _check_classes(folder: Path) -> None:
+def _denoiser(folder: Path) -> str:
+    """Which part denoises: `unet`, unless model_index.json names our DiT."""
+    path = folder / "model_index.json"
+    is_dit = path.is_file() and load_json(path).get("transformer") == _DIT
+    return "transformer" if is_dit else "unet"
+
+
+def _check_classes(folder: Path, denoiser: str) -> None:
     """Raise ValueError, naming the entry of model_index.json, where it is not one of ours."""
     path = folder / "model_index.json"
     index = load_json(path)
@@ -130,7 +145,11 @@ def _check_classes(folder: Path) -> None:
         if field in index:
             raise ValueError(f"{path}: {field} asks for code from elsewhere, which never runs here")
     nothing = [None, None]
-    expected = {"_class_name": _PIPELINE_CLASSES, **_COMPONENT_CLASSES}
+    expected = {
+        "_class_name": (*_PIPELINE_CLASSES, _OWN_PIPELINE),
+        denoiser: (_DENOISER_CLASSES[denoiser],),
+        **_COMPONENT_CLASSES,
+    }
     for field, classes in _UNREAD_CLASSES.items():
         if index.get(field) is not None:
             expected[field] = (nothing, *classes)
@@ -147,18 +166,24 @@ def _check_classes(folder: Path) -> None:
             raise ValueError(f"{path}: {named(field)} is {shown(value)}, which is not read here")
 
 
-def save_model_index(folder: Path, *, scheduler_class: str) -> None:
+def save_model_index(folder: Path, *, scheduler_class: str, denoiser: str = "unet") -> None:
     """Write model_index.json in the form of SD 2.1-base, which diffusers opens without a warning.
 
-    The last file of a folder: the class of pipeline follows from the UNet that is there already.
-    `scheduler_class` is the `_class_name` in scheduler/scheduler_config.json.
+    The last file of a folder: the class of pipeline follows from the `denoiser`, which is there
+    already: `unet` or, with a DiT, `transformer`. `scheduler_class` is the `_class_name` in
+    scheduler/scheduler_config.json.
     """
     folder = Path(folder)
-    channels = {name: load_json(folder / name / "config.json") for name in ("unet", "vae")}
+    configs = {name: load_json(folder / name / "config.json") for name in (denoiser, "vae")}
+    network = configs[denoiser]
     # 4 of latents, 1 of the mask and 4 of the masked picture's latents (runwayml's inpainting).
-    inpaints = channels["unet"]["in_channels"] == 2 * channels["vae"]["latent_channels"] + 1
+    inpaints = network["in_channels"] == 2 * configs["vae"]["latent_channels"] + 1
+    pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    if denoiser != "unet" or network["class_embed_type"] is not None:
+        pipeline = _OWN_PIPELINE
+    enlarges = configs["vae"]["_class_name"] != "AutoencoderKL"
     index = {
-        "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
+        "_class_name": pipeline,
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
@@ -167,8 +192,8 @@ def save_model_index(folder: Path, *, scheduler_class: str) -> None:
         "scheduler": ["diffusers", scheduler_class],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        denoiser: _DENOISER_CLASSES[denoiser],
+        "vae": ENLARGING_VAE if enlarges else ["diffusers", "AutoencoderKL"],
     }
     save_json(index, folder / "model_index.json")
 

@@ -51,6 +51,17 @@ def fetch_tokenizer(hub_id: str) -> Path:
         raise ValueError(f"tokenizer={hub_id!r} {error}; name a folder that holds one") from error
 
 
+def fetch_towers(hub_id: str) -> Path:
+    """Fetch a CLIP that lies at the root of a Hub repository, or a text encoder with its tokenizer.
+
+    Cached as `fetch` is; the folder may hold neither. Raises ValueError, which says what `hub_id`
+    is, where there is no such repository.
+    """
+    both = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
+    both += ["model.safetensors", "model-?????-of-?????.safetensors", *TOKENIZER_PATTERNS]
+    return _snapshot(hub_id, None, both + patterns({"text_encoder": "model"}, None))
+
+
 def patterns(stems: Mapping[str, str], variant: str | None) -> list[str]:
     """Of a repository only what is read: the weights of one variant, whole or in shards."""
     dotted = "" if variant is None else f".{variant}"

@@ -57,7 +57,14 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", _COSINE),
     "trained_betas": (None,),
     "thresholding": (None, False),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "variance_type": (
+        None,
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned_range",
+    ),
     "timestep_type": (None, "discrete"),
     "flow_shift": (1.0,),
     "shift": (None, 1.0),
@@ -92,11 +99,13 @@ def to_config(
     steps_offset: int,
     set_alpha_to_one: bool,
     rescale_betas_zero_snr: bool,
+    learned_variance: bool,
 ) -> dict[str, Any]:
     """The configuration of the diffusers scheduler that samples from such a diffusion.
 
     DDIMScheduler for beta schedules, DPMSolverMultistepScheduler for `flow` (its own
-    FlowMatchEulerDiscreteScheduler does not fit StableDiffusionPipeline). Every key is written,
+    FlowMatchEulerDiscreteScheduler does not fit StableDiffusionPipeline), and where the variance is
+    learned DDPMScheduler, which alone takes it out of the network's output. Every key is written,
     since the classes' defaults are rarely what is meant. Three pairs have no word in diffusers:
     `score`, `flow_prediction` on beta schedules, `v_prediction` on `flow`. They are written in
     words of ours, at which diffusers stops in the first step rather than draw a wrong picture.
@@ -117,10 +126,12 @@ def to_config(
         "rescale_betas_zero_snr": rescale_betas_zero_snr,
     }
     if schedule != "flow":
+        learned = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
         return config | {
             "clip_sample": False,
             "clip_sample_range": 1.0,
             "set_alpha_to_one": set_alpha_to_one,
+            **(learned if learned_variance else {}),
         }
     # lambda_min_clipped keeps its default, -infinity, which JSON cannot write.
     return config | {
@@ -174,6 +185,7 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
         "num_timesteps": values["num_train_timesteps"],
         "timestep_spacing": values["timestep_spacing"],
         "steps_offset": values["steps_offset"],
+        "learned_variance": values.get("variance_type") == "learned_range",
     }
     if values["use_flow_sigmas"]:
         if prediction == "v_prediction":

@@ -20,17 +20,44 @@ class CLIPSize:
     """Width of the space in which captions and pictures are compared."""
 
 
-def new_clip(size: CLIPSize, tokenizer: CLIPTokenizer, *, image_size: int) -> CLIPModel:
+def new_clip(
+    size: CLIPSize,
+    tokenizer: CLIPTokenizer,
+    *,
+    image_size: int,
+    text: CLIPTextConfig | None = None,
+) -> CLIPModel:
     """Randomly initialised towers for the tokenizer's vocabulary and pictures of `image_size`.
 
-    Raises ValueError when the patches do not tile the picture.
+    text: what the text tower is, in place of what `size` says of it. Raises ValueError when the
+    patches do not tile the picture.
     """
     if image_size % size.patch_size:
         raise ValueError(
             f"image_size={image_size} must be divisible by patch_size={size.patch_size}"
         )
+    if text is None:
+        text = _text_config(size, tokenizer)
+    vision = CLIPVisionConfig(
+        hidden_size=size.image_width,
+        intermediate_size=4 * size.image_width,
+        projection_dim=size.projection_dim,
+        num_hidden_layers=size.image_layers,
+        num_attention_heads=size.image_heads,
+        image_size=image_size,
+        patch_size=size.patch_size,
+    )
+    config = CLIPConfig(
+        text_config=text.to_dict() | {"projection_dim": size.projection_dim},
+        vision_config=vision.to_dict(),
+        projection_dim=size.projection_dim,
+    )
+    return CLIPModel(config)
+
+
+def _text_config(size: CLIPSize, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     ids = tokenizer.get_vocab()
-    text = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.text_width,
         intermediate_size=4 * size.text_width,
@@ -42,18 +69,3 @@ def new_clip(size: CLIPSize, tokenizer: CLIPTokenizer, *, image_size: int) -> CL
         eos_token_id=ids[str(tokenizer.eos_token)],
         pad_token_id=ids[str(tokenizer.pad_token)],
     )
-    vision = CLIPVisionConfig(
-        hidden_size=size.image_width,
-        intermediate_size=4 * size.image_width,
-        projection_dim=size.projection_dim,
-        num_hidden_layers=size.image_layers,
-        num_attention_heads=size.image_heads,
-        image_size=image_size,
-        patch_size=size.patch_size,
-    )
-    config = CLIPConfig(
-        text_config=text.to_dict(),
-        vision_config=vision.to_dict(),
-        projection_dim=size.projection_dim,
-    )
-    return CLIPModel(config)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -99,6 +99,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Sequence:
         (item,) = get_args(hint)
         return isinstance(value, (list, tuple)) and all(_fits(one, item) for one in value)
+    if get_origin(hint) is Literal:
+        return type(value) is str and value in get_args(hint)
     if get_args(hint):  # a union
         return any(_fits(value, one) for one in get_args(hint))
     if hint is float:
@@ -109,6 +111,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _words(hint: Any) -> str:
     if get_origin(hint) is Sequence:
         return f"a list in which each is {_words(get_args(hint)[0])}"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
     if get_args(hint):
         return " or ".join(map(_words, get_args(hint)))
     return _WORDS[hint]

@@ -6,6 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from latentdiff.models.vae import VAE
+
+DECODING = {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "force_upcast"}
+"""Keys of a VAE's configuration that its latents do not depend on."""
+
 
 def fingerprint(network: nn.Module, config: dict[str, Any]) -> str:
     """SHA-256 of a network's configuration and weights, as they are in float32."""
@@ -14,6 +19,13 @@ def fingerprint(network: nn.Module, config: dict[str, Any]) -> str:
         digest.update(name.encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def encoder_fingerprint(vae: VAE) -> str:
+    """The same of what makes a VAE's latents alone: they stay valid when its decoder changes."""
+    config = {key: value for key, value in vae.config.to_dict().items() if key not in DECODING}
+    parts = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
+    return fingerprint(parts, config)
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -39,6 +39,40 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class AttentionPooling(nn.Module):
+    """The answer of a context to its own mean, as CLIP's ResNets pool: (B, L, D) -> (B, D)."""
+
+    def __init__(self, dim: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        # Of the one token that asks; diffusers' name and start.
+        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, context: Tensor) -> Tensor:
+        mean = context.mean(dim=1, keepdim=True) + self.positional_embedding.to(context.dtype)
+        tokens = torch.cat([mean, context], dim=1)  # (B, 1 + L, D)
+        q, k, v = (
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+            for y in (self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens))
+        )
+        return rearrange(attend(q, k, v), "b h 1 d -> b (h d)")
+
+
+class TextTimeEmbedding(nn.Module):
+    """A context as one vector that joins the time's: (B, L, D) -> (B, E)."""
+
+    def __init__(self, dim: int, out_dim: int, *, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.pool = AttentionPooling(dim, heads=heads)
+        self.proj = nn.Linear(dim, out_dim)
+        self.norm2 = nn.LayerNorm(out_dim)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.pool(self.norm1(context))))
+
+
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice, with a skip; the time embedding joins in between.
 
@@ -136,14 +170,26 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU to four times the width and back: (…, C) -> (…, C)."""
+class GELU(nn.Module):
+    """Linear layer and GELU in its form with tanh (Hendrycks & Gimpel 2016)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
+        self.proj = nn.Linear(in_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """GEGLU, or GELU unless `gated`, to four times the width and back: (…, C) -> (…, C)."""
+
+    def __init__(self, channels: int, *, gated: bool = True) -> None:
+        super().__init__()
+        first = GEGLU if gated else GELU
         # Identity stands where diffusers has dropout, so that the second linear keeps index 2.
         self.net = nn.Sequential(
-            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+            first(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:

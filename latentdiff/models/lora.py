@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from latentdiff.formats.header import shown
 from latentdiff.formats.lora import LoRALayer, read_lora
+from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class LoRAs:
     (`pip install "latentdiff[lora]"`); without them `load` raises ModuleNotFoundError.
     """
 
-    def __init__(self, unet: UNet, text_encoder: nn.Module) -> None:
+    def __init__(self, unet: UNet | DiT, text_encoder: nn.Module) -> None:
         self.unet = unet
         # CLIPTextModel keeps its layers one module deeper in some releases of transformers.
         self.text_encoder: nn.Module = getattr(text_encoder, "text_model", text_encoder)
@@ -53,6 +54,8 @@ class LoRAs:
         import peft  # noqa: F401 - before anything is changed
 
         path = Path(path)
+        if not isinstance(self.unet, UNet):
+            raise ValueError(f"{path} cannot be loaded: LoRAs are for a UNet, and this is a DiT")
         name = path.stem if name is None else name
         if not name or name in self._scales:
             raise ValueError(f"name={name!r} must be new; loaded are {list(self._scales)}")

@@ -12,6 +12,7 @@ from latentdiff.formats.hub import fetch_tokenizer
 from latentdiff.formats.ldm.loaders import SD2_TOWER, differences
 from latentdiff.formats.open_clip import TEXT_MODEL
 from latentdiff.formats.single_file import TOKENIZER_FILES, SingleFile
+from latentdiff.models.dit import DiT
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower, save_tokenizer
 from latentdiff.models.text_config import load_tokenizer
 from latentdiff.models.unet import UNet, UNetConfig
@@ -50,9 +51,29 @@ def networks(
 
 
 def single_file(
-    unet: UNet, vae: VAE, text_encoder: TextEncoder, scheduler_config: dict[str, Any]
+    unet: UNet | DiT, vae: VAE, text_encoder: TextEncoder, scheduler_config: dict[str, Any]
 ) -> SingleFile:
-    """A model as `formats.single_file.write_single_file` writes it."""
+    """A model as `formats.single_file.write_single_file` writes it.
+
+    Raises ValueError for what LDM's names do not cover: a VAE whose encoder is not learned, a DiT,
+    and a UNet with pooled text.
+    """
+    if vae.config.encoder != "kl":
+        raise ValueError(
+            f"a VAE with encoder={vae.config.encoder!r} has no place in a single file, whose "
+            "readers expect a learned encoder; save a folder, which only latentdiff reads"
+        )
+    if not isinstance(unet, UNet):
+        raise ValueError(
+            "a DiT has no place in a single file, whose readers expect a UNet; save a folder, "
+            "which only latentdiff reads"
+        )
+    for key in ("addition_embed_type", "class_embed_type"):
+        if (value := getattr(unet.config, key)) is not None:
+            raise ValueError(
+                f"a UNet with {key}={value!r} has no place in a single file, whose readers expect "
+                "one of SD 1.x or 2.x; save a folder"
+            )
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(text_encoder.tokenizer, Path(folder))
         paths = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file()]

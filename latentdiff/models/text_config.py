@@ -1,4 +1,4 @@
-"""Configuration and tokenizer of a text tower, read from files that anyone may have written.
+"""Configurations and tokenizer of CLIP's towers, read from files that anyone may have written.
 
 Nothing of `config.json` reaches transformers but the keys named here, each checked: others choose
 code to run there (attention kernels from the Hub, quantizers) or say how much memory to take.
@@ -6,9 +6,9 @@ code to run there (attention kernels from the Hub, quantizers) or say how much m
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.activations import ACT2FN
 
 from latentdiff.formats.header import shown
@@ -23,8 +23,18 @@ _MOST = {
     "num_attention_heads": 2**10,
     "max_position_embeddings": 2**16,
 }
+_MOST_OF_IMAGES = {
+    **{key: _MOST[key] for key in ("hidden_size", "intermediate_size", "projection_dim")},
+    **{key: _MOST[key] for key in ("num_hidden_layers", "num_attention_heads")},
+    "image_size": 2**13,
+    "patch_size": 2**10,
+}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DIVIDED = ("hidden_size", "num_attention_heads")
+_TILED = ("image_size", "patch_size")
 _NUMBERS = ("layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor")
+
+Tower = Literal["text", "image"]
 
 
 def tower_config(values: Mapping[str, Any]) -> CLIPTextConfig:
@@ -41,33 +51,27 @@ def tower_config(values: Mapping[str, Any]) -> CLIPTextConfig:
         raise ValueError(
             f"the text encoder has model_type={shown(kind)}; only clip_text_model is supported"
         )
-    for key, most in _MOST.items():
-        value = values.get(key, 1)
-        if key == "projection_dim" and value is None:  # of what comes behind the tower
-            continue
-        if not (type(value) is int and 1 <= value <= most):
-            raise _refused(key, value, f"a whole number from 1 to {most}")
     for key in _TOKENS:
         value = values.get(key, 0)
         if not (type(value) is int and 0 <= value < _MOST["vocab_size"]):
             raise _refused(key, value, f"a token's number, from 0 to {_MOST['vocab_size'] - 1}")
-    for key in _NUMBERS:
-        value = values.get(key, 0)
-        if not (type(value) in (int, float) and 0 <= value <= 1000):  # nor is NaN
-            raise _refused(key, value, "a number from 0 to 1000")
-    activation = values.get("hidden_act", "gelu")
-    if not (isinstance(activation, str) and activation in ACT2FN):
-        raise _refused("hidden_act", activation, "the name of an activation, as quick_gelu")
-    keys = (*_MOST, *_TOKENS, *_NUMBERS, "hidden_act")
-    known = {key: values[key] for key in keys if key in values}
-    known |= {key: float(known[key]) for key in _NUMBERS if key in known}  # transformers asks
-    width, heads = (
-        known.get(key, getattr(CLIPTextConfig, key))
-        for key in ("hidden_size", "num_attention_heads")
-    )
-    if width % heads:
-        raise ValueError(f"hidden_size={width} must be divisible by num_attention_heads={heads}")
+    known = _known(values, _MOST, CLIPTextConfig, of="text")
+    known |= {key: values[key] for key in _TOKENS if key in values}
     return CLIPTextConfig(**known)
+
+
+def image_config(values: Mapping[str, Any]) -> CLIPVisionConfig:
+    """The configuration of the image tower of a CLIP, from the keys of `vision_config`.
+
+    Raises ValueError, naming key and value, as `tower_config` does.
+    """
+    if values.get("num_channels", 3) != 3:
+        raise _refused("num_channels", values["num_channels"], "3: red, green and blue", of="image")
+    known = _known(values, _MOST_OF_IMAGES, CLIPVisionConfig, of="image")
+    side, patch = (known.get(key, getattr(CLIPVisionConfig, key)) for key in _TILED)
+    if side % patch:
+        raise ValueError(f"image_size={side} must be divisible by patch_size={patch}")
+    return CLIPVisionConfig(**known)
 
 
 def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
@@ -101,5 +105,31 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     return tokenizer
 
 
-def _refused(key: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{key}={shown(value)} of the text encoder must be {allowed}")
+def _known(
+    values: Mapping[str, Any], sizes: Mapping[str, int], kind: type[Any], *, of: Tower
+) -> dict[str, Any]:
+    """What a tower computes with, checked; `sizes`: the most that its whole numbers may be."""
+    for key, most in sizes.items():
+        value = values.get(key, 1)
+        if key == "projection_dim" and value is None:  # of what comes behind the tower
+            continue
+        if not (type(value) is int and 1 <= value <= most):
+            raise _refused(key, value, f"a whole number from 1 to {most}", of=of)
+    for key in _NUMBERS:
+        value = values.get(key, 0)
+        if not (type(value) in (int, float) and 0 <= value <= 1000):  # nor is NaN
+            raise _refused(key, value, "a number from 0 to 1000", of=of)
+    activation = values.get("hidden_act", "gelu")
+    if not (isinstance(activation, str) and activation in ACT2FN):
+        raise _refused("hidden_act", activation, "the name of an activation, as quick_gelu", of=of)
+    keys = (*sizes, *_NUMBERS, "hidden_act")
+    known = {key: values[key] for key in keys if key in values}
+    known |= {key: float(known[key]) for key in _NUMBERS if key in known}  # transformers asks
+    width, heads = (known.get(key, getattr(kind, key)) for key in _DIVIDED)
+    if width % heads:
+        raise ValueError(f"hidden_size={width} must be divisible by num_attention_heads={heads}")
+    return known
+
+
+def _refused(key: str, value: object, allowed: str, *, of: Tower = "text") -> ValueError:
+    return ValueError(f"{key}={shown(value)} of the {of} encoder must be {allowed}")

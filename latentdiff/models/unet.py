@@ -1,167 +1,29 @@
 """The denoising UNet with cross-attention to the text (LDM, Rombach et al. 2022, section 3.3).
 
 Configuration keys and parameter names are those of diffusers' `UNet2DConditionModel`, for all that
-SD 1.x and 2.x use.
+SD 1.x and 2.x use, and for text that joins the time.
 Shapes: B batch, C latent channels, H/W latent size, L tokens, D context width, E time width.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.formats.header import shown
-from latentdiff.models.config import (
-    MAX_LAYERS,
-    MAX_WIDTH,
-    check_levels,
-    check_range,
-    check_types,
-    config_from_dict,
-    load_network,
-    save_network,
-)
+from latentdiff.models.config import load_network, save_network
 from latentdiff.models.layers import (
     Downsample,
     ResnetBlock,
     SpatialTransformer,
+    TextTimeEmbedding,
     TimestepEmbedding,
     Upsample,
     timestep_embedding,
 )
-
-ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-ATTENTION_UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """What a `UNet2DConditionModel` configuration says; the defaults are those of SD 1.5."""
-
-    sample_size: int | None = 64
-    """Side of the latents that it was trained on; a pipeline's default picture size follows."""
-    in_channels: int = 4
-    out_channels: int = 4
-    down_block_types: Sequence[str] = (
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "DownBlock2D",
-    )
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: Sequence[str] = (
-        "UpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
-    )
-    block_out_channels: Sequence[int] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    cross_attention_dim: int = 768
-    attention_head_dim: int | Sequence[int] = 8
-    """The NUMBER of heads, of all blocks or of each: diffusers' misnomer, which every file has."""
-    transformer_layers_per_block: int = 1
-    use_linear_projection: bool = False
-    upcast_attention: bool | None = False
-    """Read and written for SD 2.1; our attention accumulates its softmax in float32 anyway."""
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    flip_sin_to_cos: bool = True
-    freq_shift: float = 0
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("down_block_types", "up_block_types", "block_out_channels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not isinstance(self.attention_head_dim, int):
-            object.__setattr__(self, "attention_head_dim", tuple(self.attention_head_dim))
-        check_range(self, 1, MAX_WIDTH, "in_channels", "out_channels", "cross_attention_dim")
-        check_range(self, 1, MAX_WIDTH, "attention_head_dim", "sample_size")
-        check_range(self, 1, MAX_LAYERS, "transformer_layers_per_block")
-        check_levels(self, transformer_layers=self.transformer_layers_per_block)
-        check_range(self, 1e-12, 1.0, "norm_eps")
-        check_range(self, 0, (self.block_out_channels[0] - 1) // 2, "freq_shift")
-        levels = len(self.block_out_channels)
-        for name, allowed in (
-            ("down_block_types", ATTENTION_BLOCKS),
-            ("up_block_types", ATTENTION_UP_BLOCKS),
-        ):
-            blocks = getattr(self, name)
-            if len(blocks) != levels or any(block not in allowed for block in blocks):
-                raise ValueError(
-                    f"{name}={shown(list(blocks))} must be {levels} of {sorted(allowed)}, "
-                    f"one for each of block_out_channels={list(self.block_out_channels)}"
-                )
-        if self.mid_block_type not in MID_BLOCKS:
-            given = shown(self.mid_block_type)
-            raise ValueError(f"mid_block_type={given} must be one of {MID_BLOCKS}")
-        if len(self.heads) != levels:
-            given = shown(self.attention_head_dim)
-            raise ValueError(f"attention_head_dim={given} must be one number or {levels}")
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Number of attention heads at each level."""
-        if isinstance(self.attention_head_dim, int):
-            return (self.attention_head_dim,) * len(self.block_out_channels)
-        return tuple(self.attention_head_dim)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration in diffusers' words, every key of `UNet2DConditionModel`."""
-        return {**FIXED, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read a `UNet2DConditionModel` configuration.
-
-        Raises ValueError, naming the key, for what this network cannot do.
-        """
-        return config_from_dict(cls, values, fixed=FIXED, absent=ABSENT)
-
-
-# Keys of UNet2DConditionModel that SD 1.x and 2.x leave at one value.
-FIXED: dict[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": None,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1,
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "projection_class_embeddings_input_dim": None,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-}
-# What an absent key means to diffusers, where it is not SD 1.5's value.
-ABSENT: dict[str, Any] = {"sample_size": None, "cross_attention_dim": 1280}
+from latentdiff.models.unet_config import ATTENTION_BLOCKS, ATTENTION_UP_BLOCKS, UNetConfig
 
 
 class DownBlock(nn.Module):
@@ -256,7 +118,7 @@ def resnet(in_channels: int, out_channels: int, config: UNetConfig) -> ResnetBlo
         out_channels,
         groups=config.norm_num_groups,
         eps=config.norm_eps,
-        time_dim=4 * config.block_out_channels[0],
+        time_dim=config.time_width,
     )
 
 
@@ -280,6 +142,9 @@ def transformer(channels: int, config: UNetConfig, heads: int) -> SpatialTransfo
 class UNet(nn.Module):
     """ε, v, x0 or velocity from noisy latents, the timestep and the text."""
 
+    multiple = 1
+    """What the sides of the latents must be divisible by."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -287,6 +152,13 @@ class UNet(nn.Module):
         levels = len(channels)
         time_dim = 4 * channels[0]
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
+        dim = config.cross_attention_dim
+        self.class_embedding = self.add_embedding = None
+        if config.class_embed_type is not None:
+            self.class_embedding = nn.Linear(dim, time_dim)
+        if config.addition_embed_type is not None:
+            heads = config.addition_embed_type_num_heads
+            self.add_embedding = TextTimeEmbedding(dim, time_dim, heads=heads)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
@@ -358,7 +230,12 @@ class UNet(nn.Module):
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        time = self.time_embedding(time.to(x.dtype))  # (B, E)
+        time = self.time_embedding(time.to(x.dtype))
+        if self.class_embedding is not None:
+            text = self.class_embedding(context.mean(dim=1))
+            time = torch.cat([time, text], 1) if config.class_embeddings_concat else time + text
+        if self.add_embedding is not None:
+            time = time + self.add_embedding(context)  # (B, E)
 
         h = self.conv_in(x)
         skips = [h]

@@ -1,6 +1,7 @@
 """The autoencoder between pictures and latents: a KL-regularised VAE (LDM, Rombach et al. 2022).
 
-Configuration keys and parameter names are those of diffusers' `AutoencoderKL`.
+Configuration keys and parameter names are those of diffusers' `AutoencoderKL`. With the encoder
+"downsample", which diffusers does not have, nothing is learned but the decoder: it enlarges.
 Shapes: B batch, f = 2^(levels-1) reduction, C latent channels.
 """
 
@@ -10,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from latentdiff.models.config import (
 from latentdiff.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 
 EPS = 1e-6  # of every GroupNorm, as in LDM
+POINT = -30.0
+"""Log-variance of a latent that is known exactly: LDM's least. Its deviation, 3e-7, is float32's
+rounding of a latent, and far below that of a cache in float16."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ class VAEConfig:
     """Multiplies latents so that they have unit variance."""
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
+    """A last 1×1 convolution of the encoder "kl"; the other has none."""
     use_post_quant_conv: bool = True
     force_upcast: bool = True
     """Tells diffusers' half-precision users to decode in float32; our own code ignores it."""
+    encoder: Literal["kl", "downsample"] = "kl"
+    """kl is learned, and gives a Gaussian; downsample makes the picture small, by area averages: as
+    many latent_channels as in_channels, and only the decoder, which enlarges, is learned."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -59,6 +67,11 @@ class VAEConfig:
         check_range(self, 1, MAX_WIDTH, "in_channels", "out_channels", "latent_channels")
         check_range(self, 1, MAX_WIDTH, "sample_size")
         check_range(self, 1e-6, 1e6, "scaling_factor")
+        if self.encoder == "downsample" and self.latent_channels != self.in_channels:
+            raise ValueError(
+                f"latent_channels={self.latent_channels} must be {self.in_channels}, the "
+                "in_channels, with encoder='downsample': the latent is the picture made small"
+            )
 
     @property
     def factor(self) -> int:
@@ -66,14 +79,14 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in diffusers' words, every key that `AutoencoderKL` needs."""
-        levels = len(self.block_out_channels)
-        return {
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            **FIXED,
-            **dataclasses.asdict(self),
-        }
+        """The configuration in diffusers' words, every key that `AutoencoderKL` needs.
+
+        The key `encoder`, which diffusers does not have, is there with "downsample" alone.
+        """
+        values = {**_fixed(self.encoder, len(self.block_out_channels)), **dataclasses.asdict(self)}
+        if self.encoder == "kl":
+            del values["encoder"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -87,24 +100,33 @@ class VAEConfig:
             raise ValueError(
                 f"block_out_channels={shown(channels)} must be a list of 1 to {MAX_LEVELS} numbers"
             )
-        levels = len(channels)
-        fixed = {
-            **FIXED,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
+        encoder = "downsample" if values.get("encoder") == "downsample" else "kl"
+        fixed = _fixed(encoder, len(channels))
         return config_from_dict(cls, values, fixed=fixed, absent=ABSENT)
 
 
 # Keys of AutoencoderKL that have one supported value, and what an absent key means to diffusers.
 FIXED: dict[str, Any] = {
-    "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
 }
 ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
+# By encoder, the class and its blocks on the way down. Those of "downsample" diffusers does not
+# know, so that it refuses the folder, and does not add an encoder of random weights.
+_CLASSES = {"kl": ("AutoencoderKL", "DownEncoderBlock2D"), "downsample": ("VAE", "AreaAverage")}
+
+
+def _fixed(encoder: Literal["kl", "downsample"], levels: int) -> dict[str, Any]:
+    """Keys that the others leave one value."""
+    class_name, down = _CLASSES[encoder]
+    return {
+        "_class_name": class_name,
+        **FIXED,
+        "down_block_types": [down] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
 
 
 # The attention's layers had other names before diffusers 0.17: the files of SD 1.5 and 2.1 do.
@@ -144,6 +166,10 @@ class Posterior:
         """KL(q(z | x) ‖ N(0, I)) in nats, one per example, (B,) (Kingma & Welling 2014, app. B)."""
         kl = 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
         return kl.sum(dim=(1, 2, 3))
+
+    def entropy(self) -> Tensor:
+        """-E[log q(z | x)] in nats, one per example, (B,); negative where q is narrow."""
+        return 0.5 * (self.logvar + math.log(2 * math.pi * math.e)).sum(dim=(1, 2, 3))
 
 
 class MidBlock(nn.Module):
@@ -227,6 +253,29 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
+class SmallPicture(nn.Module):
+    """Pictures (B, 3, fH, fW) -> moments (B, 2·3, H, W) of a point: areas' means, standardised.
+
+    `mean` and `std`, (3,) each, are subtracted from the small picture and divide it: statistics of
+    the data, not parameters.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.factor = config.factor
+        self.register_buffer("mean", torch.zeros(config.in_channels))
+        self.register_buffer("std", torch.ones(config.in_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = F.avg_pool2d(x, self.factor)
+        c = (slice(None), None, None)
+        z = (small - self.mean[c]) / self.std[c]
+        return torch.cat([z, torch.full_like(z, POINT)], dim=1)
+
+
 class Decoder(nn.Module):
     """Latents after `post_quant_conv` (B, C, H, W) -> pictures (B, 3, fH, fW)."""
 
@@ -256,13 +305,18 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         C = config.latent_channels
-        self.encoder = Encoder(config)
+        learned = config.encoder == "kl"
+        self.encoder = Encoder(config) if learned else SmallPicture(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if config.use_quant_conv else nn.Identity()
+        quantised = learned and config.use_quant_conv
+        self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if quantised else nn.Identity()
         self.post_quant_conv = nn.Conv2d(C, C, 1) if config.use_post_quant_conv else nn.Identity()
 
     def posterior(self, images: Tensor) -> Posterior:
-        """q(z | x) before scaling, the one whose KL the VAE is trained on: (B, 3, fH, fW)."""
+        """q(z | x) before scaling, the one whose KL the VAE is trained on: (B, 3, fH, fW).
+
+        With the encoder "downsample" it is a point, to float32's rounding, and its KL says nothing.
+        """
         f = self.config.factor
         if images.shape[-2] % f or images.shape[-1] % f:
             raise ValueError(f"image size {tuple(images.shape[-2:])} must be divisible by {f}")
@@ -288,25 +342,30 @@ class VAE(nn.Module):
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Make latents of mean `mean` and standard deviation `std`, each (C,), standard ones.
 
-        `mean` and `std` were measured on `encode(...)`. The affine map goes into `quant_conv` and
-        its inverse into `post_quant_conv`, so reconstructions stay what they were and
-        `scaling_factor` stays right for the tools that hard-code it.
-        Raises ValueError for a VAE without those two convolutions.
+        `mean` and `std` were measured on `encode(...)`. The affine map goes into `quant_conv`, or
+        into the encoder "downsample", and its inverse into `post_quant_conv`, so reconstructions
+        stay what they were and `scaling_factor` stays right for the tools that hard-code it.
+        Raises ValueError for a VAE without those convolutions.
         """
-        if not (self.config.use_quant_conv and self.config.use_post_quant_conv):
+        encoder_folds = self.config.encoder == "downsample" or self.config.use_quant_conv
+        if not (encoder_folds and self.config.use_post_quant_conv):
             raise ValueError("use_quant_conv and use_post_quant_conv must be true to fold into")
-        C = self.config.latent_channels
-        weight, bias = self.quant_conv.weight, self.quant_conv.bias
         out_weight, out_bias = self.post_quant_conv.weight, self.post_quant_conv.bias
-        assert isinstance(weight, Tensor)
-        assert isinstance(bias, Tensor)
         assert isinstance(out_weight, Tensor)
         assert isinstance(out_bias, Tensor)
-        raw_mean, std = mean.to(weight) / self.config.scaling_factor, std.to(weight)
-        # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std.
-        weight[:C] /= std[:, None, None, None]
-        bias[:C] = (bias[:C] - raw_mean) / std
-        bias[C:] -= 2 * std.log()
+        raw_mean, std = mean.to(out_weight) / self.config.scaling_factor, std.to(out_weight)
+        # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std, that of a point not.
+        if isinstance(self.encoder, SmallPicture):
+            self.encoder.mean += self.encoder.std * raw_mean
+            self.encoder.std *= std
+        else:
+            C = self.config.latent_channels
+            weight, bias = self.quant_conv.weight, self.quant_conv.bias
+            assert isinstance(weight, Tensor)
+            assert isinstance(bias, Tensor)
+            weight[:C] /= std[:, None, None, None]
+            bias[:C] = (bias[:C] - raw_mean) / std
+            bias[C:] -= 2 * std.log()
         # Decoder: z = std z' + raw_mean, before the 1×1 convolution.
         out_bias += out_weight[:, :, 0, 0] @ raw_mean
         out_weight *= std[None, :, None, None]

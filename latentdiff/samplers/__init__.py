@@ -7,8 +7,8 @@ coefficient is computed from the levels, on the CPU.
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
@@ -52,6 +52,11 @@ __all__ = [
 class Sampler(Protocol):
     """What `find_sampler` gives: how to sample, and at which noise levels."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether `denoise` is to give the share of a learned variance after x0."""
+        ...
+
     def levels(
         self, diffusion: Diffusion, steps: int, *, spacing: LevelSpacing | None = None
     ) -> NoiseLevels:
@@ -77,6 +82,7 @@ class BuiltInSampler:
     takes_noise: bool = False
     spacings: tuple[LevelSpacing, ...] = get_args(LevelSpacing)
     flow: bool = True  # whether it can sample from schedule=flow
+    shares: bool = False
 
     def levels(
         self, diffusion: Diffusion, steps: int, *, spacing: LevelSpacing | None = None
@@ -94,9 +100,10 @@ class BuiltInSampler:
         self, denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
     ) -> Iterator[Tensor]:
         """See `Sampler`."""
-        if self.takes_noise:
-            return self.function(denoise, x, levels, noise=noise)
-        return self.function(denoise, x, levels)
+        options: dict[str, Any] = {"noise": noise} if self.takes_noise else {}
+        if self.shares:
+            options["variance"] = "learned"
+        return self.function(denoise, x, levels, **options)
 
 
 SAMPLERS: dict[str, BuiltInSampler] = {
@@ -117,13 +124,16 @@ SAMPLERS: dict[str, BuiltInSampler] = {
 }
 
 
-def find_sampler(name: str) -> Sampler:
+def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
     """The sampler of that name, of `SAMPLERS` or a scheduler class of diffusers.
 
+    With `learned_variance` ddpm draws with the network's own; the others have no use for it.
     Raises ValueError, with the nearest name, if there is none.
     """
     if name in SAMPLERS:
-        return SAMPLERS[name]
+        sampler = SAMPLERS[name]
+        learned = learned_variance and sampler.function is ddpm
+        return replace(sampler, shares=True) if learned else sampler
     if name.endswith("Scheduler"):
         return find_scheduler(name)
     nearest = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0)[0]

@@ -103,6 +103,11 @@ class SchedulerSampler:
 
     name: str
 
+    @property
+    def shares(self) -> bool:
+        """See `Sampler`: the scheduler is given x0 alone."""
+        return False
+
     def levels(
         self, diffusion: Diffusion, steps: int, *, spacing: LevelSpacing | None = None
     ) -> SchedulerLevels:

@@ -1,12 +1,18 @@
 """Samplers whose steps know nothing of each other: DDPM, DDIM, Euler, Heun, …"""
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion import posterior_coefficients, transition
+from latentdiff.gaussians import (
+    Variance,
+    learned_log_variance,
+    posterior_coefficients,
+    reverse_variances,
+    transition,
+)
 from latentdiff.levels import Denoise, NoiseLevels
 
 Noise = Callable[[], Tensor]  # fresh N(0, I) of x's shape, each call
@@ -17,31 +23,37 @@ def ddpm(
     x: Tensor,
     levels: NoiseLevels,
     *,
-    variance: Literal["small", "large"] = "small",
+    variance: Variance = "small",
     noise: Noise,
 ) -> Iterator[Tensor]:
     """Ancestral sampling: DDPM (Ho et al. 2020, arXiv:2006.11239), Algorithm 2.
 
     x (B, C, H, W) is N(0, I). Each step draws x_s from N(mean of q(x_s | x_t, x0), variance):
     "small" is the posterior's beta_tilde, right if the data were one point; "large" is beta, right
-    if they were N(0, I) (section 3.2 there). Any two levels may follow each other. The last step
-    adds no noise.
+    if they were N(0, I) (section 3.2 there); "learned" lies between, where the second half of what
+    denoise gives says (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15). Any two levels may follow
+    each other. The last step adds no noise.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance={variance} must be small or large")
+    if variance not in get_args(Variance):
+        raise ValueError(f"variance={variance} must be one of {', '.join(get_args(Variance))}")
     now, after = levels.pairs()
-    from_x0, from_x, posterior = posterior_coefficients(after, now)
-    if variance == "large":
-        # Var(x_s | x_t) of unit Gaussian data; the fraction is 1 wherever alpha^2 + sigma^2 = 1.
-        forward = transition(after, now)[1]
-        posterior = forward * (after[0] ** 2 + after[1] ** 2) / (now[0] ** 2 + now[1] ** 2)
-    std = posterior.sqrt()
+    from_x0, from_x, _ = posterior_coefficients(after, now)
+    small, large = reverse_variances(after, now)
+    fixed = (large if variance == "large" else small).sqrt()
     last = len(levels) - 1
-    for i in range(last):
-        x0 = denoise(x, levels[i])
+    for i in range(len(levels)):
+        x0, share = denoise(x, levels[i]), None
+        if variance == "learned":
+            x0, share = x0.chunk(2, dim=1)
+        mean = from_x0[i] * x0 + from_x[i] * x
+        if i == last:
+            yield mean
+            return
         yield x0
-        x = from_x0[i] * x0 + from_x[i] * x + std[i] * noise()
-    yield from_x0[last] * denoise(x, levels[last]) + from_x[last] * x
+        std = fixed[i]
+        if share is not None:
+            std = torch.exp(0.5 * learned_log_variance(share, small[i], large[i]))
+        x = mean + std * noise()
 
 
 def ddim(

@@ -8,14 +8,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from latentdiff.models.dit import CrossBlock, JointBlock
 from latentdiff.models.layers import ResnetBlock, SpatialAttention, SpatialTransformer
 
-KINDS = (ResnetBlock, SpatialAttention, SpatialTransformer)
+KINDS = (ResnetBlock, SpatialAttention, SpatialTransformer, CrossBlock, JointBlock)
 CLIP_KIND = "CLIPEncoderLayer"  # by name: importing transformers' CLIP takes seconds
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The residual, attention and transformer blocks of a UNet, a VAE or a CLIP."""
+    """The residual, attention and transformer blocks of a UNet, a DiT, a VAE or a CLIP."""
     return [
         module
         for module in network.modules()

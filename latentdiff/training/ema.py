@@ -45,6 +45,7 @@ NEGLIGIBLE = 1e-6
 """Snapshots whose weight is less are not read: float16 alone rounds by more."""
 FILES = {
     "unet": ("unet/diffusion_pytorch_model.safetensors",),
+    "dit": ("transformer/diffusion_pytorch_model.safetensors",),
     "clip": ("text_encoder/model.safetensors", "clip/model.safetensors"),
 }
 """By learner, where a run's model has its weights. A VAE is saved with the statistics of its

@@ -80,6 +80,7 @@ class OptimizerConfig:
 class Learner:
     """`model` is what a step calls, `raw` the network in it, `ema` its average, which is kept.
 
+    Parameters that need no gradient when it is made are frozen: kept as they are, bit for bit.
     Where the processes share one network (`sharding`), `ema` is whole and up to date only after
     `gather`.
     """
@@ -115,7 +116,7 @@ class Learner:
         # Only fused kernels take `found_inf`, and so leave out an update without the host waiting.
         self._fused = accelerator.device.type in ("cuda", "cpu")
         self._adamw = torch.optim.AdamW(
-            model.parameters(),
+            [p for p in model.parameters() if p.requires_grad],
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -202,6 +203,10 @@ class Learner:
         self._adamw.zero_grad(set_to_none=True)
         return grad_norm
 
+    def _trained(self) -> list[str]:
+        """Names of the parameters that the optimizer has, in its order; the others are frozen."""
+        return [name for name, p in self.raw.named_parameters() if p.requires_grad]
+
     def _decay(self, average: str) -> float:
         """What the last update leaves of an average."""
         if average == "ema":
@@ -241,7 +246,7 @@ class Learner:
         named = dict(self.raw.named_parameters())
         state = {f"model.{name}": tensor for name, tensor in self.raw.state_dict().items()}
         if self._zero is None:
-            moments = {name: self.optimizer.state[parameter] for name, parameter in named.items()}
+            moments = {name: self.optimizer.state[named[name]] for name in self._trained()}
         else:
             moments = self._zero.moments()
         for name, kept in moments.items():
@@ -286,7 +291,8 @@ class Learner:
                     moments[name][key] = split(rows, like) if isinstance(like, DTensor) else rows
         if self._zero is None:
             # The optimizer knows which device each of them belongs on.
-            numbered = {i: moments[name] for i, name in enumerate(named) if name in moments}
+            trained = enumerate(self._trained())
+            numbered = {i: moments[name] for i, name in trained if name in moments}
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         else:

@@ -1,10 +1,11 @@
 """Losses of the three modules, apart from the diffusion loss, which is `Diffusion.loss`."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.models.vae import Posterior
@@ -19,18 +20,56 @@ def vae_loss(
     *,
     norm: Reconstruction,
     kl_weight: float,
+    logvar: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a VAE up to scale (Kingma & Welling 2014, eq. 7): loss, distance, KL.
 
     Distance and KL are means over the batch and per pixel value (3·H·W of them), in nats for the
     KL, so that `kl_weight` means the same at every picture size. All three are scalars.
+    With `logvar` () the distance counts by its `pixel_nats`, and at a kl_weight of 1 the loss is
+    the negative ELBO itself, in nats per pixel value.
     """
     # Under autocast both come in bfloat16, whose three digits a sum of thousands needs.
     difference = reconstruction.float() - images
     posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
     distance = difference.abs().mean() if norm == "l1" else difference.square().mean()
     kl = posterior.kl().mean() / images[0].numel()
-    return distance + kl_weight * kl, distance, kl
+    error = distance if logvar is None else pixel_nats(distance, logvar, norm=norm)
+    return error + kl_weight * kl, distance, kl
+
+
+def pixel_nats(distance: Tensor, logvar: Tensor, *, norm: Reconstruction) -> Tensor:
+    """-log p(x | z) in nats per pixel value, (), from the mean distance () of pictures in [-1, 1].
+
+    Each pixel value has a density of its own around the reconstruction, of one width for all:
+    - l2: the Gaussian of variance s = exp(logvar): (d / s + logvar + log 2π) / 2 nats for the mean
+      squared error d;
+    - l1: the Laplace density of scale s = exp(logvar): d / s + logvar + log 2 nats for the mean
+      absolute error d.
+
+    Both are least at exp(logvar) = d. LDM's and VQGAN's loss is that of l1 without log 2.
+    """
+    nats = distance / logvar.exp() + logvar
+    return nats + math.log(2) if norm == "l1" else 0.5 * (nats + math.log(2 * math.pi))
+
+
+class OutputScale(nn.Module):
+    """Learns the `logvar` of `pixel_nats`: distance () -> nats ().
+
+    It begins at 0, as in LDM, which is far too wide; RATE is for its optimizer, whose steps are
+    about as long as its rate, while a good one is about -3 (l1) or -5 (l2).
+    """
+
+    RATE = 0.02
+
+    def __init__(self, norm: Reconstruction) -> None:
+        super().__init__()
+        self.norm: Reconstruction = norm
+        self.logvar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """() -> ()."""
+        return pixel_nats(distance, self.logvar, norm=self.norm)
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -37,13 +37,16 @@ class Objective:
     offset_noise: float = 0.0
     """Deviation of noise that a whole channel shares, so that brightness is learned (Guttenberg
     2023); 0.1 is usual."""
+    vlb_weight: float = 1e-3
+    """lambda of L_simple + lambda L_vlb where `diffusion.learned_variance`: how much the bound, in
+    bits a dimension, counts, whose gradient reaches the variance alone (Nichol & Dhariwal 2021)."""
 
     def __post_init__(self) -> None:
         for name, words in (("weighting", Weighting), ("density", Density)):
             if getattr(self, name) not in get_args(words):
                 allowed = ", ".join(get_args(words))
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
-        for name in ("snr_gamma", "logit_std", "timestep_shift"):
+        for name in ("snr_gamma", "logit_std", "timestep_shift", "vlb_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("p2_gamma", "offset_noise"):

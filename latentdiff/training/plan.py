@@ -19,6 +19,7 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_part
 from latentdiff.formats.weights import load_json
 from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.text_config import tower_config
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
@@ -40,11 +41,12 @@ _SD15_TEXT = {
 }
 # Keys in which the defaults of a script differ from those of its network's class.
 _NEEDED = {
+    "dit": (),
     "unet": ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block"),
     "vae": ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention"),
     "clip": tuple(field.name for field in fields(CLIPSize)),
 }
-_NETWORKS = {"unet": UNetConfig, "vae": VAEConfig, "clip": CLIPSize}
+_NETWORKS = {"dit": DiTConfig, "unet": UNetConfig, "vae": VAEConfig, "clip": CLIPSize}
 
 HEAP, HEAP_BY_BLOCKS = 1.45, 2.4
 """On a CPU: bytes that a step takes for each byte of its tensors, for glibc keeps freed blocks; the
@@ -193,8 +195,8 @@ def work_of(
     Raises ValueError, naming the key, for settings that are missing or do not fit together.
     """
     kind, network = _network(settings)
-    if isinstance(network, UNetConfig):
-        return kind, *_unet(settings, network)
+    if isinstance(network, UNetConfig | DiTConfig):
+        return kind, *_denoiser(settings, network)
     if isinstance(network, VAEConfig):
         return kind, _vae(settings, network, _count(settings, "image_size")), None
     return kind, _clip(settings, network, processes=processes, eager=not gpu), None
@@ -210,11 +212,15 @@ def _largest(peak_of: Callable[[int], float], part: int, peak: float, limit: flo
     return n
 
 
-def _network(settings: Mapping[str, Any]) -> tuple[str, UNetConfig | VAEConfig | CLIPSize]:
+def _network(
+    settings: Mapping[str, Any],
+) -> tuple[str, UNetConfig | DiTConfig | VAEConfig | CLIPSize]:
     kinds = [kind for kind in _NETWORKS if isinstance(settings.get(kind), dict)]
+    if kinds == ["dit", "unet"]:  # the script trains the first then, and has keys of both
+        kinds = ["dit"]
     if len(kinds) != 1:
         raise ValueError(
-            "the configuration must have one of unet, vae and clip with the network's keys; "
+            "the configuration must have one of unet, dit, vae and clip with the network's keys; "
             "a training script with --print_config writes all"
         )
     kind = kinds[0]
@@ -240,13 +246,17 @@ def _count(settings: Mapping[str, Any], key: str, default: int | None = None) ->
     return value
 
 
-def _unet(settings: Mapping[str, Any], config: UNetConfig) -> tuple[Work, int]:
-    """The UNet's training, and the bytes of a picture in its latent cache."""
+def _denoiser(settings: Mapping[str, Any], config: UNetConfig | DiTConfig) -> tuple[Work, int]:
+    """A UNet's or DiT's training, and the bytes of a picture in its latent cache."""
     vae, text = _frozen(settings)
     size = _count(settings, "image_size")
     if size % vae.factor:
         raise ValueError(f"image_size={size} must be divisible by {vae.factor}, the VAE's factor")
     C, side = vae.latent_channels, size // vae.factor
+    if isinstance(config, DiTConfig) and side % config.patch_size:
+        raise ValueError(
+            f"patch_size={config.patch_size} must divide {side}, the side of the latents"
+        )
     config = replace(
         config,
         in_channels=C,
@@ -271,7 +281,11 @@ def _unet(settings: Mapping[str, Any], config: UNetConfig) -> tuple[Work, int]:
 
     # Those of a picture that keeps its shape, in a bucket, are as many at most.
     views = _count(settings, "crops", 1) * (2 if settings.get("flip", False) else 1)
-    return Work(lambda: UNet(config), loss, frozen), views * 2 * 2 * C * side * side
+
+    def network() -> nn.Module:
+        return DiT(config) if isinstance(config, DiTConfig) else UNet(config)
+
+    return Work(network, loss, frozen), views * 2 * 2 * C * side * side
 
 
 def _frozen(settings: Mapping[str, Any]) -> tuple[VAEConfig, CLIPTextConfig]:
@@ -308,6 +322,11 @@ def _vae(settings: Mapping[str, Any], config: VAEConfig, size: int) -> Work:
 
 
 def _clip(settings: Mapping[str, Any], size: CLIPSize, *, processes: int, eager: bool) -> Work:
+    if settings.get("init") is not None:
+        raise ValueError(
+            f"init={settings['init']!r} must be left out for a plan, with the shapes of its towers "
+            "as clip, vocab_size and max_tokens"
+        )
     length, words = _count(settings, "max_tokens"), _count(settings, "vocab_size")
     side = _count(settings, "image_size")
     # A vocabulary of the right length; nothing is ever tokenised with it.

@@ -138,6 +138,7 @@ def assume(
         steps_offset=1,
         set_alpha_to_one=False,
         rescale_betas_zero_snr=zero,
+        learned_variance=False,
     )
     return Configurations(unet, vae, text, scheduler), notes
 

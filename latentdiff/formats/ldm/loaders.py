@@ -158,6 +158,8 @@ def _comfyui_unet(unet: Mapping[str, Any]) -> list[str]:
         found.append(f"the UNet begins {widths[0]} wide, not {_SD_WIDTHS[0]}")
     if unet["in_channels"] not in (4, 9):
         found.append(f"the UNet takes {unet['in_channels']} channels, not 4 or 9")
+    if unet["out_channels"] != 4:
+        found.append(f"the UNet makes {unet['out_channels']} channels, not 4")
     if any(width % widths[0] for width in widths):
         found.append(f"the UNet's widths {widths} are no whole multiples of the first")
     context = 1024 if linear else 768

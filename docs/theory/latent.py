@@ -1,0 +1,80 @@
+"""A latent is noised and denoised: the embedded model's three modules, one after the other."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from plotting import panels, pictures, save
+from torch import Tensor
+
+from latentdiff import Pipeline
+from latentdiff.data.shapes import shape_scene
+from latentdiff.pictures import from_pil, to_pil
+from latentdiff.samplers import ddim
+
+PROMPT = "red circle"
+STEPS = 20
+SHOWN = (20, 14, 8, 4, 0)  # steps that are left: 20 is pure noise
+
+
+@torch.no_grad()
+def draw(out: Path) -> dict[str, float]:
+    """One figure, and the numbers that the page states."""
+    pipe = Pipeline.from_pretrained("emoji")
+    side = pipe.vae.config.sample_size
+    images = from_pil(shape_scene(0, circle(), side).image, (side, side))[None]
+    generator = torch.Generator().manual_seed(0)
+    posterior = pipe.vae.encode(images)
+    latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
+    eps = torch.randn(latents.shape, generator=generator)
+    levels = pipe.diffusion.levels(STEPS)
+    denoise = pipe.diffusion.denoiser(pipe.unet, pipe.encode([PROMPT]), pipe.encode([""]), 4.0)
+    figure, axes = panels(4, len(SHOWN), (6.6, 5.4))
+    rows = [axes[i : i + len(SHOWN)] for i in range(0, len(axes), len(SHOWN))]
+    for column, left in enumerate(SHOWN):
+        level = levels[STEPS - left]
+        noisy = level.alpha * latents + level.sigma * eps
+        show(rows[0][column], level.alpha * images + level.sigma * picture_noise(images))
+        show_latent(rows[1][column], noisy)
+        show(rows[2][column], pipe.vae.decode(noisy))
+        if left:
+            *_, noisy = ddim(denoise, noisy, levels.last(left))
+        show(rows[3][column], pipe.vae.decode(noisy))
+        rows[0][column].set_title(f"t = {1000 * float(level.sigma):.0f}", fontsize=10)
+    names = (
+        "noise on the\npicture itself",
+        "noise on the\nlatent",
+        "that, decoded",
+        "denoised by\nthe UNet",
+    )
+    for row, name in zip(rows, names, strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+    save(figure, out, "latent", colours=80)
+    return {
+        "latent.numbers": latents[0].numel(),
+        "latent.pixels": images[0].numel(),
+        "latent.error": float((pipe.vae.decode(latents) - images).abs().mean()),
+    }
+
+
+def circle() -> int:
+    """The first scene that shows one red circle alone."""
+    captions = ("a red circle", "a large red circle")
+    return next(i for i in range(10_000) if shape_scene(0, i, 16).caption in captions)
+
+
+def picture_noise(images: Tensor) -> Tensor:
+    return torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+
+
+def show(panel: Axes, images: Tensor) -> None:
+    pictures(panel)
+    panel.imshow(np.asarray(to_pil(images[0])), interpolation="nearest")
+
+
+def show_latent(panel: Axes, latents: Tensor) -> None:
+    """The four channels as four small grey pictures."""
+    pictures(panel)
+    tiles = torch.cat([torch.cat([*latents[0, :2]], 1), torch.cat([*latents[0, 2:]], 1)])
+    panel.imshow(tiles.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")

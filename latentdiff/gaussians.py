@@ -1,0 +1,91 @@
+"""The Gaussians between two noise levels: forward process, posterior, reverse process, their terms.
+
+A level is (alpha, sigma) of x_t = alpha x0 + sigma eps; t is the noisier of two and s the other.
+Papers: DDPM (Ho et al. 2020, arXiv:2006.11239), and Nichol & Dhariwal 2021 (arXiv:2102.09672) for
+variances that a network learns.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Level = tuple[Tensor, Tensor]  # alpha, sigma
+
+Variance = Literal["small", "large", "learned"]
+"""Of p(x_s | x_t): beta_tilde, beta, or what the network says at each point. For "learned" the
+denoiser gives its share, as `Diffusion.denoiser(..., shares=True)` does."""
+
+
+def transition(s: Level, t: Level) -> tuple[Tensor, Tensor]:
+    """a and v of q(x_t | x_s) = N(a x_s, v I), from (alpha, sigma) of t and of a less noisy s.
+
+    Kingma et al. 2021 (arXiv:2107.00630), eq. 23; v is DDPM's beta_t if s = t - 1.
+    """
+    alpha = t[0] / s[0]
+    return alpha, (t[1] ** 2 - (alpha * s[1]) ** 2).clamp(min=0)
+
+
+def posterior_coefficients(s: Level, t: Level) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and v of q(x_s | x_t, x_0) = N(a x_0 + b x_t, v I), levels as in `transition`.
+
+    DDPM, eq. 7, for any two levels: v is beta_tilde_t if s = t - 1.
+    """
+    alpha, variance = transition(s, t)
+    kept = (s[1] / t[1]) ** 2
+    return s[0] * variance / t[1] ** 2, alpha * kept, variance * kept
+
+
+def reverse_variances(s: Level, t: Level) -> tuple[Tensor, Tensor]:
+    """The small and the large variance of p(x_s | x_t): DDPM, section 3.2, for any two levels.
+
+    The small one is the posterior's, beta_tilde, right if the data were one point; the large one
+    is beta, right if they were N(0, I).
+    """
+    forward = transition(s, t)[1]
+    # Var(x_s | x_t) of unit Gaussian data; the fraction is 1 wherever alpha^2 + sigma^2 = 1.
+    large = forward * (s[0] ** 2 + s[1] ** 2) / (t[0] ** 2 + t[1] ** 2)
+    return posterior_coefficients(s, t)[2], large
+
+
+def learned_log_variance(share: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """log of the variance that lies so far, 0 … 1, from the small to the large one.
+
+    Nichol & Dhariwal, eq. 15: the way is measured in logarithms.
+    """
+    return share * large.log() + (1 - share) * small.log()
+
+
+def divergence(
+    x0: Tensor, estimate: Tensor, log_variance: Tensor, *, from_x0: Tensor, log_small: Tensor
+) -> Tensor:
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of each number, in nats: DDPM, eq. 5, L_{t-1}.
+
+    p has the mean that q would have if x0 were `estimate`, weighted by `from_x0`, and its own
+    `log_variance`; that of q is `log_small`.
+    """
+    error = (from_x0 * (estimate - x0)).square() / log_variance.exp()
+    ratio = log_small - log_variance
+    return 0.5 * (error + ratio.exp() - 1 - ratio)
+
+
+def log_density(x: Tensor, mean: Tensor, log_variance: Tensor, *, bins: int | None) -> Tensor:
+    """log N(x; mean, variance) of each number, or with `bins` that of its bin in [-1, 1].
+
+    DDPM, eq. 13: the outermost bins reach to infinity.
+    """
+    if bins is None:
+        error = (x - mean).square() / log_variance.exp()
+        return -0.5 * (error + log_variance + math.log(2 * math.pi))
+    scale = torch.exp(-0.5 * log_variance)
+    half = 1 / (bins - 1)
+    below, above = (scale * (x - mean + side) for side in (-half, half))
+    edge = 1 - half / 2
+    below = torch.where(x < -edge, -math.inf, below)
+    above = torch.where(x > edge, math.inf, above)
+    # Phi(above) - Phi(below) in the tail where both are small, so that nothing cancels.
+    swap = below > 0
+    low, high = torch.where(swap, -above, below), torch.where(swap, -below, above)
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return log_high + torch.log(-torch.expm1(log_low - log_high))

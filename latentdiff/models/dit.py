@@ -1,0 +1,292 @@
+"""A diffusion transformer: the UNet's place, interfaces and training, without a UNet.
+
+DiT (Peebles & Xie 2023, arXiv:2212.09748): patches of the latents are tokens, and time modulates
+every block by adaLN-Zero. The text joins by cross-attention, or in the attention itself (MMDiT,
+Esser et al. 2024, arXiv:2403.03206, section 4), where each kind of token has weights of its own.
+The blocks' parameters are named as diffusers names them.
+Shapes: B batch, C latent channels, H/W latent size, N patches, L tokens of D in the context,
+E width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.models.config import (
+    MAX_TRANSFORMERS,
+    MAX_WIDTH,
+    check_range,
+    check_types,
+    config_from_dict,
+    load_network,
+    save_network,
+)
+from latentdiff.models.layers import (
+    Attention,
+    FeedForward,
+    TimestepEmbedding,
+    attend,
+    timestep_embedding,
+)
+
+FREQUENCIES = 256  # of the timestep's sinusoids, as in DiT
+MAX_PATCH = 64
+FIXED: dict[str, Any] = {"_class_name": "DiT"}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT; names are diffusers' where its transformers have one."""
+
+    sample_size: int | None = 64
+    """Side of the latents that it was trained on; a pipeline's default picture size follows."""
+    in_channels: int = 4
+    out_channels: int = 4
+    patch_size: int = 2
+    """Side of the square of latents that is one token."""
+    num_layers: int = 8
+    num_attention_heads: int = 5
+    attention_head_dim: int = 64
+    """Width of a head; all heads together are the width of the network."""
+    cross_attention_dim: int = 768
+    """Width of the context."""
+    attention: Literal["cross", "joint"] = "cross"
+    """cross: patches look at the text. joint: patches and text look at both, each with weights of
+    its own (MMDiT), which makes the network almost twice as large."""
+    pooled_text: bool = False
+    """Whether the mean of the context joins the time, as SD 3's pooled text does."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, 1, MAX_WIDTH, "in_channels", "out_channels", "cross_attention_dim")
+        check_range(self, 1, MAX_WIDTH, "num_attention_heads", "attention_head_dim", "sample_size")
+        check_range(self, 1, MAX_TRANSFORMERS, "num_layers")
+        check_range(self, 1, MAX_PATCH, "patch_size")
+        if self.width > MAX_WIDTH or self.width % 4:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} times "
+                f"attention_head_dim={self.attention_head_dim} must be a multiple of 4 and at most "
+                f"{MAX_WIDTH}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as config.json has it."""
+        return {**FIXED, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read config.json. Raises ValueError, naming the key, for what this network cannot do."""
+        return config_from_dict(cls, values, fixed=FIXED, absent={})
+
+
+class Modulation(nn.Module):
+    """adaLN-Zero: `count` vectors (B, 1, E) from the time (B, E), all of them zero at the start."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+
+    def forward(self, time: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(time))[:, None].chunk(self.count, dim=-1)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without weights, then the time's scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class CrossBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward.
+
+    (B, N, E), (B, L, D), (B, E) -> (B, N, E) and the context as it came.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, heads, dim = config.width, config.num_attention_heads, config.cross_attention_dim
+        self.norm1 = Modulation(width, 6)
+        self.attn1 = Attention(width, heads=heads, bias=True)
+        self.attn2 = Attention(width, heads=heads, context_dim=dim, bias=True)
+        self.ff = FeedForward(width, gated=False)
+
+    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(time)
+        x = x + gate1 * self.attn1(modulated(x, shift1, scale1))
+        x = x + self.attn2(F.layer_norm(x, x.shape[-1:], eps=1e-6), context)
+        return x + gate2 * self.ff(modulated(x, shift2, scale2)), context
+
+
+class JointAttention(nn.Module):
+    """One attention of patches and text, each with projections of its own.
+
+    (B, N, E), (B, L, E) -> both; with `last` the text is only looked at, and gives nothing.
+    """
+
+    def __init__(self, width: int, *, heads: int, last: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.add_k_proj, self.add_v_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.add_q_proj = self.to_add_out = None
+        if not last:
+            self.add_q_proj, self.to_add_out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        queries = [self.to_q(x)]
+        if self.add_q_proj is not None:
+            queries.append(self.add_q_proj(context))
+        keys, values = (
+            [self.to_k(x), self.add_k_proj(context)],
+            [self.to_v(x), self.add_v_proj(context)],
+        )
+        q, k, v = (
+            rearrange(torch.cat(tokens, dim=1), "b n (h d) -> b h n d", h=self.heads)
+            for tokens in (queries, keys, values)
+        )
+        out = rearrange(attend(q, k, v), "b h n d -> b n (h d)")  # (B, N + L, E)
+        x, context = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        return self.to_out[0](x), None if self.to_add_out is None else self.to_add_out(context)
+
+
+class JointBlock(nn.Module):
+    """Joint attention, then a feed-forward each for patches and text.
+
+    (B, N, E), (B, L, E), (B, E) -> both. The `last` block has no use for the text's own answer, and
+    no parameters for it: the text gives keys and values alone.
+    """
+
+    def __init__(self, config: DiTConfig, *, last: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = Modulation(width, 6)
+        self.norm1_context = Modulation(width, 2 if last else 6)
+        self.attn = JointAttention(width, heads=config.num_attention_heads, last=last)
+        self.ff = FeedForward(width, gated=False)
+        self.ff_context = None if last else FeedForward(width, gated=False)
+
+    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(time)
+        patches = modulated(x, shift1, scale1)
+        if self.ff_context is None:
+            scale1, shift1 = self.norm1_context(time)  # in diffusers' order, for its weights
+            attended, _ = self.attn(patches, modulated(context, shift1, scale1))
+        else:
+            shift1, scale1, gate3, shift4, scale4, gate4 = self.norm1_context(time)
+            attended, answer = self.attn(patches, modulated(context, shift1, scale1))
+            context = context + gate3 * answer
+            context = context + gate4 * self.ff_context(modulated(context, shift4, scale4))
+        x = x + gate1 * attended
+        return x + gate2 * self.ff(modulated(x, shift2, scale2)), context
+
+
+class DiT(nn.Module):
+    """ε, v, x0 or velocity from noisy latents, the timestep and the text."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, dim, p = config.width, config.cross_attention_dim, config.patch_size
+        layers = config.num_layers
+        self.patch_embed = nn.Conv2d(config.in_channels, width, p, stride=p)
+        self.time_embedding = TimestepEmbedding(FREQUENCIES, width)
+        self.text_embedding = TimestepEmbedding(dim, width) if config.pooled_text else None
+        if config.attention == "cross":
+            self.context_embedder = None
+            blocks = [CrossBlock(config) for _ in range(layers)]
+        else:
+            self.context_embedder = nn.Linear(dim, width)
+            blocks = [JointBlock(config, last=i == layers - 1) for i in range(layers)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = nn.Linear(width, p * p * config.out_channels)
+        self.init_weights()
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of the latents must be divisible by."""
+        return self.config.patch_size
+
+    def init_weights(self) -> None:
+        """DiT's start (its section 3.2): every block is the identity, and the output is zero.
+
+        The attention to the text, which has no gate, starts with an output of zero for that.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
+            elif isinstance(module, CrossBlock):
+                for parameter in module.attn2.to_out.parameters():
+                    nn.init.zeros_(parameter)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B,), (B, L, D) -> (B, C, H, W); any H and W that `patch_size` divides.
+
+        `timestep` is on diffusers' scale, 0 … 999. Raises ValueError for another size.
+        """
+        p = self.config.patch_size
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"latents of {tuple(x.shape[2:])} must be divisible by patch_size={p}")
+        height, width = x.shape[2] // p, x.shape[3] // p
+        time = self.time_embedding(timestep_embedding(timestep, FREQUENCIES).to(x.dtype))  # (B, E)
+        if self.text_embedding is not None:
+            time = time + self.text_embedding(context.mean(dim=1))
+        tokens = rearrange(self.patch_embed(x), "b e h w -> b (h w) e")  # (B, N, E)
+        where = positions(height, width, self.config.width, device=x.device)
+        tokens = tokens + where.to(tokens.dtype)
+        if self.context_embedder is not None:
+            context = self.context_embedder(context)  # (B, L, E)
+        for block in self.transformer_blocks:
+            tokens, context = block(tokens, context, time)
+        scale, shift = self.norm_out(time)
+        tokens = self.proj_out(modulated(tokens, shift, scale))  # (B, N, p·p·C)
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Read `config.json` and the weights beside it; ValueError if they do not fit."""
+        return load_network(cls, DiTConfig, Path(folder), variant=variant, dtype=dtype)
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        """Write the two files that `from_pretrained` reads."""
+        save_network(self, self.config.to_dict(), Path(folder), dtype=dtype)
+
+
+def positions(height: int, width: int, dim: int, *, device: torch.device) -> Tensor:
+    """Sinusoids of each patch's column and row, (height · width, dim): half of dim for each.
+
+    Those of DiT, which count patches from the upper left corner: a size that the network was not
+    trained on has the same ones, and more or fewer of them.
+    """
+    rows, columns = (
+        timestep_embedding(torch.arange(n, device=device), dim // 2, flip_sin_to_cos=False)
+        for n in (height, width)
+    )
+    both = [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)]
+    return torch.cat(both, dim=-1).flatten(0, 1)

@@ -1,0 +1,59 @@
+"""An autoencoder around its training: what a given one starts as, and what is measured of it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.models.vae import VAE, Posterior
+from latentdiff.pictures import to_floats
+from latentdiff.training.losses import hinge_loss
+
+
+def given_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
+    """The VAE of a folder, to be trained on; with `decoder_only` its encoder needs no gradient.
+
+    `image_size` is the side of the pictures in pixels. Raises ValueError for a folder that holds no
+    VAE, and for one without the 1×1 convolutions in which the scale of its latents is undone.
+    """
+    vae = VAE.from_pretrained(folder)
+    vae.config = replace(vae.config, sample_size=image_size)
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        return vae
+    # Its latents are standard after scaling; before it is where the KL asks for that.
+    C = vae.config.latent_channels
+    vae.fold_latent_statistics(torch.zeros(C), torch.full((C,), 1 / vae.config.scaling_factor))
+    return vae
+
+
+def latent_statistics(vae: VAE, pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of the latents of pictures (3, H, W) uint8: (C,), (C,)."""
+    device = next(vae.parameters()).device
+    left, posteriors = iter(pictures), []
+    while part := list(islice(left, 64)):
+        posteriors.append(vae.encode(to_floats(torch.stack(part).to(device))))
+    whole = Posterior(
+        torch.cat([p.mean for p in posteriors]), torch.cat([p.logvar for p in posteriors])
+    )
+    mean = whole.mean.mean(dim=(0, 2, 3))
+    # The variance of a sampled latent: that of its mean plus the mean of its variance.
+    variance = whole.mean.var(dim=(0, 2, 3)) + whole.logvar.exp().mean(dim=(0, 2, 3))
+    return mean, variance.sqrt()
+
+
+def discriminator_scores(vae: VAE, discriminator: nn.Module, images: Tensor) -> dict[str, float]:
+    """Mean scores of pictures (B, 3, H, W) and of their reconstructions, and the hinge loss.
+
+    The loss is 1 where the discriminator tells nothing and 0 where it is always sure.
+    """
+    real, fake = discriminator(images), discriminator(vae.decode(vae.encode(images).mean))
+    return {
+        "disc_real": float(real.mean()),
+        "disc_fake": float(fake.mean()),
+        "disc_loss": float(hinge_loss(real, fake)),
+    }

@@ -1,0 +1,76 @@
+"""LPIPS as a loss: how unlike two pictures look to a network that has learned from photographs.
+
+Zhang et al. 2018 (arXiv:1801.03924), eq. 1, as torchmetrics computes it. Nothing is downloaded:
+the backbone's weights come from a file, those of LPIPS' own linear layers are in torchmetrics.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.formats.header import read_header
+from latentdiff.formats.weights import load_safetensors
+
+Backbone = Literal["vgg", "alex"]
+FIRST = "features.0.weight"
+BACKBONES: dict[tuple[int, ...], Backbone] = {(64, 3, 3, 3): "vgg", (64, 3, 11, 11): "alex"}
+"""By the shape of the first weight: torchvision's VGG16 and AlexNet."""
+SMALLEST: dict[Backbone, int] = {"vgg": 16, "alex": 31}
+"""Side of the smallest pictures, in pixels, of which the last features still have one place."""
+
+
+class Perceptual(nn.Module):
+    """Pictures and what they should look like, (B, 3, H, W) in [-1, 1] -> LPIPS distances (B,).
+
+    Frozen and in eval mode; gradients go through it to the pictures.
+    """
+
+    def __init__(self, path: Path, *, image_size: int) -> None:
+        """`path` is a safetensors file of torchvision's VGG16 or AlexNet; `features` are enough.
+
+        Raises ValueError if it is missing or holds anything else, and for an image_size, in pixels,
+        that is too small for the network.
+        """
+        super().__init__()
+        try:
+            first = read_header(path).shapes.get(FIRST)
+            if first not in BACKBONES:
+                raise ValueError(
+                    f"{path}: {FIRST} is {first or 'missing'}; it must be that of torchvision's "
+                    "VGG16, (64, 3, 3, 3), or AlexNet, (64, 3, 11, 11)"
+                )
+            backbone = BACKBONES[first]
+            if image_size < SMALLEST[backbone]:
+                raise ValueError(
+                    f"image_size={image_size} must be at least {SMALLEST[backbone]} for {path}"
+                )
+            self.network = _load(path, backbone)
+        except ValueError as error:
+            raise ValueError(f"perceptual_weights: {error}") from error
+
+    def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
+        """(B, 3, H, W), (B, 3, H, W) -> (B,)."""
+        # In float32: of two features that are nearly the same, bfloat16 has no difference left.
+        with torch.autocast(pictures.device.type, enabled=False):
+            return self.network(pictures.float(), targets.float()).flatten()
+
+
+def _load(path: Path, backbone: Backbone) -> nn.Module:
+    """torchmetrics' network, with the file's weights in its backbone."""
+    # Only here: importing it takes seconds, and most trainings do without.
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    # Its linear layers are read from torchmetrics' own folder, by torch's restricted unpickler.
+    network = _LPIPS(net=backbone, pnet_rand=True)
+    # torchvision's features.7.weight is slice2.7.weight there.
+    names = {f"features.{name.partition('.')[2]}": name for name in network.net.state_dict()}
+    tensors = load_safetensors(
+        path,
+        expected={name: network.net.state_dict()[place] for name, place in names.items()},
+        optional=lambda name: name.startswith("classifier."),
+        dtype=torch.float32,
+    )
+    network.net.load_state_dict({names[name]: tensor for name, tensor in tensors.items()})
+    return network

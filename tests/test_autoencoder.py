@@ -1,0 +1,61 @@
+"""The VAE that training goes on from, and what is measured of a trained one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import config_class, script
+
+from latentdiff.formats.diffusers import find_part
+from latentdiff.models.vae import VAE, VAEConfig
+from latentdiff.training.autoencoder import given_vae, latent_statistics
+
+
+def emoji() -> Path:
+    return find_part("emoji", "vae")
+
+
+def test_a_given_vae_draws_as_it_did_from_latents_as_the_kl_wants_them() -> None:
+    """The KL asks for unit variance before scaling, where a saved VAE has 1 / scaling_factor^2."""
+    before = VAE.from_pretrained(emoji())
+    after = given_vae(emoji(), image_size=32, decoder_only=False)
+    assert after.config.sample_size == 32
+    assert all(parameter.requires_grad for parameter in after.parameters())
+    images = 2 * torch.rand(2, 3, 32, 32) - 1
+    found, scaled = after.posterior(images), before.encode(images)
+    torch.testing.assert_close(found.mean, scaled.mean)
+    torch.testing.assert_close(found.logvar, scaled.logvar)
+    noise = torch.randn_like(found.mean)
+    torch.testing.assert_close(
+        after(images, noise)[0], before(images, noise)[0], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_of_a_decoder_alone_nothing_else_needs_a_gradient() -> None:
+    vae = given_vae(emoji(), image_size=32, decoder_only=True)
+    trained = {name.partition(".")[0] for name, p in vae.named_parameters() if p.requires_grad}
+    assert trained == {"decoder", "post_quant_conv"}
+    before = VAE.from_pretrained(emoji()).state_dict()
+    assert all(tensor.equal(before[name]) for name, tensor in vae.state_dict().items())
+
+
+def test_a_given_network_and_a_described_one_must_not_differ() -> None:
+    train_vae, described = script("train_vae"), config_class("train_vae")
+    given = VAE.from_pretrained(emoji()).config
+    for vae in (train_vae.SMALL, given):
+        found = train_vae.new_vae(described(init="emoji", vae=vae)).config
+        assert found.block_out_channels == given.block_out_channels
+    other = VAEConfig(block_out_channels=(8, 16), norm_num_groups=4)
+    with pytest.raises(ValueError, match="vae differs from the network of init='emoji'; leave out"):
+        train_vae.new_vae(described(init="emoji", vae=other))
+
+
+@torch.no_grad()
+def test_folded_statistics_leave_standard_latents() -> None:
+    """Of 70 pictures, which are more than a batch."""
+    vae = given_vae(emoji(), image_size=16, decoder_only=False)
+    pictures = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8)
+    vae.fold_latent_statistics(*latent_statistics(vae, pictures))
+    mean, std = latent_statistics(vae, pictures)
+    torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-5)

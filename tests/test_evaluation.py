@@ -1,0 +1,259 @@
+"""Distances between sets of pictures: known answers, invariances, and torchmetrics' formulas."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clips import SIDE, tiny_clip
+from PIL import Image
+from torch import Tensor
+from torchmetrics.image.fid import _compute_fid
+from torchmetrics.image.kid import poly_mmd
+from transformers import CLIPImageProcessor, CLIPModel
+
+from latentdiff.cli import main
+from latentdiff.evaluation.features import Features, pictures_of
+from latentdiff.evaluation.frechet import Moments, frechet_distance
+from latentdiff.evaluation.kernel import kernel_distance
+
+
+def gaussian(size: int, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """A mean (D,) and a covariance (D, D)."""
+    root = torch.randn(size, size if rank is None else rank, dtype=torch.float64)
+    return torch.randn(size, dtype=torch.float64), root @ root.T / size
+
+
+def rotation(size: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+
+
+def test_the_distance_of_two_gaussians_of_one_number_is_that_of_means_and_deviations() -> None:
+    a = (torch.tensor([1.0]), torch.tensor([[4.0]]))
+    b = (torch.tensor([-2.0]), torch.tensor([[0.25]]))
+    assert frechet_distance(*a, *b) == pytest.approx(3**2 + (2 - 0.5) ** 2, rel=1e-12)
+
+
+def test_covariances_that_commute_are_as_far_apart_as_their_deviations() -> None:
+    axes = rotation(6)
+    a, b = torch.rand(2, 6, dtype=torch.float64) + 0.1
+    mean = torch.zeros(6)
+    found = frechet_distance(mean, (axes * a**2) @ axes.T, mean, (axes * b**2) @ axes.T)
+    assert found == pytest.approx(float((a - b).square().sum()), rel=1e-10)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_gaussian_is_at_no_distance_from_itself(rank: int | None) -> None:
+    """Also where the covariance is singular, in which roots of rounding errors would add up."""
+    mean, covariance = gaussian(64, rank=rank)
+    assert frechet_distance(mean, covariance, mean, covariance) < 1e-10
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_distance_is_torchmetrics_own(rank: int | None) -> None:
+    a, b = gaussian(16, rank=rank), gaussian(16)
+    theirs = float(_compute_fid(a[0], a[1], b[0], b[1]))
+    assert frechet_distance(*a, *b) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_distance_is_symmetric_and_the_same_in_any_rotation_and_place() -> None:
+    (mean_a, cov_a), (mean_b, cov_b) = gaussian(8), gaussian(8)
+    expected = frechet_distance(mean_a, cov_a, mean_b, cov_b)
+    assert frechet_distance(mean_b, cov_b, mean_a, cov_a) == pytest.approx(expected, rel=1e-12)
+    turn, shift = rotation(8), torch.randn(8, dtype=torch.float64)
+    moved = [
+        (turn @ mean + shift, turn @ cov @ turn.T)
+        for mean, cov in ((mean_a, cov_a), (mean_b, cov_b))
+    ]
+    assert frechet_distance(*moved[0], *moved[1]) == pytest.approx(expected, rel=1e-10)
+    scaled = [(3 * mean, 9 * cov) for mean, cov in ((mean_a, cov_a), (mean_b, cov_b))]
+    assert frechet_distance(*scaled[0], *scaled[1]) == pytest.approx(9 * expected, rel=1e-12)
+
+
+def test_moments_of_batches_are_those_of_all_at_once() -> None:
+    """Far from 0, where sums of squares lose every digit of the covariance."""
+    features = torch.randn(50, 5, dtype=torch.float64) + 1e7
+    moments = Moments()
+    for part in features.split([1, 0, 7, 42]):
+        moments.add(part)
+    assert moments.count == 50
+    torch.testing.assert_close(moments.mean, features.mean(dim=0), rtol=1e-15, atol=0)
+    torch.testing.assert_close(moments.covariance, torch.cov(features.T), rtol=1e-6, atol=1e-8)
+
+
+def test_one_picture_has_neither_covariance_nor_kernel_distance() -> None:
+    moments = Moments()
+    moments.add(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="1 pictures have no covariance; at least 2"):
+        _ = moments.covariance
+    with pytest.raises(ValueError, match="1 pictures have no kernel distance; at least 2"):
+        kernel_distance(torch.zeros(1, 3), torch.zeros(4, 3))
+
+
+def test_the_kernel_distance_is_torchmetrics_own_where_both_sets_have_one_size() -> None:
+    a, b = torch.randn(2, 30, 6, dtype=torch.float64)
+    assert kernel_distance(a, 2 * b) == pytest.approx(float(poly_mmd(a, 2 * b)), rel=1e-10)
+
+
+def test_the_kernel_distance_is_the_mean_of_its_kernel_over_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sets of two sizes, and a matrix in several blocks."""
+    monkeypatch.setattr("latentdiff.evaluation.kernel.BLOCK", 3)
+    a, b = torch.randn(5, 4).double(), torch.randn(7, 4).double()
+
+    def k(x: Tensor, y: Tensor) -> float:
+        return (float(x @ y) / 4 + 1) ** 3
+
+    def mean(pairs: list[tuple[Tensor, Tensor]]) -> float:
+        return sum(k(x, y) for x, y in pairs) / len(pairs)
+
+    def own(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+
+    expected = mean(own(a)) + mean(own(b)) - 2 * mean([(x, y) for x in a for y in b])
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_few_pictures_bias_the_frechet_distance_and_not_the_kernel_distance() -> None:
+    """Sets of one distribution: 20 of them, of 24 vectors each, 8 numbers wide."""
+    frechet, kernel = [], []
+    for _ in range(20):
+        a, b = torch.randn(2, 24, 8, dtype=torch.float64)
+        moments = Moments(), Moments()
+        moments[0].add(a)
+        moments[1].add(b)
+        frechet.append(
+            frechet_distance(
+                moments[0].mean, moments[0].covariance, moments[1].mean, moments[1].covariance
+            )
+        )
+        kernel.append(kernel_distance(a, b))
+    values = torch.tensor(kernel)
+    assert min(frechet) > 0.3
+    assert abs(float(values.mean())) < 3 * float(values.std()) / math.sqrt(20)
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP whose pictures are of 16 x 16 pixels and have 8 features."""
+    folder = tmp_path_factory.mktemp("run") / "model" / "clip"
+    tiny_clip(folder)
+    return folder
+
+
+def noise(folder: Path, count: int, *, mean: int = 128, size: int = SIDE, seed: int = 0) -> Path:
+    """Pictures of coarse noise around a mean, one of them in a folder of its own."""
+    source = np.random.default_rng(seed)
+    (folder / "more").mkdir(parents=True)
+    for i in range(count):
+        coarse = source.normal(mean, 40, (4, 4, 3)).clip(0, 255).astype(np.uint8)
+        picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.NEAREST)
+        picture.save(folder / ("more" if i == 0 else "") / f"{i:03}.png")
+    return folder
+
+
+@torch.no_grad()
+def test_features_are_the_projected_states_of_transformers_own_tower(
+    tower: Path, tmp_path: Path
+) -> None:
+    """Whatever the batches, and read from a run's `model/` as from its `clip/`."""
+    pictures = list(pictures_of(noise(tmp_path / "set", 5)))
+    processed = CLIPImageProcessor.from_pretrained(tower)(pictures, return_tensors="pt")
+    theirs = CLIPModel.from_pretrained(tower).eval()
+    pooled = theirs.vision_model(pixel_values=processed["pixel_values"]).pooler_output
+    expected = theirs.visual_projection(pooled)
+    for folder, batch_size in ((tower, 64), (tower.parent, 2)):
+        features = Features.from_pretrained(folder)
+        features.batch_size = batch_size
+        found = features(pictures)
+        assert found.shape == (5, features.width) == (5, 8)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert features([]).shape == (0, 8)
+
+
+def test_of_a_picture_the_square_in_the_middle_is_seen(tower: Path) -> None:
+    features = Features.from_pretrained(tower)
+    square = Image.new("RGB", (SIDE, SIDE), "navy")
+    wide = Image.new("RGB", (SIDE + 24, SIDE), "red")
+    wide.paste(square, (12, 0))
+    torch.testing.assert_close(features([wide]), features([square]), rtol=1e-4, atol=1e-5)
+
+
+def evaluate(drawn: Path, true: Path, tower: Path) -> int:
+    return main(["eval", str(drawn), str(true), "--features", str(tower)])
+
+
+def test_the_command_finds_copies_equal_and_other_pictures_far(
+    tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = noise(tmp_path / "true", 40)
+    copies = noise(tmp_path / "copies", 40, size=2 * SIDE)
+    Image.new("RGB", (900, 900)).save(copies / "grid.png")  # as generate leaves it
+    others = noise(tmp_path / "others", 40, mean=60, seed=1)
+    distances = []
+    for drawn in (copies, others):
+        assert evaluate(drawn, true, tower) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        match = re.fullmatch(
+            r"Fréchet distance (\S+), kernel distance (\S+) "
+            r"\(40 drawn and 40 true pictures, 8 features\)",
+            line,
+        )
+        assert match is not None
+        distances.append([float(number) for number in match.groups()])
+    assert distances[0][0] < 0.01 * distances[1][0]
+    assert distances[0][1] < 0 < distances[1][1]  # of the same pictures, unbiased: below 0
+
+
+def test_few_pictures_are_warned_of_with_what_it_means(
+    tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn, true = noise(tmp_path / "drawn", 6), noise(tmp_path / "true", 20)
+    assert evaluate(drawn, true, tower) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("latentdiff: 6 pictures are too few for the Fréchet distance of 8")
+    assert "3 directions in which it is 0" in line
+
+
+def nothing(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def broken(folder: Path) -> Path:
+    noise(folder / "broken", 2)
+    (folder / "broken" / "zzz.png").write_bytes(b"not a picture")
+    return folder / "broken"
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: folder / "nowhere", "nowhere is not a folder of pictures"),
+        (nothing, r"empty holds no pictures \(.bmp, "),
+        (broken, r"zzz\.png: cannot be decoded: none of PNG, "),
+        (lambda folder: noise(folder / "one", 1), "1 pictures have no covariance; at least 2 are"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_sentence(
+    tower: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], Path],
+    sentence: str,
+) -> None:
+    assert evaluate(make(tmp_path), noise(tmp_path / "true", 12), tower) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("latentdiff eval: ")
+    assert re.search(sentence, line)
+
+
+def test_a_folder_without_a_clip_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(noise(tmp_path / "a", 2), noise(tmp_path / "b", 2), tmp_path) == 2
+    assert "config.json: no such file" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""Retrieval among held-out pictures and captions: what counts as found."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.training.retrieval import Pool
+
+
+def pictures(*numbers: int) -> Tensor:
+    """Pictures of one grey each, (N, 3, 2, 2); equal numbers give equal pictures."""
+    return torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+
+
+def plain_pool(count: int) -> Pool:
+    """Each picture with a caption of its own."""
+    captions = [[f"number {i}"] for i in range(count)]
+    return Pool.of(pictures(*range(count)), [own[0] for own in captions], captions)
+
+
+def shares(found: dict[str, Tensor]) -> set[float]:
+    assert list(found) == [f"retrieval_{name}@{k}" for name in ("text", "image") for k in (1, 5)]
+    return {float(share) for share in found.values()}
+
+
+def test_embeddings_that_agree_find_everything_and_those_of_the_next_nothing() -> None:
+    pool, own = plain_pool(12), torch.eye(12)
+    assert shares(pool.recall(own, 3 * own)) == {1.0}
+    found = pool.recall(own, own.roll(1, dims=0) + 0.1 * torch.rand(12, 12))
+    assert found["retrieval_text@1"] == found["retrieval_image@1"] == 0
+
+
+def test_recall_is_the_share_whose_own_is_among_the_k_nearest() -> None:
+    image, text = torch.randn(2, 40, 3)
+    text += 2 * image
+    found = plain_pool(40).recall(image, text)
+    similarity = F.cosine_similarity(image[:, None], text[None], dim=2)
+    for name, scores in (("text", similarity), ("image", similarity.T)):
+        for k in (1, 5):
+            nearest = scores.topk(k, dim=1).indices
+            share = (nearest == torch.arange(40)[:, None]).any(dim=1).double().mean()
+            assert found[f"retrieval_{name}@{k}"] == share
+            assert 0 < share < 1
+
+
+def test_embeddings_at_random_are_right_by_chance() -> None:
+    """K of N; 8 pools of 100 pictures, of which each answer is right or wrong."""
+    found = [plain_pool(100).recall(*torch.randn(2, 100, 16)) for _ in range(8)]
+    for k in (1, 5):
+        for name in ("text", "image"):
+            share = sum(float(one[f"retrieval_{name}@{k}"]) for one in found) / 8
+            assert abs(share - k / 100) < 4 * (k / 100 / 800) ** 0.5
+
+
+def test_a_clip_to_which_all_is_equal_finds_nothing() -> None:
+    """topk would give each picture the first captions, and a share of them would be right."""
+    assert shares(plain_pool(10).recall(torch.ones(10, 4), torch.ones(10, 4))) == {0.0}
+
+
+def test_equal_captions_are_one_and_right_for_each_of_their_pictures() -> None:
+    captions = [["a cat"], ["a dog"], ["a cat"], ["a hen", "a bird"]]
+    pool = Pool.of(pictures(0, 1, 2, 3), ["a cat", "a dog", "a cat", "a bird"], captions)
+    assert pool.captions == ["a cat", "a dog", "a bird"]
+    expected = [[True, False, False], [False, True, False], [True, False, False], [False] * 2]
+    expected[3] += [True]
+    assert pool.right.tolist() == expected
+    # The third picture has the first one's embedding, and is not worse for it.
+    image = torch.eye(3)[[0, 1, 0, 2]]
+    assert shares(pool.recall(image, torch.eye(3))) == {1.0}
+
+
+def test_equal_pictures_are_one_with_the_captions_of_all() -> None:
+    captions = [["a cat"], ["a dog"], ["un chat", "a pet"]]
+    pool = Pool.of(pictures(5, 6, 5), ["a cat", "a dog", "a pet"], captions)
+    assert torch.equal(pool.images, pictures(5, 6))
+    assert pool.right.tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_a_caption_of_another_form_of_the_same_picture_is_right() -> None:
+    """The pool has one caption of each picture; one that others have as well is theirs too."""
+    captions = [["red", "round"], ["blue", "round"], ["green"]]
+    pool = Pool.of(pictures(0, 1, 2), ["red", "round", "green"], captions)
+    assert pool.right.tolist() == [[True, True, False], [False, True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_the_order_of_the_examples_changes_no_share(shift: int) -> None:
+    image, text = torch.randn(2, 9, 4)
+    order = torch.arange(9).roll(shift)
+    captions = [[f"number {i}"] for i in range(9)]
+    moved = [captions[i] for i in order.tolist()]
+    pool = Pool.of(pictures(*order.tolist()), [own[0] for own in moved], moved)
+    assert pool.recall(image[order], text[order]) == plain_pool(9).recall(image, text)
