@@ -20,6 +20,7 @@ import argparse
 import json
 import time
 import warnings
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--part", default="0/1", help="0/2 and 1/2 are two processes' halves")
     parser.add_argument("--densities", nargs="+", default=list(DENSITIES))
+    parser.add_argument("--weightings", nargs="+", default=list(WEIGHTINGS))
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -86,16 +88,14 @@ def main() -> None:
     held = examples(vae, text_encoder, seed=1, count=HELD)
     index, count = map(int, asked.part.split("/"))
     # Seeds outermost: whatever is done when it is stopped is a table.
-    runs = list(product(range(asked.seeds), asked.densities, WEIGHTINGS, PREDICTIONS))
+    runs = list(product(range(asked.seeds), asked.densities, asked.weightings, PREDICTIONS))
     for seed, density, weighting, prediction in runs[index::count]:
         path = asked.out / f"{prediction}-{weighting}-{density}-{seed}.json"
         if path.exists():
             continue
         start = time.perf_counter()
         diffusion = Diffusion("linear", prediction)
-        objective = Objective(
-            **{**vars(DENSITIES[density]), "weighting": weighting, "timestep_shift": 1.0}
-        )
+        objective = replace(DENSITIES[density], weighting=weighting)
         unet = trained(diffusion, objective, train, steps=asked.steps, seed=seed)
         result = {
             "rate": rate(unet, diffusion, held, seed=seed),

@@ -29,14 +29,16 @@ def main() -> None:
     for path in sorted(asked.runs.glob("*.json")):
         prediction, weighting, density, _ = path.stem.split("-")
         found[prediction, weighting, density].append(json.loads(path.read_text()))
-    print("| prediction | weighting | density | bits per latent number | KID | seeds |")
-    print("|---|---|---|---:|---:|---:|")
-    for key in sorted(found, key=lambda key: (PREDICTIONS.index(key[0]), *key[1:])):
-        cells = [
-            f"{mean:.3f} ± {deviation:.3f}"
-            for mean, deviation in (summary(found[key], name) for name in MEASURES)
-        ]
-        print(f"| {' | '.join(key)} | {' | '.join(cells)} | {len(found[key])} |")
+    densities = [density for density in MARKS if any(key[2] == density for key in found)]
+    heads = [f"{short}, {density}" for short in ("bits", "KID") for density in densities]
+    print(f"| prediction | weighting | {' | '.join(heads)} |")
+    print(f"|---|---|{'---:|' * len(heads)}")
+    for prediction, weighting in product(PREDICTIONS, COLOURS):
+        cells = []
+        for name, density in product(MEASURES, densities):
+            runs = found.get((prediction, weighting, density))
+            cells.append("" if runs is None else "{:.2f} ± {:.2f}".format(*summary(runs, name)))
+        print(f"| {prediction} | {weighting} | {' | '.join(cells)} |")
     seconds = [run["seconds"] for runs in found.values() for run in runs]
     print(
         f"\n{len(seconds)} runs of {np.mean(seconds):.0f} seconds, {sum(seconds) / 3600:.1f} hours"
@@ -57,7 +59,7 @@ def draw(found: dict[Objective, list[dict[str, float]]], path: Path) -> None:
         for weighting, density in product(COLOURS, MARKS)
         if any(key[1:] == (weighting, density) for key in found)
     ]
-    figure, axes = plt.subplots(2, 1, figsize=(9, 6.4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6.8), sharex=True, layout="constrained")
     for axis, (name, label) in zip(axes, MEASURES.items(), strict=True):
         for number, (weighting, density) in enumerate(objectives):
             shift = (number - (len(objectives) - 1) / 2) * 0.8 / len(objectives)
@@ -77,10 +79,13 @@ def draw(found: dict[Objective, list[dict[str, float]]], path: Path) -> None:
                 capsize=2,
             )
         axis.set_ylabel(label)
-        axis.set_yscale("log")
-        axis.grid(axis="y", alpha=0.3, which="both")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[1].set_ylim(bottom=0)
     axes[1].set_xticks(range(len(PREDICTIONS)), PREDICTIONS)
-    axes[0].legend(ncols=4, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

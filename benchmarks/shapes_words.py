@@ -2,9 +2,10 @@
 
 The captions are of scenes that no training saw: of combinations of colour and kind that it knows,
 and of the four that it never saw together (`held out`). A drawing is right when its caption can be
-read off it again (`evaluation.scenes`): sizes, colours, kinds and how they lie. `true pictures` are
-those scenes through the VAE alone, the most that a denoiser could reach. Writes a Markdown row for
-each model to standard output, and `grid.png` of its first drawings into OUT/name.
+read off it again (`evaluation.scenes`): sizes, colours, kinds and how they lie; `colours` and
+`shapes` are the shares of the shapes asked for of which there is one of the colour, or of size,
+colour and kind. `true pictures` are the captions of those scenes through the VAE alone. Writes a
+Markdown row for each model to standard output, and `grid.png` of its first drawings into OUT/name.
 
     python benchmarks/shapes_words.py runs/shapes/unet/model runs/shapes/dit/model --out runs/words
 """
@@ -34,10 +35,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     asked = parser.parse_args()
-    print(
-        "| model | captions | true pictures | shapes | held out: captions | shapes | seconds each |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    heads = ["colours", "shapes", "captions", "held out: colours", "shapes", "captions"]
+    print(f"| model | {' | '.join(heads)} | true pictures | seconds each |")
+    print(f"|---|{'---:|' * 8}")
     for model in asked.models:
         pipe = Pipeline.from_pretrained(model)
         cells, through = [], 0.0
@@ -58,13 +58,14 @@ def main() -> None:
                 read_scene(image, asked=scene.caption).caption == scene.caption
                 for image, scene in zip(drawn, chosen, strict=True)
             ]
-            cells += [f"{sum(right) / len(right):.1%}", f"{found(drawn, chosen):.1%}"]
+            shares = [found(drawn, chosen, colours_alone=alone) for alone in (True, False)]
+            cells += [f"{share:.0%}" for share in (*shares, sum(right) / len(right))]
             if not held_out:
                 through = decoded(pipe, chosen)
                 folder = asked.out / model.parent.name
                 folder.mkdir(parents=True, exist_ok=True)
                 grid(drawn[:24], chosen[:24], right[:24]).save(folder / "grid.png")
-        row = [str(model), cells[0], f"{through:.1%}", *cells[1:], f"{seconds:.2f}"]
+        row = [str(model), *cells, f"{through:.0%}", f"{seconds:.2f}"]
         print(f"| {' | '.join(row)} |", flush=True)
 
 
@@ -80,9 +81,12 @@ def scenes(count: int, side: int, *, held_out: bool) -> list[Scene]:
     return found
 
 
-def found(drawn: list[Image.Image], chosen: list[Scene]) -> float:
-    """The share of the shapes asked for whose size, colour and kind are in the drawings."""
-    counts = [count_shapes(*pair) for pair in zip(drawn, (s.caption for s in chosen), strict=True)]
+def found(drawn: list[Image.Image], chosen: list[Scene], *, colours_alone: bool) -> float:
+    """The share of the shapes asked for that are in the drawings, see `count_shapes`."""
+    counts = [
+        count_shapes(image, scene.caption, colours_alone=colours_alone)
+        for image, scene in zip(drawn, chosen, strict=True)
+    ]
     asked, there = map(sum, zip(*counts, strict=True))
     return there / asked
 

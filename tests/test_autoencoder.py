@@ -7,8 +7,11 @@ import torch
 from scripts import config_class, script
 
 from latentdiff.formats.diffusers import find_part
+from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.autoencoder import given_vae, latent_statistics
+from latentdiff.pictures import to_floats
+from latentdiff.training.autoencoder import discriminator_scores, given_vae, latent_statistics
+from latentdiff.training.losses import hinge_loss
 
 
 def emoji() -> Path:
@@ -59,3 +62,24 @@ def test_folded_statistics_leave_standard_latents() -> None:
     mean, std = latent_statistics(vae, pictures)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_discriminators_scores_are_those_of_all_pictures_a_few_at_a_time() -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(block_out_channels=(8, 16), norm_num_groups=4))
+    pictures = torch.randint(0, 256, (41, 3, 32, 32), dtype=torch.uint8)
+    critic, sizes = Discriminator(), list[int]()
+    critic.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    found = discriminator_scores(vae, critic, pictures)
+    assert max(sizes) == 16
+    assert sum(sizes) == 2 * len(pictures)
+    images = to_floats(pictures)
+    real, fake = critic(images), critic(vae.decode(vae.encode(images).mean))
+    whole = {
+        "disc_real": real.mean(),
+        "disc_fake": fake.mean(),
+        "disc_loss": hinge_loss(real, fake),
+    }
+    for name, expected in whole.items():
+        assert found[name] == pytest.approx(float(expected), rel=1e-4, abs=1e-5), name

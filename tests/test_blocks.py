@@ -63,12 +63,14 @@ def loss_of(network: nn.Module, count: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [unet, dit, joint_dit, vae, text])
-def test_recomputed_gradients_have_the_same_bits(make) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_recomputed_gradients_have_the_same_bits(make, mixed: bool) -> None:
     plain = make().train()
     randomise(plain)
     other = copy.deepcopy(plain)
     recompute(other)
-    expected, found = loss_of(plain), loss_of(other)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        expected, found = loss_of(plain), loss_of(other)
     assert found.equal(expected)
     expected.backward()
     found.backward()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -109,6 +110,19 @@ def test_diffusers_refuses_the_folder_of_a_dit(tmp_path: Path, name: str) -> Non
         DiffusionPipeline.from_pretrained(tmp_path)
     with pytest.raises((ValueError, TypeError), match=r"unet|transformer"):
         StableDiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dit_in_half_precision_draws_nearly_the_same_picture(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    pipeline(name, tmp_path / "scratch").save_pretrained(tmp_path / "model")
+    full, half = (
+        np.frombuffer(draw(Pipeline.from_pretrained(tmp_path / "model", dtype=kind)), np.uint8)
+        for kind in (torch.float32, dtype)
+    )
+    assert np.abs(full.astype(float) - half).mean() < 8
 
 
 def test_another_transformer_is_not_taken_for_ours(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from parity import difference, fill, gradients, same_weights
+from tiny import randomise
 from torch import Tensor, nn
 
 from latentdiff.models.dit import CrossBlock, DiT, DiTConfig, JointBlock, positions
@@ -180,6 +181,46 @@ def test_a_new_network_is_the_zero_function_and_each_block_the_identity(config: 
         after, answer = block(tokens, text, torch.randn(2, width, **EXACT))
         assert torch.equal(after, tokens)
         assert torch.equal(answer, text)
+
+
+@each_config
+def test_a_new_network_has_no_bias(config: DiTConfig) -> None:
+    """Nor has the convolution that cuts the patches, which torch gives one (DiT's train.py)."""
+    assert not any(p.any() for name, p in DiT(config).named_parameters() if name.endswith("bias"))
+
+
+def streams(network: DiT) -> list[torch.dtype]:
+    """Fills up with the precision in which the patches enter and leave each block."""
+    found: list[torch.dtype] = []
+    for block in network.transformer_blocks:
+        block.register_forward_hook(
+            lambda _, given, made: found.extend((given[0].dtype, made[0].dtype))
+        )
+    return found
+
+
+@each_config
+def test_under_autocast_the_blocks_add_up_in_float32(config: DiTConfig) -> None:
+    """As DiT's do. The patches were rounded to bfloat16 with their positions, and so each sum."""
+    network = filled(config).float()
+    found = streams(network)
+    x, timestep, context = (y.float() for y in inputs(config))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        network(x, timestep, context)
+    assert found == [torch.float32] * (2 * config.num_layers)
+
+
+@each_config
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_all_is_in_half_precision(config: DiTConfig, dtype: torch.dtype) -> None:
+    network = DiT(config)
+    randomise(network)
+    x, timestep, context = (y.float() for y in inputs(config))
+    expected = network(x, timestep, context)
+    found = streams(network.to(dtype))
+    output = network(x.to(dtype), timestep, context.to(dtype))
+    assert {output.dtype, *found} == {dtype}
+    assert (output.float() - expected).norm() < 0.03 * expected.norm()
 
 
 @each_config

@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_by_key_and_value(key: str, value: Any, mes
 
 
 def test_folding_needs_the_convolution_of_the_decoder() -> None:
-    with pytest.raises(ValueError, match="use_post_quant_conv must be true to fold into"):
+    with pytest.raises(ValueError, match="use_post_quant_conv=False must be true"):
         enlarger(use_post_quant_conv=False).fold_latent_statistics(torch.zeros(3), torch.ones(3))
 
 

@@ -175,6 +175,32 @@ def test_a_discriminator_that_has_won_is_refused_and_another_is_not(trained: VAE
     assert faults(latents, even) == faults(latents, {"reconstruction": "l1"}) == []
 
 
+@pytest.mark.parametrize("loss", [0.01, float("nan")])
+def test_a_loss_is_judged_without_the_scores_and_one_that_is_no_number_is_refused(
+    trained: VAE, loss: float
+) -> None:
+    """The first was a KeyError, and the second passed."""
+    (sentence,) = faults(measured(trained, rectangles(64)), {"disc_loss": loss})
+    assert sentence.startswith(f"saturated discriminator: its loss ended at {loss}, where ")
+    assert "scores" not in sentence
+
+
+@pytest.mark.parametrize(("kind", "share"), [("posterior collapse", 0.0), ("unbounded", 0.5)])
+def test_the_advice_for_latents_that_nothing_learns_is_not_to_train_otherwise(
+    trained: VAE, kind: str, share: float
+) -> None:
+    found = measured(trained, rectangles(64))
+    if kind == "unbounded":
+        found = replace(found, far=torch.full((4,), share))
+    else:
+        found = replace(found, active=torch.full((4,), share))
+    for learned in (True, False):
+        (sentence,) = faults(found, {}, learned=learned)
+        assert sentence.startswith(kind)
+        assert ("kl_weight" in sentence) == learned
+        assert ("it is the pictures" in sentence) != learned
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes") / "set"

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from parity import same_weights
-from tiny import tiny_pipeline
+from tiny import CONTEXT_DIM, tiny_pipeline
 
 from latentdiff.formats import hub
 from latentdiff.formats.diffusers import STEMS, check_pipeline_folder, find_model
+from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow
@@ -49,6 +50,41 @@ def cache(pipelines: dict[str, Pipeline], tmp_path: Path, monkeypatch: pytest.Mo
             if path.is_file():
                 add(repository, COMMITS[revision], path.relative_to(folder), path.read_bytes())
     return repository
+
+
+@pytest.fixture
+def dit(pipelines: dict[str, Pipeline], tmp_path: Path) -> Path:
+    """The folder of a pipeline with a DiT, which has its weights in float16 as well."""
+    of = pipelines["main"]
+    size = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    network = DiT(DiTConfig(sample_size=8, cross_attention_dim=CONTEXT_DIM, **size))
+    whole = Pipeline(unet=network, vae=of.vae, text_encoder=of.text_encoder, diffusion=of.diffusion)
+    folder = tmp_path / "dit"
+    whole.save_pretrained(folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    network.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    shutil.copy(tmp_path / "half" / weights.name, weights.with_suffix(".fp16.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A hub that hands out the folder `dit`: where its downloads arrive."""
+    import huggingface_hub
+
+    arrived = tmp_path / "arrived"
+
+    def snapshot_download(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        source = tmp_path / "dit"
+        for path in source.rglob("*"):
+            name = path.relative_to(source)
+            if path.is_file() and any(fnmatch(name.as_posix(), p) for p in allow_patterns):
+                (arrived / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, arrived / name)
+        return str(arrived)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return arrived
 
 
 def add(repository: Path, commit: str, name: Path, content: bytes) -> None:
@@ -133,6 +169,48 @@ def test_a_repository_of_pickles_is_refused_with_the_command_that_converts_them(
     (snapshot / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"as pickles.*`latentdiff convert --unsafe-pickle`"):
         find_model(HUB_ID)
+
+
+def test_a_dit_is_read_from_the_cache_when_offline(cache: Path, dit: Path) -> None:
+    """Only unet/ was looked for, so that a DiT's pipeline lacked its weights."""
+    snapshot = cache / "snapshots" / COMMITS["main"]
+    shutil.rmtree(snapshot)
+    for path in dit.rglob("*"):
+        if path.is_file():
+            add(cache, COMMITS["main"], path.relative_to(dit), path.read_bytes())
+    loaded = Pipeline.from_pretrained(HUB_ID)
+    assert same_weights(loaded.unet, DiT.from_pretrained(dit / "transformer"))
+    with pytest.raises(
+        ValueError, match="no weights of variant='ema'; variants found: fp16, plain"
+    ):
+        find_model(HUB_ID, variant="ema")
+    for path in snapshot.glob("transformer/*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match="missing: transformer/diffusion_pytorch_model"):
+        Pipeline.from_pretrained(snapshot)
+    with pytest.raises(ValueError, match="has no plain weights"):
+        find_model(HUB_ID)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_of_a_dit_the_transformer_is_fetched_and_of_another_pipeline_not(
+    dit: Path, downloads: Path, variant: str | None
+) -> None:
+    """Those of other makers take gigabytes, and would be refused after them."""
+    folder = find_model(HUB_ID, variant=variant)
+    chosen = check_pipeline_folder(folder, variant=variant)
+    assert chosen == {"transformer": variant, "vae": None, "text_encoder": None}
+    fetched = {path.name for path in downloads.glob("transformer/*.safetensors")}
+    dotted = "" if variant is None else f".{variant}"
+    assert fetched == {f"diffusion_pytorch_model{dotted}.safetensors"}
+
+    shutil.rmtree(downloads)
+    index = dit / "model_index.json"
+    other = index.read_text().replace("latentdiff.models.dit", "diffusers")
+    index.write_text(other)
+    with pytest.raises(ValueError, match="no "):
+        find_model(HUB_ID, variant=variant)
+    assert not list(downloads.glob("transformer/*.safetensors"))
 
 
 REPOSITORY = [

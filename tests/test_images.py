@@ -262,6 +262,17 @@ def test_damaged_pictures_are_refused_by_row(tmp_path: Path) -> None:
             dataset.image(1)
 
 
+def test_a_sample_set_apart_never_stands_in_for_a_bad_one(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i}.png", "text": word} for i, word in enumerate("abcd")]
+    data = folder(tmp_path / "set", rows)
+    dataset = CaptionedImages(config(data, max_bad=0.5))
+    (data / "1.png").write_bytes(b"no picture")
+    dataset.apart = frozenset({2})
+    with pytest.warns(UserWarning, match="a sample is replaced by the next"):
+        captions = [dataset[number]["captions"][0] for number in range(4)]
+    assert captions == ["a", "d", "c", "d"]
+
+
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_chunks_are_all_samples_in_order_at_full_size(tmp_path: Path, num_workers: int) -> None:
     rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(7)]

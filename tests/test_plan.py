@@ -294,6 +294,9 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"vae": {**vae(16, 1, 8)["vae"], "width": 3}}, "vae.width is unknown"),
         ({"vae": "emoji"}, "one of unet, dit, vae and clip"),
         ({"disc_weight": 0.5}, "disc_weight=0.5 must be 0 for a plan"),
+        ({"perceptual_weight": 1.0}, "perceptual_weight=1.0 must be 0 for a plan"),
+        ({"init": "emoji"}, "init='emoji' must be left out for a plan"),
+        ({"decoder_only": True}, "decoder_only=True must be False for a plan"),
     ],
 )
 def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], sentence: str) -> None:

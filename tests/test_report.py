@@ -127,6 +127,8 @@ def test_the_summary_of_a_cache_counts_its_sizes_and_captions(tmp_path: Path) ->
     (tmp_path / "data" / "summary.json").write_text('{"data": "shapes", "bad": 3}')
     found = cache_summary(LatentCache(tmp_path / "cache"), place, held_out=2)
     pictures = images_summary(dataset)
+    assert "held_out" not in pictures
+    assert images_summary(dataset, held_out=0) == {**pictures, "held_out": 0}
     same = ("samples", "sizes", "captions_each", "characters_each", "captions", "check")
     assert {name: found[name] for name in same} == {name: pictures[name] for name in same}
     assert found["samples"] == len(dataset)

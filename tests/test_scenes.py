@@ -59,3 +59,6 @@ def test_shapes_that_are_there_are_counted_once_each() -> None:
     assert count_shapes(image, "a large blue star above a red circle") == (2, 2)
     assert count_shapes(image, "a red circle left of a small red circle") == (2, 1)
     assert count_shapes(image, "an orange circle") == (1, 0)
+    asked = "a small blue circle above a red star"
+    assert count_shapes(image, asked) == (2, 0)
+    assert count_shapes(image, asked, colours_alone=True) == (2, 2)

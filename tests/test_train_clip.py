@@ -245,8 +245,9 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     config = DataConfig(data=str(shapes), image_size=SIDE, caption_columns=("text", "text_zh"))
     dataset = CaptionedImages(config)
     numbers = held_out(len(dataset), 0.2, seed=0).tolist()
+    dataset.apart = frozenset(numbers)
     module = script("train_clip")
-    pool = module.make_pool(dataset, numbers, seed=0)
+    pool = module.make_pool(dataset, seed=0)
     assert len(pool.images) == len(numbers) == int(0.2 * len(dataset))
     processor = CLIPProcessor.from_pretrained(tmp_path / "source")
     words = processor.tokenizer(

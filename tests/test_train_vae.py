@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_json
-from latentdiff.models.vae import VAE
+from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.checkpoint import Stored
 from latentdiff.training.config import run_script
 from latentdiff.training.randomness import Share, generator
@@ -219,6 +219,25 @@ def test_a_new_decoder_leaves_the_latents_as_they_were(pictures: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_run_is_resumed_with_the_vae_that_it_began_with_alone(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is read again then: a folder that had changed in between gave another encoder."""
+    train(pictures, tmp_path / "start", "--disc_weight=0", "--max_steps=1")
+    given = tmp_path / "start" / "model"
+    options = ["--disc_weight=0", f"--init={given}"]
+    train(pictures, tmp_path / "more", *options, "--max_steps=1")
+    assert train(pictures, tmp_path / "more", *options, "--max_steps=2")[-1]["step"] == 2
+    other = VAE.from_pretrained(given)
+    with torch.no_grad():
+        other.decoder.conv_out.weight[0] += 1e-3
+    other.save_pretrained(given)
+    with pytest.raises(SystemExit):
+        train(pictures, tmp_path / "more", *options, "--max_steps=3")
+    assert "was made with another init than this run's" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_two_processes_train_a_decoder_as_one_does(pictures: Path, tmp_path: Path) -> None:
     runs = {name: tmp_path / name for name in ("start", "one", "two")}
     train(pictures, runs["start"], "--disc_weight=0", "--max_steps=1")
@@ -240,6 +259,11 @@ def test_two_processes_train_a_decoder_as_one_does(pictures: Path, tmp_path: Pat
         (
             {"decoder_only": True, "init": "emoji", "sharding": "zero2"},
             "sharding='zero2' must be 'none' or 'full' with decoder_only",
+        ),
+        ({"vae": VAEConfig(use_quant_conv=False)}, "^use_quant_conv=False must be true"),
+        (
+            {"vae": VAEConfig(encoder="downsample", latent_channels=3, use_post_quant_conv=False)},
+            "^use_post_quant_conv=False must be true",
         ),
     ],
 )

@@ -53,18 +53,18 @@ def main() -> None:
     dataset = processes.in_turn(lambda: open_images(config))
     folder = find_part(config.vae, "vae")
     vae = VAE.from_pretrained(folder).to(accelerator.device)
-    gate = partial(check_latents, batch_size=config.batch_size, refuse=config.gate)
+    size = config.batch_size
     write_cache(
         config.output_dir,
         dataset,
         vae,
-        batch_size=config.batch_size,
+        batch_size=size,
         views=Views(crops=config.crops, flip=config.flip),
         chunk_size=config.chunk_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         together=processes.everywhere,
-        gate=lambda: gate(vae, dataset, folder),
+        gate=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=config.gate),
     )
     if accelerator.is_main_process:
         write_config(text, config.output_dir)

@@ -1,8 +1,9 @@
 """Train a tokenizer and both CLIP towers, or train on: accelerate launch train/train_clip.py."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from latentdiff.data.stream import StreamedImages
 from latentdiff.data.summary import images_summary
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.clip_start import Pixels, load_start
+from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.text import TextEncoder, save_tokenizer
 from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script
@@ -122,10 +124,15 @@ def main() -> None:
         check_batch(config.batch_size, len(dataset) - num_held)  # a stream tells when it ends
         if num_held:
             rest = Rest(dataset, held)
-            pool = make_pool(dataset, held.tolist(), seed=config.seed)
+            dataset.apart = frozenset(held.tolist())
+            pool = processes.everywhere(partial(make_pool, dataset, seed=config.seed))
     elif config.held_out > 0:
         accelerator.print("a stream has no pictures to hold out: no retrieval is reported")
     clip, tokenizer, scaled = begin(config, dataset)
+    fingerprints = {"data": dataset.fingerprint}
+    if config.init is not None:  # a resumed run reads it again
+        words = {"scaling": asdict(scaled), "tokens": tokenizer.get_vocab()}
+        fingerprints["init"] = fingerprint(clip, words)
     learner = Learner(clip, config, accelerator)
     raw, ema = learner.raw, learner.ema
     assert isinstance(raw, CLIPModel)
@@ -148,15 +155,10 @@ def main() -> None:
         return encoded.input_ids.to(accelerator.device)
 
     def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
-        def draw(purpose: str, *shape: int) -> Tensor:
-            """This process's rows of a global batch that is uniform in [0, 1), (B, *shape)."""
+        def draw(purpose: str, *shape: int, of: Callable[..., Tensor] = torch.rand) -> Tensor:
+            """This process's rows of a global batch, uniform in [0, 1) by default, (B, *shape)."""
             source = generator(config.seed, number, purpose)
-            return share.rows(torch.rand(config.batch_size, *shape, generator=source))
-
-        def gaussian(purpose: str, *shape: int) -> Tensor:
-            """This process's rows of a global batch of N(0, I), (B, *shape)."""
-            source = generator(config.seed, number, purpose)
-            return share.rows(torch.randn(config.batch_size, *shape, generator=source))
+            return share.rows(of(config.batch_size, *shape, generator=source))
 
         images = to_floats(batch["images"].to(accelerator.device))
         images = crop(images, draw("crop", 3).to(images), scale=config.crop_scale)
@@ -164,7 +166,7 @@ def main() -> None:
             images = blur(images, config.blur * draw("blur").to(images))
         if config.noise > 0:
             strength = config.noise * draw("noise strength", 1, 1, 1).to(images)
-            images = images + strength * gaussian("noise", *images.shape[1:]).to(images)
+            images = images + strength * draw("noise", *images.shape[1:], of=torch.randn).to(images)
         words = choose(batch["captions"], draw("caption").tolist())
         output = learner.model(input_ids=tokenize(words), pixel_values=scaled(images))
         image, text = output.image_embeds, output.text_embeds  # (B, D), of length 1
@@ -253,7 +255,7 @@ def main() -> None:
         save=save,
         preview=preview,
         validate=None if pool is None else validate,
-        fingerprints={"data": dataset.fingerprint},
+        fingerprints=fingerprints,
         summary=images_summary(dataset, held_out=num_held),
     )
 
@@ -316,15 +318,21 @@ def contrastive_loss(
     return lambda image, text, clip: sigmoid(image, text, clip.logit_scale.exp(), clip.logit_bias)
 
 
-def make_pool(dataset: CaptionedImages, numbers: Sequence[int], *, seed: int) -> Pool:
-    """The held-out examples of these numbers, each with one of its captions, as it has them all."""
-    examples = [dataset[number] for number in numbers]
+def make_pool(dataset: CaptionedImages, *, seed: int) -> Pool | None:
+    """The good ones of the samples set apart, each with one of its captions, as it has them all.
+
+    None if they are fewer than two.
+    """
+    found = {number: dataset[number] for number in sorted(dataset.apart)}
+    found = {n: example for n, example in found.items() if n not in dataset.replaced}
+    if len(found) < 2:
+        return None
     places = [
         float(torch.rand((), generator=generator(seed, number, "held out caption")))
-        for number in numbers
+        for number in found
     ]
-    captions = [example["captions"] for example in examples]
-    images = torch.stack([example["image"] for example in examples])
+    captions = [example["captions"] for example in found.values()]
+    images = torch.stack([example["image"] for example in found.values()])
     return Pool.of(images, choose(captions, places), captions)
 
 

@@ -53,7 +53,7 @@ SMALL = UNetConfig(
 
 @dataclass(frozen=True)
 class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
-    """Train a UNet to denoise the latents of captioned pictures; leaves a whole pipeline folder."""
+    """Train a UNet or a DiT to denoise latents of captioned pictures; leaves a pipeline folder."""
 
     output_dir: Path = Path("runs/shapes/unet")
     max_steps: int = 800

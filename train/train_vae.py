@@ -10,6 +10,7 @@ import torch
 
 from latentdiff.data.batches import check_batch
 from latentdiff.data.config import DataConfig
+from latentdiff.data.gate import TRAINING
 from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import image_batches, open_images, some_examples
 from latentdiff.data.summary import images_summary
@@ -104,6 +105,8 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
                 f"perceptual_weight={self.perceptual_weight} needs perceptual_weights, a "
                 "safetensors file of torchvision's VGG16 or AlexNet"
             )
+        if self.init is None:  # of a given one this is asked when it is read
+            self.vae.check_folds()
         if self.decoder_only and self.init is None:
             raise ValueError("decoder_only=True needs init, the VAE whose latents are kept")
         if self.decoder_only and self.sharding in ("zero1", "zero2"):
@@ -134,7 +137,13 @@ def main() -> None:
     if isinstance(dataset, CaptionedImages):  # a stream tells when its first epoch ends
         check_batch(config.batch_size, len(dataset))
     torch.manual_seed(config.seed)
-    learner = Learner(new_vae(config), config, accelerator)
+    network = new_vae(config)
+    fingerprints = {"data": dataset.fingerprint}
+    if config.init is not None:  # a resumed run reads it again
+        fingerprints["init"] = fingerprint(network, network.config.to_dict())
+    if perceptual is not None:
+        fingerprints["perceptual_weights"] = fingerprint(perceptual, {})
+    learner = Learner(network, config, accelerator)
     raw, ema = learner.raw, learner.ema
     assert isinstance(raw, VAE)
     assert isinstance(ema, VAE)
@@ -239,18 +248,14 @@ def main() -> None:
         if config.learn_logvar:
             facts["logvar"] = scale.logvar.item()
         if "discriminator" in learners:
-            images = torch.stack([example["image"] for example in some_examples(dataset, 64)])
-            images = to_floats(images.to(accelerator.device))
-            facts |= discriminator_scores(vae, learners["discriminator"].raw, images)
+            judged = (example["image"] for example in some_examples(dataset, 64))
+            facts |= discriminator_scores(vae, learners["discriminator"].raw, judged)
         if not config.decoder_only:  # the latents of which are the given ones
             measured = (example["image"] for example in some_examples(dataset, 2048))
             vae.fold_latent_statistics(*latent_statistics(vae, measured))
         vae.save_pretrained(folder)
-        save_json(facts, folder / "training.json")
+        save_json(facts, folder / TRAINING)
 
-    fingerprints = {"data": dataset.fingerprint}
-    if perceptual is not None:
-        fingerprints["perceptual_weights"] = fingerprint(perceptual, {})
     fit(
         step,
         data,

@@ -79,11 +79,14 @@ class LatentStatistics:
         )
 
 
-def faults(latents: LatentStatistics, training: Mapping[str, Any]) -> list[str]:
+def faults(
+    latents: LatentStatistics, training: Mapping[str, Any], *, learned: bool = True
+) -> list[str]:
     """What is wrong with a VAE, a sentence each; none if its latents are fit to train on.
 
     `training` is what its training noted (TRAINING), such as the discriminator's last `disc_loss`
-    and mean scores, `disc_real` and `disc_fake`; nothing for a VAE from elsewhere.
+    and, if it is known, its mean scores, `disc_real` and `disc_fake`; nothing for a VAE from
+    elsewhere. `learned` is whether its encoder is, so that other training would mend the latents.
     """
     found = list[str]()
     if not all(x.isfinite().all() for x in (latents.active, latents.variance)):
@@ -93,7 +96,11 @@ def faults(latents: LatentStatistics, training: Mapping[str, Any]) -> list[str]:
         found.append(
             "posterior collapse: too small a share of the variance depends on the picture in "
             f"{_channels(dead, shares)}, where {ACTIVE} is the least of a channel that is used; "
-            "train it with a lower kl_weight or fewer latent_channels"
+            + (
+                "train it with a lower kl_weight or fewer latent_channels"
+                if learned
+                else "it is the pictures that hardly differ there"
+            )
         )
     deviation = float((latents.variance + latents.mean.square()).mean().sqrt())
     least, most = DEVIATIONS
@@ -109,16 +116,25 @@ def faults(latents: LatentStatistics, training: Mapping[str, Any]) -> list[str]:
         found.append(
             f"unbounded latents: too large a share of the variance lies more than {FAR:g} "
             f"deviations from the mean in {_channels(wild, far)}, where {FAR_SHARE} is allowed, "
-            f"and the largest value is {float(latents.largest[wild].max()):.3g}; train it with a "
-            "higher kl_weight"
+            f"and the largest value is {float(latents.largest[wild].max()):.3g}; "
+            + (
+                "train it with a higher kl_weight"
+                if learned
+                else "it is the pictures in which a few places stand out"
+            )
         )
-    if training.get("disc_loss", 1.0) < HINGE:
-        real, fake = training["disc_real"], training["disc_fake"]
+    loss = training.get("disc_loss", 1.0)
+    if not loss >= HINGE:  # one that is not a number either
+        scores = ""
+        if training.keys() >= {"disc_real", "disc_fake"}:
+            scores = (
+                f", with mean scores of {training['disc_real']:.2g} for pictures and "
+                f"{training['disc_fake']:.2g} for what the decoder makes of them"
+            )
         found.append(
-            f"saturated discriminator: its loss ended at {training['disc_loss']:.2g}, where "
-            f"{HINGE} is the least of one that still learns, with mean scores of {real:.2g} for "
-            f"pictures and {fake:.2g} for what the decoder makes of them; train it with a later "
-            "disc_start or a lower disc_weight"
+            f"saturated discriminator: its loss ended at {loss:.2g}, where {HINGE} is the least of "
+            f"one that still learns{scores}; train it with a later disc_start or a lower "
+            "disc_weight"
         )
     return found
 
@@ -135,7 +151,8 @@ def check_latents(
     if len(images) > 1:
         latents = LatentStatistics.of(vae, images, batch_size=batch_size)
         noted = folder / TRAINING
-        found = faults(latents, load_json(noted) if noted.is_file() else {})
+        training = load_json(noted) if noted.is_file() else {}
+        found = faults(latents, training, learned=vae.config.encoder == "kl")
     if found:
         sentence = f"the VAE in {folder} is not fit to train on: {'; '.join(found)}"
         if refuse:

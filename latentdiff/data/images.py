@@ -77,6 +77,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self.rows = self.rows.with_format(None)
         self.captions = captions_of(self.source, config, self.rows)
         self.replaced: dict[int, BadSample] = {}
+        self.apart: frozenset[int] = frozenset()
+        """Samples that never stand in for a bad one, such as held-out ones."""
         size = len(self.rows) * 3 * config.image_size**2
         self._images: dict[int, Tensor] | None = {} if size <= MEMORY_LIMIT else None
 
@@ -151,7 +153,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         for other in range(index, index + len(self)):
             other %= len(self)
-            if other in self.replaced:
+            if other in self.replaced or (other != index and other in self.apart):
                 continue
             try:
                 return self._example(other)

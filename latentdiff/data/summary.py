@@ -19,9 +19,11 @@ EXAMPLES = 8
 
 
 def images_summary(
-    dataset: CaptionedImages | StreamedImages, *, held_out: int = 0
+    dataset: CaptionedImages | StreamedImages, *, held_out: int | None = None
 ) -> dict[str, Any]:
     """What `fit(summary=...)` can be told of pictures; see `cache_summary`.
+
+    Nothing is said of `held_out` where that is None, as in a training that holds nothing out.
 
     Of streamed ones nothing is known beforehand but what `latentdiff data check` has said.
     """
@@ -30,7 +32,7 @@ def images_summary(
     if isinstance(dataset, CaptionedImages):
         summary |= {
             "samples": len(dataset),
-            "held_out": held_out,
+            **({} if held_out is None else {"held_out": held_out}),
             "left_out": dict(dataset.left_out),
             "sizes": {f"{config.image_size}x{config.image_size}": len(dataset)},
             **_captions(dataset.captions),

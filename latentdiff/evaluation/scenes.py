@@ -46,13 +46,22 @@ def read_scene(image: Image.Image, *, asked: str | None = None) -> Seen:
     return Seen(shapes, caption)
 
 
-def count_shapes(image: Image.Image, caption: str) -> tuple[int, int]:
-    """How many shapes a caption asks for, and how many of them, in size, colour and kind, a square
-    RGB picture has."""
+def count_shapes(
+    image: Image.Image, caption: str, *, colours_alone: bool = False
+) -> tuple[int, int]:
+    """How many shapes a caption asks for, and how many of them a square RGB picture has.
+
+    A shape is there if one of its size, colour and kind is, or of its colour alone.
+    """
     for relation in RELATIONS:
         caption = caption.replace(f" {relation} ", "|")
     asked = [phrase.split(" ", 1)[1] for phrase in caption.split("|")]  # without the article
-    seen = Counter(" ".join(filter(None, shape[:3])) for shape in read_scene(image).shapes)
+    shapes = read_scene(image).shapes
+    if colours_alone:
+        asked = [word for phrase in asked for word in phrase.split() if word in COLOURS]
+        seen = Counter(shape.colour for shape in shapes)
+    else:
+        seen = Counter(" ".join(filter(None, shape[:3])) for shape in shapes)
     return len(asked), (seen & Counter(asked)).total()
 
 

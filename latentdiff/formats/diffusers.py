@@ -16,8 +16,8 @@ from latentdiff.formats.weights import load_json, save_json
 DIFFUSERS_VERSION = "0.42.1"
 EMBEDDED_MODELS = ("emoji",)  # shipped with the package under latentdiff/pretrained/
 
-# The parts that have weights, and what the names of their files begin with; with a DiT there is
-# `transformer` in the place of `unet`.
+# The parts that have weights, and what the names of their files begin with; of a DiT's folder
+# `find_stems` says it.
 STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -89,7 +89,7 @@ def find_model(
     if isinstance(name_or_path, Path) or path.exists():
         raise ValueError(f"model={str(path)!r} is not a folder; {allowed}")
     try:
-        return fetch(name_or_path, STEMS, revision=revision, variant=variant)
+        return fetch(name_or_path, find_stems, revision=revision, variant=variant)
     except ValueError as error:
         raise ValueError(f"model={name_or_path!r} {error}; {allowed}") from error
 
@@ -102,8 +102,7 @@ def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[s
     checked are the presence of every part's files and the class names in model_index.json.
     """
     folder = Path(folder)
-    denoiser = _denoiser(folder)
-    stems = {denoiser if part == "unet" else part: stem for part, stem in STEMS.items()}
+    denoiser, stems = _denoiser(folder), find_stems(folder)
     names = {part: sorted(path.name for path in (folder / part).glob("*")) for part in stems}
     found = {part: find_variants(names[part], stem) for part, stem in stems.items()}
     missing = [
@@ -128,6 +127,12 @@ def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[s
         if name not in found[part]:
             raise ValueError(refuse_missing(folder / part, stems[part], name, names[part]))
     return chosen
+
+
+def find_stems(folder: Path) -> dict[str, str]:
+    """What the weights of each part are called: `STEMS`, with our DiT in the UNet's place."""
+    denoiser = _denoiser(folder)
+    return {denoiser if part == "unet" else part: stem for part, stem in STEMS.items()}
 
 
 def _denoiser(folder: Path) -> str:

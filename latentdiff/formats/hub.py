@@ -4,7 +4,7 @@ Only JSON, the tokenizer's text files and safetensors are asked for: never pickl
 never the weights of a safety checker.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,19 +17,21 @@ NOT_WEIGHTS = ["model_index.json", "*/*.json", "tokenizer/*.txt"]
 
 def fetch(
     hub_id: str,
-    stems: Mapping[str, str],
+    find_stems: Callable[[Path], Mapping[str, str]],
     *,
     revision: str | None = None,
     variant: str | None = None,
 ) -> Path:
     """Fetch a pipeline of the Hub into huggingface_hub's cache; its folder there.
 
-    stems: what the weights of each part are called: `diffusion_pytorch_model` for `unet`.
+    find_stems: what the weights of each part are called, `diffusion_pytorch_model` for `unet`, in
+    a folder that has model_index.json at least; it is fetched first, as the parts follow from it.
     revision: a branch, tag or commit; without it, the main branch.
     variant: such as `fp16`; the parts that have none come with their plain weights.
     What is in the cache is not fetched again, and serves when the hub cannot be reached.
     Raises ValueError, which says what `hub_id` is or lacks, where there is no such pipeline.
     """
+    stems = find_stems(_snapshot(hub_id, revision, ["model_index.json"]))
     folder = _snapshot(hub_id, revision, patterns(stems, variant))
     lacking = _lacking(folder, stems, variant)
     if variant is not None and 0 < len(lacking) < len(stems):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.formats.diffusers import STEMS
+from latentdiff.formats.diffusers import find_stems
 from latentdiff.formats.header import MAX_TENSORS, named, shown
 from latentdiff.formats.hub import NOT_WEIGHTS
 from latentdiff.formats.shards import PICKLES
@@ -67,8 +67,8 @@ def convert_pickled_folder(folder: Path, out: Path, *, dtype: torch.dtype | None
     Only what a pipeline is read from is taken over. Raises ValueError as `read_pickle` does, and
     where a part has not one file of pickled weights.
     """
-    weights = {}
-    for part, stem in STEMS.items():
+    weights, stems = {}, find_stems(folder)
+    for part, stem in stems.items():
         former = "pytorch_model" if stem == "model" else stem  # transformers' name
         weights[part] = next(
             (path for end in PICKLES if (path := folder / part / f"{former}{end}").is_file()), None
@@ -76,7 +76,7 @@ def convert_pickled_folder(folder: Path, out: Path, *, dtype: torch.dtype | None
         if weights[part] is None:
             raise ValueError(f"{folder / part} holds no {former}.bin")
     for part, path in weights.items():
-        convert_pickle(path, out / part / f"{STEMS[part]}.safetensors", dtype=dtype)
+        convert_pickle(path, out / part / f"{stems[part]}.safetensors", dtype=dtype)
     for pattern in NOT_WEIGHTS:
         for path in folder.glob(pattern):
             target = out / path.relative_to(folder)

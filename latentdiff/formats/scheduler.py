@@ -105,10 +105,12 @@ def to_config(
 
     DDIMScheduler for beta schedules, DPMSolverMultistepScheduler for `flow` (its own
     FlowMatchEulerDiscreteScheduler does not fit StableDiffusionPipeline), and where the variance is
-    learned DDPMScheduler, which alone takes it out of the network's output. Every key is written,
-    since the classes' defaults are rarely what is meant. Three pairs have no word in diffusers:
-    `score`, `flow_prediction` on beta schedules, `v_prediction` on `flow`. They are written in
-    words of ours, at which diffusers stops in the first step rather than draw a wrong picture.
+    learned DDPMScheduler: it splits the network's output at the sample's own channels and draws
+    with the variance, where diffusers' DPM-Solvers keep the first three channels, of whatever
+    latents, and DDIM splits nothing. Every key is written, since the classes' defaults are rarely
+    what is meant. Three pairs have no word in diffusers: `score`, `flow_prediction` on beta
+    schedules, `v_prediction` on `flow`. They are written in words of ours, at which diffusers stops
+    in the first step rather than draw a wrong picture.
     """
     config: dict[str, Any] = {
         "_class_name": "DDIMScheduler",

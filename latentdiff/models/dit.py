@@ -229,6 +229,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.get_parameter("bias"))
         for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
         for module in self.modules():
@@ -253,7 +254,8 @@ class DiT(nn.Module):
             time = time + self.text_embedding(context.mean(dim=1))
         tokens = rearrange(self.patch_embed(x), "b e h w -> b (h w) e")  # (B, N, E)
         where = positions(height, width, self.config.width, device=x.device)
-        tokens = tokens + where.to(tokens.dtype)
+        # In x's precision, not the convolution's: under autocast the blocks add up in float32.
+        tokens = tokens + where.to(x.dtype)
         if self.context_embedder is not None:
             context = self.context_embedder(context)  # (B, L, E)
         for block in self.transformer_blocks:

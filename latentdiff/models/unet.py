@@ -158,6 +158,10 @@ class UNet(nn.Module):
             self.class_embedding = nn.Linear(dim, time_dim)
         if config.addition_embed_type is not None:
             heads = config.addition_embed_type_num_heads
+            if dim % heads:
+                raise ValueError(
+                    f"addition_embed_type_num_heads={heads} must divide cross_attention_dim={dim}"
+                )
             self.add_embedding = TextTimeEmbedding(dim, time_dim, heads=heads)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 

@@ -57,7 +57,8 @@ class UNetConfig:
     addition_embed_type: Literal["text"] | None = None
     """text: the context, pooled by an attention of its own, is added to the time."""
     addition_embed_type_num_heads: int = 64
-    """Of that attention; they divide `cross_attention_dim`."""
+    """Of that attention; they divide `cross_attention_dim`, which the UNet checks: in a training it
+    follows from the text encoder."""
     class_embed_type: Literal["simple_projection"] | None = None
     """simple_projection: the mean of the context, projected, is added to the time, or
     concatenated with it (AudioLDM's words; there a sound's embedding stands in its place)."""
@@ -97,12 +98,6 @@ class UNetConfig:
         self._check_pooled_text()
 
     def _check_pooled_text(self) -> None:
-        heads = self.addition_embed_type_num_heads
-        if self.addition_embed_type is not None and self.cross_attention_dim % heads:
-            raise ValueError(
-                f"addition_embed_type_num_heads={heads} must divide "
-                f"cross_attention_dim={self.cross_attention_dim}"
-            )
         if self.addition_embed_type is not None and self.class_embed_type is not None:
             raise ValueError(
                 f"class_embed_type={self.class_embed_type!r} must be null where "

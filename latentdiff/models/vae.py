@@ -78,6 +78,13 @@ class VAEConfig:
         """How many times smaller a latent's side is than its picture's."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def check_folds(self) -> None:
+        """Raise ValueError without a convolution that `VAE.fold_latent_statistics` needs."""
+        learned = ("use_quant_conv",) if self.encoder == "kl" else ()
+        for name in (*learned, "use_post_quant_conv"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=False must be true: latents are made standard in it")
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration in diffusers' words, every key that `AutoencoderKL` needs.
 
@@ -347,9 +354,7 @@ class VAE(nn.Module):
         stay what they were and `scaling_factor` stays right for the tools that hard-code it.
         Raises ValueError for a VAE without those convolutions.
         """
-        encoder_folds = self.config.encoder == "downsample" or self.config.use_quant_conv
-        if not (encoder_folds and self.config.use_post_quant_conv):
-            raise ValueError("use_quant_conv and use_post_quant_conv must be true to fold into")
+        self.config.check_folds()
         out_weight, out_bias = self.post_quant_conv.weight, self.post_quant_conv.bias
         assert isinstance(out_weight, Tensor)
         assert isinstance(out_bias, Tensor)

@@ -1,6 +1,6 @@
 """An autoencoder around its training: what a given one starts as, and what is measured of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from latentdiff.models.vae import VAE, Posterior
 from latentdiff.pictures import to_floats
 from latentdiff.training.losses import hinge_loss
+
+TOGETHER = 16  # pictures that are measured at a time, in float32
 
 
 def given_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
@@ -33,10 +35,7 @@ def given_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
 
 def latent_statistics(vae: VAE, pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel of the latents of pictures (3, H, W) uint8: (C,), (C,)."""
-    device = next(vae.parameters()).device
-    left, posteriors = iter(pictures), []
-    while part := list(islice(left, 64)):
-        posteriors.append(vae.encode(to_floats(torch.stack(part).to(device))))
+    posteriors = [vae.encode(images) for images in _parts(vae, pictures)]
     whole = Posterior(
         torch.cat([p.mean for p in posteriors]), torch.cat([p.logvar for p in posteriors])
     )
@@ -46,14 +45,28 @@ def latent_statistics(vae: VAE, pictures: Iterable[Tensor]) -> tuple[Tensor, Ten
     return mean, variance.sqrt()
 
 
-def discriminator_scores(vae: VAE, discriminator: nn.Module, images: Tensor) -> dict[str, float]:
-    """Mean scores of pictures (B, 3, H, W) and of their reconstructions, and the hinge loss.
+def discriminator_scores(
+    vae: VAE, discriminator: nn.Module, pictures: Iterable[Tensor]
+) -> dict[str, float]:
+    """Mean scores of pictures (3, H, W) uint8 and of their reconstructions, and the hinge loss.
 
     The loss is 1 where the discriminator tells nothing and 0 where it is always sure.
     """
-    real, fake = discriminator(images), discriminator(vae.decode(vae.encode(images).mean))
+    scores = [
+        (discriminator(images), discriminator(vae.decode(vae.encode(images).mean)))
+        for images in _parts(vae, pictures)
+    ]
+    real, fake = (torch.cat(part) for part in zip(*scores, strict=True))
     return {
         "disc_real": float(real.mean()),
         "disc_fake": float(fake.mean()),
         "disc_loss": float(hinge_loss(real, fake)),
     }
+
+
+def _parts(vae: VAE, pictures: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pictures (3, H, W) uint8, some at a time as the VAE takes them: (B, 3, H, W) in [-1, 1]."""
+    device = next(vae.parameters()).device
+    left = iter(pictures)
+    while part := list(islice(left, TOGETHER)):
+        yield to_floats(torch.stack(part).to(device))

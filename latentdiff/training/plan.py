@@ -304,11 +304,14 @@ def _frozen(settings: Mapping[str, Any]) -> tuple[VAEConfig, CLIPTextConfig]:
 
 
 def _vae(settings: Mapping[str, Any], config: VAEConfig, size: int) -> Work:
-    if settings.get("disc_weight", 0) > 0:
-        raise ValueError(
-            f"disc_weight={settings['disc_weight']} must be 0 for a plan: what a discriminator "
-            "needs is not counted"
-        )
+    for key, needed in (
+        ("init", "left out for a plan, with the shapes of its network as vae"),
+        ("decoder_only", "False for a plan: the whole network is counted as trained"),
+        ("perceptual_weight", "0 for a plan: what LPIPS needs is not counted"),
+        ("disc_weight", "0 for a plan: what a discriminator needs is not counted"),
+    ):
+        if settings.get(key) not in (None, 0):
+            raise ValueError(f"{key}={settings[key]!r} must be {needed}")
     if size % config.factor:
         raise ValueError(f"image_size={size} must be divisible by {config.factor}")
     C, side = config.latent_channels, size // config.factor
