@@ -37,7 +37,7 @@ check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests:
 quick: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses=2
 
-test: lint types ## every check and every test: at most 15 minutes on two cores
+test: lint types ## every check and every test: half an hour on two busy cores
 	$(BIN)/python -m pytest -q -m "not faults" --durations=10 --numprocesses=2
 
 .PHONY: test-faults
