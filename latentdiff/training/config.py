@@ -1,15 +1,27 @@
 """A script's configuration: a frozen dataclass, filled from a YAML file and the command line."""
 
 import multiprocessing
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 T = TypeVar("T")
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "Sequence": "a list, such as [a, b]",
+    "Mapping": "names with values, such as {a: b}",
+}
+"""What a value must be, for the types that jsonargparse names as Python does."""
 
 
 def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, str]:
@@ -26,11 +38,48 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
     parser.add_class_arguments(cls)
     try:
         namespace: Namespace = parser.parse_args(args)
-    except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    text = parser.dump(namespace, skip_unset=False)
-    namespace.pop("config", None)
-    return cls(**vars(parser.instantiate(namespace))), text
+        text = parser.dump(namespace, skip_unset=False)
+        namespace.pop("config", None)
+        for name, value in vars(namespace).items():
+            if is_dataclass(get_type_hints(cls)[name]) and not isinstance(value, Namespace):
+                raise ValueError(f"{name}={value} must be {KINDS['Mapping']}")
+        return cls(**vars(parser.instantiate(namespace))), text
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(_sentence(str(error), list(_options(cls)))) from error
+
+
+def _options(cls: Any) -> Iterator[str]:
+    """The names of a configuration's options, those of its parts as part.name."""
+    for name, kind in get_type_hints(cls).items():
+        yield name
+        for part in get_args(kind) or (kind,):
+            if is_dataclass(part):
+                yield from (f"{name}.{option}" for option in _options(part))
+
+
+def _sentence(text: str, options: Sequence[str]) -> str:
+    """What jsonargparse says in one sentence: the option, its value and what is allowed."""
+    text, path = " ".join(text.split()), ""
+    # Of a part that may be left out it says all that is allowed; the first is wrong with it.
+    if part := re.match(
+        r'(?:Parser key "(.+?)": )?Does not validate against any of .*? Errors: - '
+        r"(?:Problem with given class_path '.*?': )?(.*?) - Expected a",
+        text,
+    ):
+        path, text = f"{part[1]}." if part[1] else "", part[2]
+        if value := re.fullmatch("Expected a dot import path string: (.*)", text):
+            return f"{part[1]}={value[1]} must be {KINDS['Mapping']}"
+    if wrong := re.fullmatch(r'Parser key "(.+?)": Expected a (.+)\. Got value: (.*)', text):
+        kind = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", wrong[2])
+        kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)
+        return f"{path}{wrong[1]}={wrong[3]} must be {KINDS.get(kind, kind)}"
+    if group := re.fullmatch("Group '(.+?)' does not accept option '(.+?)'", text):
+        path, text = f"{group[1]}.", f"Option '{group[2]}' is not accepted"
+    if unknown := re.match(r"unrecognized arguments: --([\w.]+)|Option '(.+?)' is not acc", text):
+        name = path + (unknown[1] or unknown[2])
+        near = get_close_matches(name, options, 1, cutoff=0.75)
+        return f"{name} is no option" + (f"; did you mean {near[0]}?" if near else "")
+    return text.removeprefix('Parser key "config": ')
 
 
 def write_config(text: str, folder: Path) -> None:
