@@ -79,7 +79,7 @@ class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
     held_out: float = 0.01
     """Share of the examples, 256 at most, that are kept out of training for `held_out_loss`."""
     preview_prompts: Sequence[str] = ()
-    """Captions of the preview grid; by default eight of the training data's."""
+    """Captions of the preview grid; by default up to eight of the training data's."""
 
     def __post_init__(self) -> None:
         for part in (DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
@@ -216,9 +216,8 @@ def main() -> None:
         return held_out_loss(score, buckets, batch_size=max(1, part // BINS), processes=processes)
 
     pipeline = Pipeline(unet=ema, vae=vae, text_encoder=text_encoder, diffusion=diffusion)
-    shown = list(config.preview_prompts) or [
-        cache.captions[i * len(cache) // 8][0] for i in range(8)
-    ]
+    spread = (cache.captions[i * len(cache) // 8][0] for i in range(8))
+    shown = list(config.preview_prompts or dict.fromkeys(spread))
 
     def preview(path: Path) -> None:
         drawn = pipeline(shown, seed=config.seed, steps=20, guidance_scale=4.0, progress=False)
