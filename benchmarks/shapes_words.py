@@ -2,10 +2,12 @@
 
 The captions are of scenes that no training saw: of combinations of colour and kind that it knows,
 and of the four that it never saw together (`held out`). A drawing is right when its caption can be
-read off it again (`evaluation.scenes`): sizes, colours, kinds and how they lie; `colours` and
-`shapes` are the shares of the shapes asked for of which there is one of the colour, or of size,
-colour and kind. `true pictures` are the captions of those scenes through the VAE alone. Writes a
-Markdown row for each model to standard output, and `grid.png` of its first drawings into OUT/name.
+read off it again (`evaluation.scenes`): sizes, colours, kinds and how they lie. `one` and `two` are
+the shares of right drawings for captions of one shape and of two; `both`, for those of two, of
+drawings of these two and no other, lie as they may. `colours` and `shapes` are the shares of the
+shapes asked for of which there is one of the colour, or of size, colour and kind. `true pictures`
+are the captions of those scenes through the VAE alone. Writes a Markdown row for each model to
+standard output, and `grid.png` of its first drawings into OUT/name.
 
     python benchmarks/shapes_words.py runs/shapes/unet/model runs/shapes/dit/model --out runs/words
 """
@@ -13,6 +15,7 @@ Markdown row for each model to standard output, and `grid.png` of its first draw
 import argparse
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -27,6 +30,17 @@ SEED = 1
 """Of the scenes; trainings draw those of seed 0."""
 
 
+class Judged(NamedTuple):
+    """A drawing: how many shapes its caption asks for, and how many are there, or their colours."""
+
+    asked: int
+    shapes: int
+    colours: int
+    nothing_else: bool
+    """Whether it has all of these shapes and no other."""
+    right: bool
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", type=Path)
@@ -35,9 +49,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     asked = parser.parse_args()
-    heads = ["colours", "shapes", "captions", "held out: colours", "shapes", "captions"]
+    heads = ["colours", "shapes", "one", "both", "two"]
+    heads += [f"held out: {heads[0]}", *heads[1:]]
     print(f"| model | {' | '.join(heads)} | true pictures | seconds each |")
-    print(f"|---|{'---:|' * 8}")
+    print(f"|---|{'---:|' * (len(heads) + 2)}")
     for model in asked.models:
         pipe = Pipeline.from_pretrained(model)
         cells, through = [], 0.0
@@ -54,17 +69,28 @@ def main() -> None:
                     progress=False,
                 ).images
             seconds = (time.perf_counter() - start) / len(drawn)
-            right = [
-                read_scene(image, asked=scene.caption).caption == scene.caption
-                for image, scene in zip(drawn, chosen, strict=True)
+            judged = [
+                judge(image, scene.caption) for image, scene in zip(drawn, chosen, strict=True)
             ]
-            shares = [found(drawn, chosen, colours_alone=alone) for alone in (True, False)]
-            cells += [f"{share:.0%}" for share in (*shares, sum(right) / len(right))]
+            one, two = ([drawing for drawing in judged if drawing.asked == n] for n in (1, 2))
+            asked_for = sum(drawing.asked for drawing in judged)
+            cells += [
+                f"{share:.0%}"
+                for share in (
+                    sum(drawing.colours for drawing in judged) / asked_for,
+                    sum(drawing.shapes for drawing in judged) / asked_for,
+                    sum(drawing.right for drawing in one) / len(one),
+                    sum(drawing.nothing_else for drawing in two) / len(two),
+                    sum(drawing.right for drawing in two) / len(two),
+                )
+            ]
             if not held_out:
                 through = decoded(pipe, chosen)
                 folder = asked.out / model.parent.name
                 folder.mkdir(parents=True, exist_ok=True)
-                grid(drawn[:24], chosen[:24], right[:24]).save(folder / "grid.png")
+                grid(drawn[:24], chosen[:24], [drawing.right for drawing in judged[:24]]).save(
+                    folder / "grid.png"
+                )
         row = [str(model), *cells, f"{through:.0%}", f"{seconds:.2f}"]
         print(f"| {' | '.join(row)} |", flush=True)
 
@@ -81,14 +107,12 @@ def scenes(count: int, side: int, *, held_out: bool) -> list[Scene]:
     return found
 
 
-def found(drawn: list[Image.Image], chosen: list[Scene], *, colours_alone: bool) -> float:
-    """The share of the shapes asked for that are in the drawings, see `count_shapes`."""
-    counts = [
-        count_shapes(image, scene.caption, colours_alone=colours_alone)
-        for image, scene in zip(drawn, chosen, strict=True)
-    ]
-    asked, there = map(sum, zip(*counts, strict=True))
-    return there / asked
+def judge(image: Image.Image, caption: str) -> Judged:
+    asked, shapes = count_shapes(image, caption)
+    _, colours = count_shapes(image, caption, colours_alone=True)
+    seen = read_scene(image, asked=caption)
+    nothing_else = asked == shapes == len(seen.shapes)
+    return Judged(asked, shapes, colours, nothing_else, right=seen.caption == caption)
 
 
 @torch.no_grad()
