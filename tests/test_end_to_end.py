@@ -353,6 +353,4 @@ def test_a_wrong_command_line_ends_with_code_2_and_no_traceback(home: Path) -> N
     command = [sys.executable, str(ROOT / "train" / "train_vae.py"), "--batchsize=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert "--batchsize=3" in line
+    assert done.stderr == "error: batchsize is no option; did you mean batch_size?\n"
