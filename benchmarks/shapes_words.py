@@ -79,9 +79,9 @@ def main() -> None:
                 for share in (
                     sum(drawing.colours for drawing in judged) / asked_for,
                     sum(drawing.shapes for drawing in judged) / asked_for,
-                    sum(drawing.right for drawing in one) / len(one),
-                    sum(drawing.nothing_else for drawing in two) / len(two),
-                    sum(drawing.right for drawing in two) / len(two),
+                    sum(drawing.right for drawing in one) / max(len(one), 1),
+                    sum(drawing.nothing_else for drawing in two) / max(len(two), 1),
+                    sum(drawing.right for drawing in two) / max(len(two), 1),
                 )
             ]
             if not held_out:
