@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 T = TypeVar("T")
 
-KINDS = {
+ALLOWED = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -40,9 +40,10 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
         namespace: Namespace = parser.parse_args(args)
         text = parser.dump(namespace, skip_unset=False)
         namespace.pop("config", None)
+        kinds = get_type_hints(cls)
         for name, value in vars(namespace).items():
-            if is_dataclass(get_type_hints(cls)[name]) and not isinstance(value, Namespace):
-                raise ValueError(f"{name}={value} must be {KINDS['Mapping']}")
+            if is_dataclass(kinds[name]) and not isinstance(value, Namespace):
+                raise ValueError(f"{name}={value} must be {ALLOWED['Mapping']}")
         return cls(**vars(parser.instantiate(namespace))), text
     except (ArgumentError, ValueError) as error:
         raise ValueError(_sentence(str(error), list(_options(cls)))) from error
@@ -68,11 +69,11 @@ def _sentence(text: str, options: Sequence[str]) -> str:
     ):
         path, text = f"{part[1]}." if part[1] else "", part[2]
         if value := re.fullmatch("Expected a dot import path string: (.*)", text):
-            return f"{part[1]}={value[1]} must be {KINDS['Mapping']}"
+            return f"{part[1]}={value[1]} must be {ALLOWED['Mapping']}"
     if wrong := re.fullmatch(r'Parser key "(.+?)": Expected a (.+)\. Got value: (.*)', text):
         kind = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", wrong[2])
         kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)
-        return f"{path}{wrong[1]}={wrong[3]} must be {KINDS.get(kind, kind)}"
+        return f"{path}{wrong[1]}={wrong[3]} must be {ALLOWED.get(kind, kind)}"
     if group := re.fullmatch("Group '(.+?)' does not accept option '(.+?)'", text):
         path, text = f"{group[1]}.", f"Option '{group[2]}' is not accepted"
     if unknown := re.match(r"unrecognized arguments: --([\w.]+)|Option '(.+?)' is not acc", text):
