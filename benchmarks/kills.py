@@ -26,8 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from faulty import Fault, Toy, output
-from harness import left_over, newest, run, start, wait
+from support.faulty import Fault, Toy, output
+from support.harness import left_over, newest, run, start, wait
 
 from latentdiff.training.checkpoint import verify
 

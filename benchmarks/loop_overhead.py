@@ -32,7 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from scripts import ROOT, script
+from support.scripts import ROOT, script
 
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.text import TextEncoder

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from table import Measured, Row, write
+from support.table import Measured, Row, write
 
 torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
 

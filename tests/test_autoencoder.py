@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import config_class, script
+from support.scripts import config_class, script
 
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.discriminator import Discriminator

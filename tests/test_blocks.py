@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import UNET, randomise
+from support.tiny import UNET, randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 

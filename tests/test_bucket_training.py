@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from scripts import script
+from support.scripts import script
+from support.tiny import tiny_text_encoder
 from test_cache import vae, write_pictures
-from tiny import tiny_text_encoder
 
 from latentdiff.data.cache import LatentCache
 from latentdiff.formats.weights import load_safetensors

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripts import ROOT
+from support.scripts import ROOT
 from test_cache import contents, vae, write_pictures
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_pipeline
+from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
 from latentdiff.pictures import picture_grid

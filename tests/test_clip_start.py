@@ -10,11 +10,11 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
-from clips import MEAN, SIDE, STD, tiny_clip
 from open_clip.model import _build_text_tower
 from PIL import Image
-from scripts import script
-from tiny import tiny_text_encoder
+from support.clips import MEAN, SIDE, STD, tiny_clip
+from support.scripts import script
+from support.tiny import tiny_text_encoder
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel
 

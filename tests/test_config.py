@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from scripts import CONFIGS, ROOT, config_class
+from support.scripts import CONFIGS, ROOT, config_class
 
 from latentdiff.training.config import parse_config, run_script, write_config
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from parity import same_weights
 from safetensors.torch import load_file
-from table import Measured
-from tiny import tiny_pipeline
+from support.parity import same_weights
+from support.table import Measured
+from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
 from latentdiff.formats.header import read_header

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from broken_pictures import BAD, GOOD, photograph, saved
+from support.broken_pictures import BAD, GOOD, photograph, saved
 from torch.utils.data import DataLoader
 
 from latentdiff.cli import main

@@ -10,10 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from broken_pictures import photograph, saved, truncated
 from datasets import config as datasets_config
 from PIL import Image
-from scripts import ROOT, script
+from support.broken_pictures import photograph, saved, truncated
+from support.scripts import ROOT, script
 
 from latentdiff.data.check import check_data
 from latentdiff.data.config import DataConfig

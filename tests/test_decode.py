@@ -4,8 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from broken_pictures import BAD, GOOD, animated, cmyk, cmyk_profile, floats, photograph, saved
 from PIL import Image
+from support.broken_pictures import (
+    BAD,
+    GOOD,
+    animated,
+    cmyk,
+    cmyk_profile,
+    floats,
+    photograph,
+    saved,
+)
 
 from latentdiff.data.decode import BadSample, Decoding, decode
 

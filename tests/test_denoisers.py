@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from parity import fill, same_weights
-from scripts import script
+from support.parity import fill, same_weights
+from support.scripts import script
+from support.tiny import CONTEXT_DIM, UNET, tiny_pipeline, tiny_text_encoder
 from test_cache import vae, write_pictures
 from test_end_to_end import TWO, launch
 from test_interchange import assert_same_picture, load_in_diffusers
-from tiny import CONTEXT_DIM, UNET, tiny_pipeline, tiny_text_encoder
 
 from latentdiff.cli import main
 from latentdiff.formats.weights import load_safetensors

@@ -11,8 +11,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from parity import difference, fill, gradients, same_weights
-from tiny import randomise
+from support.parity import difference, fill, gradients, same_weights
+from support.tiny import randomise
 from torch import Tensor, nn
 
 from latentdiff.models.dit import CrossBlock, DiT, DiTConfig, JointBlock, positions

@@ -12,8 +12,8 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from PIL import Image
-from table import DIFFUSERS, Measured
-from tiny import Recording, tiny_pipeline
+from support.table import DIFFUSERS, Measured
+from support.tiny import Recording, tiny_pipeline
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.noise import slerp

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_pipeline
+from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 

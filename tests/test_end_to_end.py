@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from scripts import ROOT, script
+from support.scripts import ROOT, script
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from parity import fill, same_weights
-from scripts import script
+from support.parity import fill, same_weights
+from support.scripts import script
+from support.tiny import UNET, randomise, tiny_pipeline
 from test_train_vae import assert_near, train, train_in_two, weights
-from tiny import UNET, randomise, tiny_pipeline
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes

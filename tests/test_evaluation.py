@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import SIDE, tiny_clip
 from PIL import Image
+from support.clips import SIDE, tiny_clip
 from torch import Tensor
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd

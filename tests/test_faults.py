@@ -15,8 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import BATCH, SAMPLES, STEPS, Fault, Kind, Toy, every_note, log, notes, output, tensors
-from harness import assert_same, left_over, newest, references, run, start, wait
+from support.faulty import (
+    BATCH,
+    SAMPLES,
+    STEPS,
+    Fault,
+    Kind,
+    Toy,
+    every_note,
+    log,
+    notes,
+    output,
+    tensors,
+)
+from support.harness import assert_same, left_over, newest, references, run, start, wait
 
 from latentdiff.formats.weights import load_json
 from latentdiff.training.checkpoint import checkpoints, verify

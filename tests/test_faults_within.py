@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import BATCH, STEPS, Fault, Kind, Toy, every_note, log, notes, output, tensors
-from harness import assert_same, left_over, newest, references, run, start, wait
 from PIL import Image
+from support.faulty import BATCH, STEPS, Fault, Kind, Toy, every_note, log, notes, output, tensors
+from support.harness import assert_same, left_over, newest, references, run, start, wait
 
 from latentdiff.training.checkpoint import verify
 
@@ -68,7 +68,11 @@ def test_9_and_10_torchrun_ends_all_and_names_the_process(
     toy |= {"fault.kind": kind, "fault.step": 4, "fault.rank": 1}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ended = subprocess.run(
-        [*command, str(here / "faulty.py"), *(f"--{name}={value}" for name, value in toy.items())],
+        [
+            *command,
+            str(here / "support" / "faulty.py"),
+            *(f"--{name}={value}" for name, value in toy.items()),
+        ],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{here}:{here.parent}"},
         capture_output=True,
         text=True,

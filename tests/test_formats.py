@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import tiny_pipeline
+from support.tiny import tiny_pipeline
 
 from latentdiff.formats.diffusers import check_pipeline_folder, find_model, save_model_index
 from latentdiff.pipeline import Pipeline

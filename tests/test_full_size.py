@@ -17,8 +17,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from table import DIFFUSERS, Measured
-from tiny import tiny_tokenizer
+from support.table import DIFFUSERS, Measured
+from support.tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -19,7 +19,9 @@ from random import Random
 
 import pytest
 import torch
-from mutations import (
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from support.mutations import (
     NASTY,
     at_most_more_memory,
     broken_bytes,
@@ -28,9 +30,7 @@ from mutations import (
     canaries,
     watched,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tiny import CONTEXT_DIM, tiny_text_encoder
+from support.tiny import CONTEXT_DIM, tiny_text_encoder
 from torch import Tensor, nn
 
 from latentdiff.diffusion import Diffusion

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from scripts import script
+from support.scripts import script
 from torch import Tensor
 
 from latentdiff.data.config import DataConfig

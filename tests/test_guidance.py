@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from support.toys import SHAPE, network, normal
 from torch import Tensor
-from toys import SHAPE, network, normal
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.guidance import Guidance

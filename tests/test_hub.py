@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import same_weights
-from tiny import CONTEXT_DIM, tiny_pipeline
+from support.parity import same_weights
+from support.tiny import CONTEXT_DIM, tiny_pipeline
 
 from latentdiff.formats import hub
 from latentdiff.formats.diffusers import STEMS, check_pipeline_folder, find_model

@@ -17,9 +17,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from parity import no_warning_logged
-from table import DIFFUSERS, Measured
-from tiny import CONTEXT_DIM, Recording, tiny_pipeline, tiny_text_encoder
+from support.parity import no_warning_logged
+from support.table import DIFFUSERS, Measured
+from support.tiny import CONTEXT_DIM, Recording, tiny_pipeline, tiny_text_encoder
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion

@@ -12,8 +12,8 @@ from diffusers.loaders.single_file_utils import (
     create_vae_diffusers_config_from_ldm,
 )
 from hypothesis import HealthCheck, given, settings
-from ldm import checkpoint
-from strategies import unet_configs, vae_configs
+from support.ldm import checkpoint
+from support.strategies import unet_configs, vae_configs
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.ldm import loaders

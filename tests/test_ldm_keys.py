@@ -9,9 +9,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from hypothesis import HealthCheck, given, settings
-from ldm import ldm_unet, ldm_vae
-from parity import shapes
-from strategies import unet_configs, vae_configs
+from support.ldm import ldm_unet, ldm_vae
+from support.parity import shapes
+from support.strategies import unet_configs, vae_configs
 from torch import nn
 
 from latentdiff.formats.ldm.keys import (

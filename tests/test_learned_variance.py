@@ -6,9 +6,9 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from schedulers import CASES, assert_same_path, our_path, processes, their_path
+from support.schedulers import CASES, assert_same_path, our_path, processes, their_path
+from support.toys import network, noise_from, normal
 from torch import Tensor, nn
-from toys import network, noise_from, normal
 
 from latentdiff.diffusion import Diffusion, Prediction
 from latentdiff.gaussians import (

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from parity import no_warning_logged
 from PIL import Image
-from scripts import script
+from support.parity import no_warning_logged
+from support.scripts import script
+from support.tiny import tiny_pipeline, tiny_text_encoder
 from test_cache import vae
-from tiny import tiny_pipeline, tiny_text_encoder
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes

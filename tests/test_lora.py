@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from loras import (
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from support.loras import (
     ATTENTION,
     SOME,
     TEXT,
@@ -18,10 +20,8 @@ from loras import (
     kohya_file,
     random_lora,
 )
-from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
-from table import Measured
-from tiny import tiny_pipeline
+from support.table import Measured
+from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 
 from latentdiff.diffusion import Diffusion

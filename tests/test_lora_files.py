@@ -7,9 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
-from loras import ATTENTION, SOME, TEXT, UNET, Tensors, in_kohya_names, in_peft_names, random_lora
 from safetensors.torch import save_file
-from tiny import tiny_pipeline
+from support.loras import (
+    ATTENTION,
+    SOME,
+    TEXT,
+    UNET,
+    Tensors,
+    in_kohya_names,
+    in_peft_names,
+    random_lora,
+)
+from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 
 from latentdiff.formats.ldm.keys import unet_to_ldm

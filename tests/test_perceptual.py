@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from backbones import features, random_weights, write_backbone
+from support.backbones import features, random_weights, write_backbone
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from latentdiff.formats.weights import save_safetensors

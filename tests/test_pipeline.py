@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import Recording, tiny_pipeline
+from support.tiny import Recording, tiny_pipeline
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.noise import PictureNoise

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TOKENS, tiny_text_encoder
+from support.tiny import TOKENS, tiny_text_encoder
 
 from latentdiff.models.prompts import MAX_WEIGHT, ROUND, SQUARE, cut, parse_weights, weigh
 from latentdiff.models.text import TextEncoder

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from tiny import tiny_pipeline
+from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion

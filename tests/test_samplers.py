@@ -5,8 +5,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from support.toys import SHAPE, network, noise_from, normal
 from torch import Tensor
-from toys import SHAPE, network, noise_from, normal
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels

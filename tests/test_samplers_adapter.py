@@ -8,11 +8,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from parity import no_warning_logged
-from schedulers import STEPS
+from support.parity import no_warning_logged
+from support.schedulers import STEPS
+from support.toys import network, noise_from, normal
 from test_samplers_parity import BrownianMotion
 from torch import Tensor
-from toys import network, noise_from, normal
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats import scheduler as configuration

@@ -3,9 +3,9 @@
 import diffusers
 import pytest
 import torch
-from schedulers import CASES, STEPS, assert_same_path, our_path, processes, their_path
+from support.schedulers import CASES, STEPS, assert_same_path, our_path, processes, their_path
+from support.toys import network, noise_from, normal
 from torch import Tensor
-from toys import network, noise_from, normal
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.samplers import dpmpp_2m, dpmpp_2m_sde, find_sampler, lms, pndm, unipc

@@ -7,9 +7,9 @@ import diffusers
 import pytest
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
-from schedulers import CASES, STEPS, assert_same_path, our_path, processes, their_path
+from support.schedulers import CASES, STEPS, assert_same_path, our_path, processes, their_path
+from support.toys import network, noise_from, normal
 from torch import Tensor
-from toys import network, noise_from, normal
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.samplers import SAMPLERS, ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import diffusers
 import pytest
 import torch
-from parity import no_warning_logged
+from support.parity import no_warning_logged
 
 from latentdiff.diffusion import Diffusion, Prediction, Schedule
 from latentdiff.formats import scheduler

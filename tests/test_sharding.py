@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import UNET, randomise
+from support.tiny import UNET, randomise
 from torch import Tensor
 
 from latentdiff.models.unet import UNet

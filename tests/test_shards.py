@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from parity import same_weights
 from safetensors.torch import load_file, save_file
-from tiny import tiny_pipeline
+from support.parity import same_weights
+from support.tiny import tiny_pipeline
 from torch import nn
 
 from latentdiff.formats.shards import load_weights

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from broken_pictures import photograph, saved
+from support.broken_pictures import photograph, saved
 from test_tar import pack
 
 import latentdiff.data.index

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from broken_pictures import photograph, saved
-from streams import KINDS, Write, bad_tar, captions, hub, opened, same, steps, together
+from support.broken_pictures import photograph, saved
+from support.streams import KINDS, Write, bad_tar, captions, hub, opened, same, steps, together
 from test_sources import (
     COUNT,
     NAMES,

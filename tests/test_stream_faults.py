@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from streams import KINDS, Write, bad_tar, captions, hub, opened, steps, together
+from support.streams import KINDS, Write, bad_tar, captions, hub, opened, steps, together
 from test_sources import (
     COUNT,
     PICTURES,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from parity import no_warning_logged, same_weights
+from support.parity import no_warning_logged, same_weights
 from torch import nn
 from transformers import (
     CLIPConfig,

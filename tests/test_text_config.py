@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity import same_weights
-from tiny import TOKENS, tiny_text_encoder, tiny_tokenizer
+from support.parity import same_weights
+from support.tiny import TOKENS, tiny_text_encoder, tiny_tokenizer
 from transformers import CLIPTextConfig
 
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower

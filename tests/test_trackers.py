@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from small_run import STEPS, logged, small_run
+from support.small_run import STEPS, logged, small_run
 
 from latentdiff.training.setup import LoopConfig, make_accelerator
 from latentdiff.training.trackers import Tracker, TrackerName, make_trackers

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from clips import SIDE, tiny_clip
-from scripts import ROOT, script
-from small_run import logged
+from support.clips import SIDE, tiny_clip
+from support.scripts import ROOT, script
+from support.small_run import logged
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import write_backbone
-from scripts import ROOT, script
+from support.backbones import write_backbone
+from support.scripts import ROOT, script
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from parity import (
+from support.parity import (
     TOLERANCES,
     difference,
     fill,

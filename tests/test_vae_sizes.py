@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import same_weights
+from support.parity import same_weights
 from torch import Tensor
 
 from latentdiff.data.cache import LatentCache, collate_moments

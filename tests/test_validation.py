@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import ROOT, script
-from small_run import logged, small_run
+from support.scripts import ROOT, script
+from support.small_run import logged, small_run
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faulty import STEPS, Toy, notes, output, train
 
 from latentdiff.training.checkpoint import checkpoints, verify
 from latentdiff.training.config import run_script
+from support.faulty import STEPS, Toy, notes, output, train
 
 # The first optimizer of a process imports torch._dynamo, which takes longer than a toy run.
-PRELOADED = ["harness", "torch._dynamo"]
+PRELOADED = ["support.harness", "torch._dynamo"]
 
 
 def _process(toy: Toy, rank: int, count: int, port: int) -> None:
@@ -41,7 +41,7 @@ def _process(toy: Toy, rank: int, count: int, port: int) -> None:
 def start(toy: Toy, count: int = 1) -> list[ForkServerProcess]:
     """Start the processes of a run."""
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    here = [str(folder) for folder in Path(__file__).parents[:2]]
+    here = [str(folder) for folder in Path(__file__).parents[1:3]]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*here, *filter(None, known)]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from tiny import TOKENS, tiny_tokenizer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -11,6 +10,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
 )
+
+from support.tiny import TOKENS, tiny_tokenizer
 
 SIDE = 16
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]  # near OpenAI's

@@ -2,7 +2,7 @@
 
 Every process notes, at each step, what it drew and what its networks were: two runs whose notes are
 equal were the same run. As a script it is started as users start theirs:
-`torchrun --nproc-per-node 2 tests/faulty.py --folder FOLDER --fault.kind raise --fault.step 4`.
+`torchrun --nproc-per-node 2 tests/support/faulty.py --folder FOLDER --fault.kind raise --fault.step 4`.
 """
 
 import hashlib

@@ -6,10 +6,10 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
-from toys import network, normal
 
 from latentdiff.diffusion import Diffusion, Network
 from latentdiff.levels import NoiseLevels
+from support.toys import network, normal
 
 WORDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 # Every prediction type on every schedule, and every spacing and offset.

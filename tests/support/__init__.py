@@ -1,0 +1,1 @@
+"""What tests share: tiny components, made-up files, runs of small trainings, and oracles."""
