@@ -28,7 +28,7 @@ demo: $(VENV)/.installed ## draw "a cat" and a grid of twelve prompts with the e
 	    "pizza" "rocket" "rainbow" "red car" "猫" "西瓜" "足球" \
 	    --model emoji --steps 50 --seed 0 --out $(DEMO)/grid --grid
 	@echo
-	@echo "The pictures:"
+	@echo "The images:"
 	@printf '  %s\n' "$(CURDIR)/$(DEMO)"/a-cat/*.png "$(CURDIR)/$(DEMO)/grid/grid.png"
 
 check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests: two minutes

@@ -1,8 +1,8 @@
-"""Bits per dimension of a whole model on pictures that it never saw, term by term.
+"""Bits per dimension of a whole model on images that it never saw, term by term.
 
 The bound is that of `likelihood.composed_bound_terms`: the pixels given the latents, and the
 latents' KL to what the diffusion model finds probable. The decoder's p(x | z) is a Gaussian of one
-variance in 8-bit bins, and that variance is fitted to training pictures. Writes a Markdown table to
+variance in 8-bit bins, and that variance is fitted to training images. Writes a Markdown table to
 standard output and everything to OUT as JSON.
 
     python benchmarks/bits.py --data data/emoji --out runs/bits.json
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from latentdiff import Pipeline
 from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
+from latentdiff.images import to_floats
 from latentdiff.levels import Denoise
 from latentdiff.likelihood import bits_per_dim, composed_bound_terms, flow_log_density
-from latentdiff.pictures import to_floats
 from latentdiff.training.randomness import generator
 
 LABELS = {
@@ -49,8 +49,8 @@ def main() -> None:
     asked = parser.parse_args()
     pipe = Pipeline.from_pretrained(asked.model)
     side = pipe.vae.config.sample_size
-    fitted, _ = pictures(asked.data, "train", side, asked.count)
-    images, captions = pictures(asked.data, asked.split, side, asked.count)
+    fitted, _ = load_images(asked.data, "train", side, asked.count)
+    images, captions = load_images(asked.data, asked.split, side, asked.count)
     with torch.no_grad():
         variance = torch.cat(
             [
@@ -59,7 +59,7 @@ def main() -> None:
             ]
         ).mean()
     report: dict[str, object] = {
-        "pictures": len(images),
+        "images": len(images),
         "split": asked.split,
         "deviation": float(variance.sqrt()),
     }
@@ -82,8 +82,8 @@ def main() -> None:
     asked.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def pictures(data: Path, split: str, side: int, count: int) -> tuple[Tensor, list[str]]:
-    """Pictures (N, 3, side, side), evenly from the whole split, and a caption of each."""
+def load_images(data: Path, split: str, side: int, count: int) -> tuple[Tensor, list[str]]:
+    """Images (N, 3, side, side), evenly from the whole split, and a caption of each."""
     dataset = CaptionedImages(DataConfig(data=str(data), split=split, image_size=side))
     rows = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
     images = torch.stack([dataset.image(i) for i in rows])

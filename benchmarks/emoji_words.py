@@ -1,9 +1,9 @@
-"""Does the emoji model know its words? Draw captions it was trained on and look for their pictures.
+"""Does the emoji model know its words? Draw captions it was trained on and look for their pixels.
 
-Each caption is drawn once; the drawing counts as right when, among all pictures of the training
+Each caption is drawn once; the drawing counts as right when, among all pixels of the training
 set without skin tones, the nearest in the space of our own CLIP image tower (cosine) is the one
 with that caption, or one whose pixels are the same. Writes `words.json` and `grid.png` (48 prompts,
-the drawing beside the true picture).
+the drawing beside the true image).
 
     python benchmarks/emoji_words.py --data data/emoji --clip runs/emoji/clip/model/clip --out DIR
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from latentdiff.pixels import font_for, to_floats
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +24,6 @@ from transformers import CLIPModel
 from latentdiff import Pipeline
 from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
-from latentdiff.pictures import font_for, to_floats
 
 SKIN_TONES = {"group": ["skin tone", "skin tone and gender"]}
 
@@ -45,18 +45,18 @@ def main() -> None:
         )
         for column in ("text", "text_zh")
     }
-    pictures = torch.stack([sets["text"].image(i) for i in range(len(sets["text"]))])
-    truth = embed(clip, to_floats(pictures))
+    pixels = torch.stack([sets["text"].image(i) for i in range(len(sets["text"]))])
+    truth = embed(clip, to_floats(pixels))
     report: dict[str, object] = {
-        "pictures": len(pictures),
+        "pixels": len(pixels),
         "steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale,
         "sampler": arguments.sampler,
-        "decoded": share(truth, decoded(pipe, clip, pictures), pictures, range(len(pictures))),
+        "decoded": share(truth, decoded(pipe, clip, pixels), pixels, range(len(pixels))),
     }
     cells: list[tuple[str, Image.Image, Image.Image, bool]] = []
     for column, count in (("text", arguments.english), ("text_zh", arguments.chinese)):
-        order = np.random.default_rng(0).permutation(len(pictures))[:count]
+        order = np.random.default_rng(0).permutation(len(pixels))[:count]
         captions = [sets[column].captions[i][0] for i in order]
         start = time.perf_counter()
         drawn: list[Image.Image] = []
@@ -72,7 +72,7 @@ def main() -> None:
         tensors = torch.stack(
             [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in drawn]
         )
-        right = matches(truth, embed(clip, to_floats(tensors)), pictures, order)
+        right = matches(truth, embed(clip, to_floats(tensors)), pixels, order)
         report[column] = {
             "right": int(right.sum()),
             "of": count,
@@ -81,7 +81,7 @@ def main() -> None:
             "wrong": [caption for caption, ok in zip(captions, right, strict=True) if not ok],
         }
         cells += [
-            (caption, image, Image.fromarray(pictures[i].permute(1, 2, 0).numpy()), bool(ok))
+            (caption, image, Image.fromarray(pixels[i].permute(1, 2, 0).numpy()), bool(ok))
             for caption, image, i, ok in zip(captions, drawn, order, right, strict=True)
         ][: 32 if column == "text" else 16]
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
 
 @torch.no_grad()
 def embed(clip: CLIPModel, images: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) in [-1, 1] -> unit vectors (B, D)."""
+    """Images (B, 3, S, S) in [-1, 1] -> unit vectors (B, D)."""
     vectors = [
         clip.visual_projection(clip.vision_model(pixel_values=part).pooler_output)
         for part in images.split(64)
@@ -118,27 +118,27 @@ def embed(clip: CLIPModel, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decoded(pipe: Pipeline, clip: CLIPModel, pictures: Tensor) -> Tensor:
-    """What the VAE alone does to the pictures: the most that any UNet could reach."""
+def decoded(pipe: Pipeline, clip: CLIPModel, pixels: Tensor) -> Tensor:
+    """What the VAE alone does to the images: the most that any UNet could reach."""
     parts = [
         embed(clip, pipe.vae.decode(pipe.vae.encode(to_floats(part)).mean).clamp(-1, 1))
-        for part in pictures.split(64)
+        for part in pixels.split(64)
     ]
     return torch.cat(parts)
 
 
-def matches(truth: Tensor, vectors: Tensor, pictures: Tensor, wanted: np.ndarray | range) -> Tensor:
-    """Whether each vector's nearest picture is the wanted one or has its pixels: (B,) bool."""
+def matches(truth: Tensor, vectors: Tensor, pixels: Tensor, wanted: np.ndarray | range) -> Tensor:
+    """Whether each vector's nearest image is the wanted one or has its pixels: (B,) bool."""
     nearest = (vectors @ truth.T).argmax(dim=1)
-    return (pictures[nearest] == pictures[list(wanted)]).flatten(1).all(dim=1)
+    return (pixels[nearest] == pixels[list(wanted)]).flatten(1).all(dim=1)
 
 
-def share(truth: Tensor, vectors: Tensor, pictures: Tensor, wanted: range) -> float:
-    return float(matches(truth, vectors, pictures, wanted).float().mean())
+def share(truth: Tensor, vectors: Tensor, pixels: Tensor, wanted: range) -> float:
+    return float(matches(truth, vectors, pixels, wanted).float().mean())
 
 
 def grid(cells: list[tuple[str, Image.Image, Image.Image, bool]]) -> Image.Image:
-    """Eight cells a row: the drawing, the true picture, the caption; a red frame where wrong."""
+    """Eight cells a row: the drawing, the true image, the caption; a red frame where wrong."""
     columns, side, gap, label = 8, 64, 6, 18
     width, height = 2 * side + 3 * gap, side + label + 2 * gap
     rows = -(-len(cells) // columns)

@@ -1,6 +1,6 @@
 """Time and memory to open a data set or latent cache of many rows, the first time and after it.
 
-Metadata is made up; all rows name the same hundred pictures, and no picture is decoded. A cache has
+Metadata is made up; all rows name the same hundred images, and no image is decoded. A cache has
 latents of 8 numbers, in ten buckets, so that the measured memory is not theirs. Each
 opening is a process of its own: `anonymous` is its own memory, `mapped` are pages of files, which
 the system drops when it needs them; MiB at the peak, less what the imports take.
@@ -49,11 +49,11 @@ def main() -> None:
 
 
 def make(folder: Path, rows: int, kind: str) -> None:
-    """`metadata.jsonl`, a parquet file or a tar with tiny files as pictures, or a latent cache."""
+    """`metadata.jsonl`, a parquet file or a tar with tiny files as images, or a latent cache."""
     if folder.exists():
         return
     folder.mkdir(parents=True)
-    caption = "a picture of number {}, drawn in the evening by somebody who has time for it"
+    caption = "an image of number {}, drawn in the evening by somebody who has time for it"
     if kind == "jsonl":
         for i in range(100):
             (folder / f"{i:02}.png").write_bytes(b"")

@@ -1,6 +1,6 @@
 """How much of a bare training step's throughput is left in the training loop?
 
-Runs train/train_unet.py as it is, with a configuration of `configs/` on made-up pictures, and in
+Runs train/train_unet.py as it is, with a configuration of `configs/` on made-up images, and in
 turn with the loop, block by block in the same process, the shortest torch code of the same step:
 the same network, text encoder, batch size and precision, a batch that is in memory already,
 forward, backward, clipping, fused AdamW, average of the weights. Taking turns makes it fair on a
@@ -39,8 +39,8 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.vae import Posterior
 from latentdiff.training.loop import fit
 
-SIZES = {"shapes": 32, "emoji": 64}  # of pictures, in pixels
-PICTURES = 256
+SIZES = {"shapes": 32, "emoji": 64}  # of images, in pixels
+IMAGES = 256
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name in arguments.configs:
         with tempfile.TemporaryDirectory() as home:
-            draw_pictures(Path(home) / "data", SIZES[name])
+            draw_images(Path(home) / "data", SIZES[name])
             turns = Turns(arguments.blocks, arguments.steps)
             turns.train(name, Path(home))
         print(json.dumps({"config": name, "threads": arguments.threads} | turns.record()))
@@ -164,15 +164,15 @@ def bare_step(learner: Any, config: Any, batch: dict[str, Any]) -> Callable[[], 
     return step
 
 
-def draw_pictures(folder: Path, size: int) -> None:
-    """Pictures of noise with captions."""
+def draw_images(folder: Path, size: int) -> None:
+    """Images of noise with captions."""
     folder.mkdir()
     numbers = np.random.default_rng(0)
     with (folder / "metadata.jsonl").open("w") as metadata:
-        for i in range(PICTURES):
+        for i in range(IMAGES):
             pixels = numbers.integers(0, 256, (size, size, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
-            metadata.write(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
+            metadata.write(json.dumps({"file_name": f"{i}.png", "text": f"image {i}"}) + "\n")
 
 
 if __name__ == "__main__":

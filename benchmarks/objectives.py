@@ -5,7 +5,7 @@ rate; only the objective differs. On scenes that no run saw it then measures
 
 - the rate: KL(q(z|x) || p(z)) of the latents, bounded by the chain of the noise levels, in bits per
   latent number (`likelihood.bound_terms`): what the held-out latents cost, the same for all types;
-- the drawings: their kernel distance (KID) to the held-out pictures as the VAE decodes them, in
+- the drawings: their kernel distance (KID) to the held-out images as the VAE decodes them, in
   the features of the image tower, and the share of the shapes asked for whose size, colour and
   kind are found in them (`evaluation.scenes`).
 
@@ -35,12 +35,12 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.evaluation.kernel import kernel_distance
 from latentdiff.evaluation.scenes import count_shapes
 from latentdiff.formats.diffusers import find_part
+from latentdiff.images import to_floats, to_pil
 from latentdiff.likelihood import bits_per_dim, bound_terms
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior
-from latentdiff.noise import PictureNoise
-from latentdiff.pictures import to_floats, to_pil
+from latentdiff.noise import ImageNoise
 from latentdiff.samplers import find_sampler
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.objective import Objective, Uncertainty
@@ -212,7 +212,7 @@ def quality(
 ) -> dict[str, float]:
     """KID of the drawings, and how many of the shapes asked for are in them."""
     _, channels, height, width = data.moments.shape
-    noise = PictureNoise(
+    noise = ImageNoise(
         [1000 * seed + i for i in range(HELD)],
         (channels // 2, height, width),
         device=torch.device("cpu"),

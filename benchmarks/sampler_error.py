@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff import Pipeline
-from latentdiff.noise import PictureNoise
+from latentdiff.noise import ImageNoise
 from latentdiff.samplers import find_sampler
 
 SAMPLERS = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC"}
@@ -72,7 +72,7 @@ def sample(pipe: Pipeline, name: str, steps: int, guidance_scale: float) -> Tens
     context, null_context = pipe.encode(PROMPTS), pipe.encode([""])
     denoise = pipe.diffusion.denoiser(pipe.unet, context, null_context, guidance_scale)
     side = pipe.unet.config.sample_size or pipe.vae.config.sample_size // pipe.vae.config.factor
-    noise = PictureNoise(
+    noise = ImageNoise(
         range(len(PROMPTS)),
         (pipe.vae.config.latent_channels, side, side),
         device=pipe.device,

@@ -5,7 +5,7 @@ and of the four that it never saw together (`held out`). A drawing is right when
 read off it again (`evaluation.scenes`): sizes, colours, kinds and how they lie. `one` and `two` are
 the shares of right drawings for captions of one shape and of two; `both`, for those of two, of
 drawings of these two and no other, lie as they may. `colours` and `shapes` are the shares of the
-shapes asked for of which there is one of the colour, or of size, colour and kind. `true pictures`
+shapes asked for of which there is one of the colour, or of size, colour and kind. `true images`
 are the captions of those scenes through the VAE alone. Writes a Markdown row for each model to
 standard output, and `grid.png` of its first drawings into OUT/name.
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from latentdiff import Pipeline
 from latentdiff.data.shapes import Scene, shape_scene
 from latentdiff.evaluation.scenes import count_shapes, read_scene
-from latentdiff.pictures import font_for, from_pil, to_pil
+from latentdiff.images import font_for, from_pil, to_pil
 
 SEED = 1
 """Of the scenes; trainings draw those of seed 0."""
@@ -51,7 +51,7 @@ def main() -> None:
     asked = parser.parse_args()
     heads = ["colours", "shapes", "one", "both", "two"]
     heads += [f"held out: {heads[0]}", *heads[1:]]
-    print(f"| model | {' | '.join(heads)} | true pictures | seconds each |")
+    print(f"| model | {' | '.join(heads)} | true images | seconds each |")
     print(f"|---|{'---:|' * (len(heads) + 2)}")
     for model in asked.models:
         pipe = Pipeline.from_pretrained(model)
@@ -117,12 +117,12 @@ def judge(image: Image.Image, caption: str) -> Judged:
 
 @torch.no_grad()
 def decoded(pipe: Pipeline, chosen: list[Scene]) -> float:
-    """The share of the true pictures whose captions can be read after encoding and decoding."""
+    """The share of the true images whose captions can be read after encoding and decoding."""
     right = 0
     for scene in chosen:
         image = from_pil(scene.image, scene.image.size)[None]
-        picture = to_pil(pipe.vae.decode(pipe.vae.encode(image).mean)[0].clamp(-1, 1))
-        right += read_scene(picture, asked=scene.caption).caption == scene.caption
+        drawing = to_pil(pipe.vae.decode(pipe.vae.encode(image).mean)[0].clamp(-1, 1))
+        right += read_scene(drawing, asked=scene.caption).caption == scene.caption
     return right / len(chosen)
 
 

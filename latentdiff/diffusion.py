@@ -26,7 +26,7 @@ from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels, no
 Schedule = Literal["linear", "scaled_linear", "cosine", "flow"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
 
-# What is left of the picture's variance at t = T. Stable Diffusion's own schedule leaves 0.0047.
+# What is left of the image's variance at t = T. Stable Diffusion's own schedule leaves 0.0047.
 LARGEST_FINAL_ALPHA_BAR = 0.01
 MOST_TIMESTEPS = 100_000  # a file that asks for more is wrong, and would take all memory
 
@@ -141,7 +141,7 @@ class Diffusion:
 
     @property
     def sqrt_alphas_cumprod(self) -> Tensor:
-        """sqrt(alpha_bar_t): how much of the picture is left."""
+        """sqrt(alpha_bar_t): how much of the image is left."""
         return self.alphas_cumprod.sqrt()
 
     @property
@@ -230,7 +230,7 @@ class Diffusion:
     def loss(
         self, unet: Network, x0: Tensor, context: Tensor, *, noise: Tensor, t: Tensor
     ) -> Tensor:
-        """The mean squared error of the prediction, one a picture, (B,). DDPM, eq. 14.
+        """The mean squared error of the prediction, one an image, (B,). DDPM, eq. 14.
 
         x0 and noise are (B, C, H, W), context is the network's, t is (B,). The score's error is
         weighted by sigma^2 (Song et al. 2021, section 3.3), without which the smallest noise

@@ -32,7 +32,7 @@ class Guidance:
     """Adaptive projected guidance (Sadat et al. 2024, arXiv:2410.02416): how much of the part of
     the guidance that is parallel to the estimate is kept; 0 avoids saturated colours, 1 is off."""
     norm_threshold: float | None = None
-    """The longest guidance a step may have, a Euclidean norm over a picture's latents (theirs)."""
+    """The longest guidance a step may have, a Euclidean norm over an image's latents (theirs)."""
     momentum: float = 0.0
     """How much of the earlier steps' guidance is added, above -1 and below 1; theirs is negative,
     -0.5: it follows what is new in a step."""
@@ -87,7 +87,7 @@ class Guidance:
         """The guided estimate of x0 by adaptive projected guidance, (B, ...): Algorithm 1.
 
         x0 is the estimate with the prompt, `update` what to add to it for a scale of 2, momentum
-        included. The norms are of whole pictures.
+        included. The norms are of whole images.
         """
         rest = tuple(range(1, x0.ndim))
         if self.norm_threshold is not None:

@@ -1,4 +1,4 @@
-"""The random numbers of a sampling run: a generator a picture, drawn on the CPU."""
+"""The random numbers of a sampling run: a generator an image, drawn on the CPU."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-class PictureNoise:
-    """Fresh N(0, I) of shape (B, C, H, W) at each call, a generator a picture, drawn on the CPU."""
+class ImageNoise:
+    """Fresh N(0, I) of shape (B, C, H, W) at each call, a generator an image, drawn on the CPU."""
 
     def __init__(
         self,
@@ -23,15 +23,15 @@ class PictureNoise:
         self.dtype = dtype
 
     def __call__(self) -> Tensor:
-        """The next noise of every picture, (B, C, H, W)."""
+        """The next noise of every image, (B, C, H, W)."""
         noise = torch.cat([torch.randn((1, *self.size), generator=g) for g in self.generators])
         return noise.to(device=self.device, dtype=self.dtype)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Noise on the great circle from a to b, picture by picture, (B, C, H, W); `share` is 0 … 1.
+    """Noise on the great circle from a to b, image by image, (B, C, H, W); `share` is 0 … 1.
 
-    A straight mean of two noises is too weak, by sqrt(1/2) in the middle, and draws grey pictures;
+    A straight mean of two noises is too weak, by sqrt(1/2) in the middle, and draws grey images;
     on the circle the length is kept (Shoemake 1985, "Animating rotation with quaternion curves").
     """
     lengths = [x.flatten(1).norm(dim=1) for x in (a, b)]

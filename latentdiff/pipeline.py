@@ -1,7 +1,7 @@
-"""From prompts to pictures: text encoder, denoiser, VAE and noise schedule composed.
+"""From prompts to images: text encoder, denoiser, VAE and noise schedule composed.
 
 Read on in samplers/ (the steps), diffusion.py (the mathematics) and models/ (the networks).
-Shapes: B pictures, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
+Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
 """
 
 import functools
@@ -29,6 +29,7 @@ from latentdiff.formats.diffusers import (
 )
 from latentdiff.formats.lora import check_without_loras
 from latentdiff.formats.single_file import read_single_file, write_single_file
+from latentdiff.images import from_pil, mask_from_pil, to_pil
 from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
 from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import fingerprint
@@ -37,15 +38,14 @@ from latentdiff.models.single_file import networks, single_file
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
-from latentdiff.noise import PictureNoise, slerp
-from latentdiff.pictures import from_pil, mask_from_pil, to_pil
+from latentdiff.noise import ImageNoise, slerp
 from latentdiff.request import Request, asks
 from latentdiff.samplers import find_sampler
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """The pictures of one call and the seed of each: prompt by prompt, `num_images` of each."""
+    """The images of one call and the seed of each: prompt by prompt, `num_images` of each."""
 
     images: list[Image.Image]
     seeds: list[int]
@@ -68,7 +68,7 @@ class Pipeline:
         if unet.config.in_channels not in (channels, 2 * channels + 1):
             raise ValueError(
                 f"in_channels={unet.config.in_channels} of the UNet must be {channels}, the VAE's "
-                f"latent_channels, or {2 * channels + 1}, with mask and masked picture"
+                f"latent_channels, or {2 * channels + 1}, with mask and masked image"
             )
         times, variance = (2, "learned") if diffusion.learned_variance else (1, "not learned")
         if unet.config.out_channels != times * channels:
@@ -193,7 +193,7 @@ class Pipeline:
 
     @property
     def inpaints(self) -> bool:
-        """Whether the UNet sees the mask and the masked picture beside the noisy latents."""
+        """Whether the UNet sees the mask and the masked image beside the noisy latents."""
         return self.unet.config.in_channels != self.vae.config.latent_channels
 
     def fingerprint(self) -> str:
@@ -208,11 +208,11 @@ class Pipeline:
 
     @asks(Request)
     def __call__(self, request: Request) -> PipelineOutput:
-        """Draw the pictures that the arguments, those of `Request`, ask for."""
+        """Draw the images that the arguments, those of `Request`, ask for."""
         return self.draw(request)
 
     def draw(self, request: Request) -> PipelineOutput:
-        """Draw what a request asks for: its pictures, and the seed of each."""
+        """Draw what a request asks for: its images, and the seed of each."""
         noise = self._noise(request)
         given = self._given(request, noise)
         levels = self._levels(request)
@@ -223,9 +223,9 @@ class Pipeline:
 
     @asks(Request)
     def stream(self, request: Request) -> Iterator[list[Image.Image]]:
-        """Draw as `pipe(...)` does, giving at each step the pictures as the UNet now sees them.
+        """Draw as `pipe(...)` does, giving at each step the images as the UNet now sees them.
 
-        The last item holds the finished pictures. Each preview costs a decode by the VAE, which at
+        The last item holds the finished images. Each preview costs a decode by the VAE, which at
         SD 1.5's size is more than the step itself: the whole takes two to three times as long.
         """
         noise = self._noise(request)
@@ -246,23 +246,23 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, given: Given | None = None) -> list[Image.Image]:
-        """Pictures of latents (B, C, H, W); one after the other, which also keeps memory small.
+        """Images of latents (B, C, H, W); one after the other, which also keeps memory small.
 
-        What is to be kept of a given picture is taken from it. Raises ValueError for latents that
+        What is to be kept of a given image is taken from it. Raises ValueError for latents that
         are not finite.
         """
         dtype = next(self.vae.parameters()).dtype
-        pictures = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
+        images = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
         if given is not None:
-            pictures = given.paste(pictures)
-        return [to_pil(picture) for picture in pictures]
+            images = given.paste(images)
+        return [to_pil(image) for image in images]
 
-    def _noise(self, request: Request) -> PictureNoise:
+    def _noise(self, request: Request) -> ImageNoise:
         size = (self.vae.config.latent_channels, *self._latent_size(request))
         # Half-precision networks too are sampled in float32: the steps' sums are cheap, and their
         # rounding errors add up.
         dtype = torch.promote_types(self.dtype, torch.float32)
-        return PictureNoise(request.seeds, size, device=self.device, dtype=dtype)
+        return ImageNoise(request.seeds, size, device=self.device, dtype=dtype)
 
     def _latent_size(self, request: Request) -> tuple[int, int]:
         """Height and width of the latents."""
@@ -286,8 +286,8 @@ class Pipeline:
         )
         return height // f, width // f
 
-    def _given(self, request: Request, noise: PictureNoise) -> Given | None:
-        """The request's pictures and masks, at the size of the latents times the VAE's factor."""
+    def _given(self, request: Request, noise: ImageNoise) -> Given | None:
+        """The request's images and masks, at the size of the latents times the VAE's factor."""
         if self.inpaints and not request.masks:
             raise ValueError("this model is for inpainting: it needs an image and a mask_image")
         if not request.images:
@@ -308,10 +308,10 @@ class Pipeline:
 
     @torch.no_grad()
     def _sample(
-        self, request: Request, levels: NoiseLevels, noise: PictureNoise, given: Given | None
+        self, request: Request, levels: NoiseLevels, noise: ImageNoise, given: Given | None
     ) -> Iterator[Tensor]:
         """Latents (B, C, H, W): the estimate of x0 at each step, and last the sample."""
-        # The order in which noise is drawn is diffusers', so that its seeds draw its pictures.
+        # The order in which noise is drawn is diffusers', so that its seeds draw its images.
         latents = channels = None
         masked = given is not None and given.masks is not None
         from_noise = given is None or (masked and request.strength == 1)
@@ -329,17 +329,17 @@ class Pipeline:
             denoise = given.keep(denoise, latents, eps, noise_only=noise_only)
         return sampler(denoise, x, levels, noise=noise)
 
-    def _first_noise(self, request: Request, noise: PictureNoise) -> Tensor:
+    def _first_noise(self, request: Request, noise: ImageNoise) -> Tensor:
         eps = noise()
         if not request.variation_strength:
             return eps
-        other = PictureNoise(
+        other = ImageNoise(
             request.variation_seeds, noise.size, device=noise.device, dtype=noise.dtype
         )
         return slerp(eps, other(), request.variation_strength)
 
     def _contexts(self, request: Request) -> list[tuple[Tensor, Tensor | None]]:
-        """Text states (1, L, D) of each picture's prompt and negative prompt, of equal length."""
+        """Text states (1, L, D) of each image's prompt and negative prompt, of equal length."""
         guided = request.guidance_scale != 1
         weighting = request.prompt_weighting
 
@@ -357,10 +357,10 @@ class Pipeline:
         return contexts
 
     def _denoiser(self, request: Request, channels: Tensor | None, *, shares: bool) -> Denoise:
-        """The guided network for all pictures, those with equally long texts in one call.
+        """The guided network for all images, those with equally long texts in one call.
 
         But on the CPU for each alone: matrix products add up in an order that depends on the batch,
-        and fifty steps make that visible; so "same seed, same picture" is exact there.
+        and fifty steps make that visible; so "same seed, same image" is exact there.
         """
         contexts = self._contexts(request)
         groups: dict[int, list[int]] = {}

@@ -20,9 +20,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Request:
-    """Draw `num_images` pictures of each prompt.
+    """Draw `num_images` images of each prompt.
 
-    The same seed gives the same picture on the same device, alone or among others: a picture's
+    The same seed gives the same image on the same device, alone or among others: an image's
     first noise is `torch.randn((1, C, H, W), generator=torch.Generator().manual_seed(seed))`, and
     the noise that a sampler adds on the way comes from the same generator. On the CPU that holds
     bit for bit; on an accelerator, whose kernels change with the batch, up to rounding.
@@ -53,14 +53,14 @@ class Request:
     """In pixels, as is width; by default those of `image`, or what the UNet was trained on."""
     width: int | None = None
     seed: int | Sequence[int] | None = None
-    """One for each picture; one number counts up from there; None draws fresh ones."""
+    """One for each image; one number counts up from there; None draws fresh ones."""
     num_images: int = 1
     sampler: str = "ddim"
     """A name in `latentdiff.samplers.SAMPLERS`, or that of a scheduler class of diffusers."""
     level_spacing: LevelSpacing | None = None
     """How the noise levels are spaced; None is as the model's configuration says."""
     image: Image.Image | Sequence[Image.Image] | None = None
-    """Image-to-image: the picture to start from, one for all prompts or one for each."""
+    """Image-to-image: the image to start from, one for all prompts or one for each."""
     strength: float | None = None
     """0 … 1: how much of `image` is given up, which is the share of `steps` that is walked; by
     default 0.8, or 1 with a mask."""
@@ -70,12 +70,12 @@ class Request:
     """As `seed`, of the noise that `variation_strength` goes towards."""
     variation_strength: float = 0.0
     """0 … 1: how far the first noise goes from that of `seed` to that of `variation_seed`. Above 0
-    a single `seed` is that of all pictures: only the variation seeds count up."""
+    a single `seed` is that of all images: only the variation seeds count up."""
     progress: bool = field(default=True, repr=False)
     """Whether a bar shows the steps."""
 
     prompts: tuple[str, ...] = field(init=False, repr=False)
-    """This and the next five: an entry for each picture, prompt by prompt."""
+    """This and the next five: an entry for each image, prompt by prompt."""
     negative_prompts: tuple[str, ...] = field(init=False, repr=False)
     seeds: tuple[int, ...] = field(init=False, repr=False)
     variation_seeds: tuple[int, ...] = field(init=False, repr=False)
@@ -91,13 +91,13 @@ class Request:
             if not (value is None and name in ("height", "width")):
                 _check_count(name, value)
         find_sampler(self.sampler)
-        for name, one in (("prompt", "text"), ("negative_prompt", "text")):
+        for name, one in (("prompt", "a text"), ("negative_prompt", "a text")):
             values = _listed(name, getattr(self, name), str, one)
-            self._set(f"{name}s", self._for_each_picture(name, values))
+            self._set(f"{name}s", self._for_each_image(name, values))
         for name, plural in (("image", "images"), ("mask_image", "masks")):
             value = getattr(self, name)
-            values = [] if value is None else _listed(name, value, Image.Image, "picture")
-            self._set(plural, self._for_each_picture(name, values) if values else ())
+            values = [] if value is None else _listed(name, value, Image.Image, "an image")
+            self._set(plural, self._for_each_image(name, values) if values else ())
         self._check_image()
         self._check_seeds()
         _ = self.guidance  # which checks its fields
@@ -105,7 +105,7 @@ class Request:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
-    def _for_each_picture(self, name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    def _for_each_image(self, name: str, values: Sequence[Any]) -> tuple[Any, ...]:
         prompts = 1 if isinstance(self.prompt, str) else len(self.prompt)
         if len(values) == 1:
             values = list(values) * prompts
@@ -154,7 +154,7 @@ class Request:
         return Guidance(**{name: getattr(self, f"guidance_{name}") for name in names})
 
     def record(self, i: int) -> dict[str, Any]:
-        """Every option of picture i alone that is not None, for JSON.
+        """Every option of image i alone that is not None, for JSON.
 
         `Request(**record)` asks for it again, once `image` and `mask_image` are given as they were;
         defaults are in it, because a later release may choose others.
@@ -199,10 +199,10 @@ def asks(
 def _listed(name: str, value: Any, kind: type, one: str) -> list[Any]:
     values = [value] if isinstance(value, str | Image.Image) else list(value)
     if not values:
-        raise ValueError(f"{name} is an empty list; give at least one {one}")
+        raise ValueError(f"{name} is an empty list; give at least {one}")
     for item in values:
         if not isinstance(item, kind):
-            raise ValueError(f"{name} holds {item!r}; it must be a {one} or a list of them")
+            raise ValueError(f"{name} holds {item!r}; it must be {one} or a list of them")
     return values
 
 
@@ -211,7 +211,7 @@ def _seeds(name: str, seed: Any, count: int) -> tuple[int, ...]:
         return tuple(random.SystemRandom().randrange(2**32) for _ in range(count))
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
-        raise ValueError(f"{name} lists {len(seeds)} seeds for {count} pictures; give one for each")
+        raise ValueError(f"{name} lists {len(seeds)} seeds for {count} images; give one for each")
     for one in seeds:
         if not isinstance(one, int) or not 0 <= one < 2**64:
             raise ValueError(f"{name}={one!r} must be a whole number from 0 to 2**64 - 1")

@@ -143,7 +143,7 @@ def test_options_written_are_the_options_read(sampler: str, spacing: str | None)
     assert left_out == ["RNG: CPU"]
 
 
-def test_a_picture_of_the_web_ui_gives_what_it_can(measured: Measured) -> None:
+def test_a_image_of_the_web_ui_gives_what_it_can(measured: Measured) -> None:
     parsed = parse_parameters(THEIRS)
     assert parsed == their_reading(THEIRS)
     measured("PNG parameters", "read and written", "A1111's rules", "every setting", 0)

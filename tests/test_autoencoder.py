@@ -7,9 +7,9 @@ import torch
 from support.scripts import config_class, script
 
 from latentdiff.formats.diffusers import find_part
+from latentdiff.images import to_floats
 from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.pictures import to_floats
 from latentdiff.training.autoencoder import discriminator_scores, given_vae, latent_statistics
 from latentdiff.training.losses import hinge_loss
 
@@ -55,26 +55,26 @@ def test_a_given_network_and_a_described_one_must_not_differ() -> None:
 
 @torch.no_grad()
 def test_folded_statistics_leave_standard_latents() -> None:
-    """Of 70 pictures, which are more than a batch."""
+    """Of 70 images, which are more than a batch."""
     vae = given_vae(emoji(), image_size=16, decoder_only=False)
-    pictures = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8)
-    vae.fold_latent_statistics(*latent_statistics(vae, pictures))
-    mean, std = latent_statistics(vae, pictures)
+    images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8)
+    vae.fold_latent_statistics(*latent_statistics(vae, images))
+    mean, std = latent_statistics(vae, images)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_discriminators_scores_are_those_of_all_pictures_a_few_at_a_time() -> None:
+def test_a_discriminators_scores_are_those_of_all_images_a_few_at_a_time() -> None:
     torch.manual_seed(0)
     vae = VAE(VAEConfig(block_out_channels=(8, 16), norm_num_groups=4))
-    pictures = torch.randint(0, 256, (41, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (41, 3, 32, 32), dtype=torch.uint8)
     critic, sizes = Discriminator(), list[int]()
     critic.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    found = discriminator_scores(vae, critic, pictures)
+    found = discriminator_scores(vae, critic, images)
     assert max(sizes) == 16
-    assert sum(sizes) == 2 * len(pictures)
-    images = to_floats(pictures)
+    assert sum(sizes) == 2 * len(images)
+    images = to_floats(images)
     real, fake = critic(images), critic(vae.decode(vae.encode(images).mean))
     whole = {
         "disc_real": real.mean(),

@@ -55,9 +55,9 @@ def loss_of(network: nn.Module, count: int = 3) -> Tensor:
         context = torch.randn(count, 5, 16, generator=draw)
         return network(x, torch.arange(count), context).square().mean()
     if isinstance(network, VAE):
-        pictures = torch.randn(count, 3, 16, 16, generator=draw)
+        images = torch.randn(count, 3, 16, 16, generator=draw)
         noise = torch.randn(count, 4, 8, 8, generator=draw)
-        return network(pictures, noise)[0].square().mean()
+        return network(images, noise)[0].square().mean()
     ids = torch.randint(50, (count, 12), generator=draw)
     return network(input_ids=ids).last_hidden_state.square().mean()
 

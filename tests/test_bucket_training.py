@@ -1,4 +1,4 @@
-"""A UNet trained on pictures of several shapes, in several views: one batch, one size."""
+"""A UNet trained on images of several shapes, in several views: one batch, one size."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.scripts import script
 from support.tiny import tiny_text_encoder
-from test_cache import vae, write_pictures
+from test_cache import vae, write_images
 
 from latentdiff.data.cache import LatentCache
 from latentdiff.formats.weights import load_safetensors
@@ -32,9 +32,9 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Pictures, networks, a cache, and a UNet that was trained on it for six steps."""
+    """Images, networks, a cache, and a UNet that was trained on it for six steps."""
     folder = tmp_path_factory.mktemp("home")
-    write_pictures(folder / "set", 40)
+    write_images(folder / "set", 40)
     vae().save_pretrained(folder / "vae")
     tiny_text_encoder(folder / "tokens").save_pretrained(folder / "text")
     with pytest.MonkeyPatch.context() as patch:

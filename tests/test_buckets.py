@@ -1,4 +1,4 @@
-"""The sizes that pictures are brought to: what they are, which is taken, and what is cut off."""
+"""The sizes that images are brought to: what they are, which is taken, and what is cut off."""
 
 import math
 from contextlib import nullcontext
@@ -55,7 +55,7 @@ def test_the_bucket_taken_is_the_nearest_and_cuts_off_least(
         return abs(math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1]))
 
     def removed(bucket: tuple[int, int]) -> float:
-        """The share of the picture's area that the largest cut of the bucket's shape leaves out."""
+        """The share of the image's area that the largest cut of the bucket's shape leaves out."""
         scale = min(size[0] / bucket[0], size[1] / bucket[1])
         return 1 - bucket[0] * bucket[1] * scale**2 / (size[0] * size[1])
 
@@ -66,7 +66,7 @@ def test_the_bucket_taken_is_the_nearest_and_cuts_off_least(
 
 @settings(deadline=None)
 @given(GRIDS, SIZES)
-def test_a_turned_picture_has_the_turned_bucket(
+def test_a_turned_image_has_the_turned_bucket(
     grid: tuple[int, int, float], size: tuple[int, int]
 ) -> None:
     step, count, max_aspect = grid

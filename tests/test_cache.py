@@ -24,23 +24,23 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages, Sample
 from latentdiff.data.stream import StreamedImages
 from latentdiff.data.views import Views
+from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
-from latentdiff.pictures import to_floats
 
 SIZES = ((16, 16), (40, 12), (10, 32), (20, 20), (40, 22), (17, 16))
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
-    """13 pictures of several shapes, for buckets of 8 x 32, 16 x 16 and 32 x 8 pixels."""
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder / "set", 13)
+def images(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
+    """13 images of several shapes, for buckets of 8 x 32, 16 x 16 and 32 x 8 pixels."""
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "set", 13)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
         return CaptionedImages(data_config(folder / "set"))
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
@@ -50,7 +50,7 @@ def write_pictures(folder: Path, count: int) -> None:
             Image.fromarray(pixels).save(folder / f"{i:03d}.png")
             row = {
                 "file_name": f"{i:03d}.png",
-                "text": f"picture {i}",
+                "text": f"image {i}",
                 "more": ["一\u2028", "a\nb"],
             }
             file.write(json.dumps(row) + "\n")
@@ -84,9 +84,9 @@ def vae(seed: int = 0) -> VAE:
     return VAE(config).eval()
 
 
-def write(folder: Path, pictures: Any, network: VAE | None = None, **options: Any) -> None:
+def write(folder: Path, images: Any, network: VAE | None = None, **options: Any) -> None:
     settings: dict[str, Any] = {"batch_size": 8, "chunk_size": 5, "views": Views(2, True)}
-    write_cache(folder, pictures, vae() if network is None else network, **settings | options)
+    write_cache(folder, images, vae() if network is None else network, **settings | options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,21 +94,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def test_the_cache_holds_what_the_vae_encodes(tmp_path: Path, pictures: CaptionedImages) -> None:
+def test_the_cache_holds_what_the_vae_encodes(tmp_path: Path, images: CaptionedImages) -> None:
     network, views = vae(), Views(2, True)
-    write(tmp_path / "cache", pictures, network)
+    write(tmp_path / "cache", images, network)
     cache = LatentCache(tmp_path / "cache", vae=network)
-    assert len(cache) == len(pictures)
-    assert cache.captions == pictures.captions
+    assert len(cache) == len(images)
+    assert cache.captions == images.captions
     assert cache.image_size == 16
     assert len(set(cache.buckets.tolist())) == 3
-    [(_, samples)] = pictures.chunks(len(pictures), lambda number: True)
+    [(_, samples)] = images.chunks(len(images), lambda number: True)
     half = torch.finfo(torch.float16)
     for number, sample in enumerate(samples):
         assert isinstance(sample, Sample)
         size = cache.sizes[cache.buckets[number]]
-        assert size == cache.sizes[nearest(sample.picture.size, cache.sizes)]
-        images = views.of(sample.picture, sample.name, size)
+        assert size == cache.sizes[nearest(sample.image.size, cache.sizes)]
+        images = views.of(sample.image, sample.name, size)
         with torch.no_grad():
             exact = network.encode(to_floats(images))
         batch = collate_moments([cache[number, view] for view in range(views.count)])
@@ -122,10 +122,10 @@ def test_the_cache_holds_what_the_vae_encodes(tmp_path: Path, pictures: Captione
 
 
 def test_without_buckets_and_views_it_is_the_squares(
-    tmp_path: Path, pictures: CaptionedImages
+    tmp_path: Path, images: CaptionedImages
 ) -> None:
     network = vae()
-    squares = reopened(pictures, tmp_path, bucket_step=0, upscale_limit=2.0)
+    squares = reopened(images, tmp_path, bucket_step=0, upscale_limit=2.0)
     write_cache(tmp_path / "cache", squares, network, batch_size=4)
     cache = LatentCache(tmp_path / "cache")
     images = torch.stack([squares.image(i) for i in range(len(squares))])
@@ -138,24 +138,24 @@ def test_without_buckets_and_views_it_is_the_squares(
     assert not cache.buckets.any()
 
 
-def reopened(pictures: CaptionedImages, tmp_path: Path, **fields: Any) -> CaptionedImages:
-    """The same pictures with other options."""
+def reopened(images: CaptionedImages, tmp_path: Path, **fields: Any) -> CaptionedImages:
+    """The same images with other options."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-        return CaptionedImages(replace(pictures.config, **fields))
+        return CaptionedImages(replace(images.config, **fields))
 
 
-def test_a_stream_is_cached_as_a_set_is(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write(tmp_path / "set", pictures)
-    write(tmp_path / "stream", StreamedImages(replace(pictures.config, stream=True)))
+def test_a_stream_is_cached_as_a_set_is(tmp_path: Path, images: CaptionedImages) -> None:
+    write(tmp_path / "set", images)
+    write(tmp_path / "stream", StreamedImages(replace(images.config, stream=True)))
     stream, whole = contents(tmp_path / "stream"), contents(tmp_path / "set")
     assert stream.pop("header.json") != whole.pop("header.json")  # their fingerprints differ
     assert stream == whole
 
 
-def test_several_processes_write_what_one_writes(tmp_path: Path, pictures: CaptionedImages) -> None:
+def test_several_processes_write_what_one_writes(tmp_path: Path, images: CaptionedImages) -> None:
     network = vae()
-    write(tmp_path / "one", pictures, network, chunk_size=2)
+    write(tmp_path / "one", images, network, chunk_size=2)
     barrier = Barrier(3)
 
     def process(rank: int) -> None:
@@ -164,18 +164,18 @@ def test_several_processes_write_what_one_writes(tmp_path: Path, pictures: Capti
             barrier.wait()
 
         options = {"rank": rank, "world_size": 3, "together": together}
-        write(tmp_path / "three", pictures, network, chunk_size=2, **options)
+        write(tmp_path / "three", images, network, chunk_size=2, **options)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(process, range(3)))
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
-def test_a_finished_cache_is_kept(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write(tmp_path, pictures)
+def test_a_finished_cache_is_kept(tmp_path: Path, images: CaptionedImages) -> None:
+    write(tmp_path, images)
     for path in tmp_path.glob("moments-*.npy"):  # would be written over
         np.lib.format.open_memmap(path, "r+")[:] = 5
-    write(tmp_path, pictures)
+    write(tmp_path, images)
     assert (LatentCache(tmp_path, vae=vae())[0]["moments"] == 5).all()
 
 
@@ -184,29 +184,29 @@ class Cut(Exception):
 
 
 class Watched:
-    """The pictures, noting the chunks that are read, and stopping before one of them."""
+    """The images, noting the chunks that are read, and stopping before one of them."""
 
-    def __init__(self, pictures: CaptionedImages, stop: int = -1) -> None:
-        self.pictures, self.stop = pictures, stop
-        self.config, self.fingerprint = pictures.config, pictures.fingerprint
+    def __init__(self, images: CaptionedImages, stop: int = -1) -> None:
+        self.images, self.stop = images, stop
+        self.config, self.fingerprint = images.config, images.fingerprint
         self.read: list[int] = []
 
     def chunks(self, size: int, wanted: Any) -> Any:
-        for number, samples in self.pictures.chunks(size, wanted):
+        for number, samples in self.images.chunks(size, wanted):
             if number == self.stop:
                 raise Cut
             self.read.append(number)
             yield number, samples
 
 
-def test_finished_chunks_are_kept(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write(tmp_path / "whole", pictures)
+def test_finished_chunks_are_kept(tmp_path: Path, images: CaptionedImages) -> None:
+    write(tmp_path / "whole", images)
     with pytest.raises(Cut):
-        write(tmp_path / "cut", Watched(pictures, 2))
+        write(tmp_path / "cut", Watched(images, 2))
     with pytest.raises(ValueError, match=r"no finished latent cache .*train/cache_latents\.py"):
         LatentCache(tmp_path / "cut")
     next((tmp_path / "cut").glob("moments-00000-*")).write_bytes(b"damaged")
-    again = Watched(pictures)
+    again = Watched(images)
     write(tmp_path / "cut", again)
     assert again.read == [0, 2]
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
@@ -215,7 +215,7 @@ def test_finished_chunks_are_kept(tmp_path: Path, pictures: CaptionedImages) -> 
 CHANGES = [
     ({"seed": 1}, {}, {}, "vae"),
     ({}, {"caption_columns": ("text",)}, {}, "data"),
-    ({}, {"exclude": {"text": ["picture 0"]}}, {}, "data"),
+    ({}, {"exclude": {"text": ["image 0"]}}, {}, "data"),
     ({}, {"image_size": 24}, {}, "data and other buckets"),
     ({}, {"bucket_step": 16}, {}, "buckets"),
     ({}, {}, {"views": Views()}, "views"),
@@ -228,7 +228,7 @@ CHANGES = [
 @pytest.mark.parametrize(("network", "data", "options", "named"), CHANGES)
 def test_the_cache_of_something_else_is_refused_and_named(
     tmp_path: Path,
-    pictures: CaptionedImages,
+    images: CaptionedImages,
     network: dict[str, Any],
     data: dict[str, Any],
     options: dict[str, Any],
@@ -236,12 +236,12 @@ def test_the_cache_of_something_else_is_refused_and_named(
     finished: bool,
 ) -> None:
     if finished:
-        write(tmp_path / "cache", pictures)
+        write(tmp_path / "cache", images)
     else:
         with pytest.raises(Cut):
-            write(tmp_path / "cache", Watched(pictures, 2))
+            write(tmp_path / "cache", Watched(images, 2))
     before = contents(tmp_path / "cache")
-    other = reopened(pictures, tmp_path, **data) if data else pictures
+    other = reopened(images, tmp_path, **data) if data else images
     with pytest.raises(
         ValueError, match=f"holds the cache of another {named}; choose a new folder"
     ):
@@ -249,24 +249,24 @@ def test_the_cache_of_something_else_is_refused_and_named(
     assert contents(tmp_path / "cache") == before
 
 
-def test_the_cache_of_another_vae_is_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write(tmp_path, pictures)
+def test_the_cache_of_another_vae_is_refused(tmp_path: Path, images: CaptionedImages) -> None:
+    write(tmp_path, images)
     with pytest.raises(ValueError, match="another VAE than the one given"):
         LatentCache(tmp_path, vae=vae(seed=1))
 
 
 def test_a_cache_fits_its_vae_whatever_the_decoder_is(
-    tmp_path: Path, pictures: CaptionedImages
+    tmp_path: Path, images: CaptionedImages
 ) -> None:
     """A decoder that was trained on alone leaves caches and UNets valid; an encoder does not."""
-    write(tmp_path, pictures)
+    write(tmp_path, images)
     other = vae()
     with torch.no_grad():
         for part in (other.decoder, other.post_quant_conv):
             for parameter in part.parameters():
                 parameter += 0.1
     other.config = replace(other.config, sample_size=999)
-    assert len(LatentCache(tmp_path, vae=other)) == len(pictures)
+    assert len(LatentCache(tmp_path, vae=other)) == len(images)
     with torch.no_grad():
         bias = other.quant_conv.bias
         assert isinstance(bias, torch.Tensor)
@@ -275,34 +275,34 @@ def test_a_cache_fits_its_vae_whatever_the_decoder_is(
         LatentCache(tmp_path, vae=other)
 
 
-def test_caches_of_older_versions_are_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
+def test_caches_of_older_versions_are_refused(tmp_path: Path, images: CaptionedImages) -> None:
     (tmp_path / "header.json").write_text('{"vae": "1", "data": "2", "num_samples": 3}')
     with pytest.raises(ValueError, match="made by another version of latentdiff; delete it"):
         LatentCache(tmp_path)
     with pytest.raises(ValueError, match="made by another version of latentdiff; delete it"):
-        write(tmp_path, pictures)
+        write(tmp_path, images)
 
 
-def test_two_writers_in_one_folder_are_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
+def test_two_writers_in_one_folder_are_refused(tmp_path: Path, images: CaptionedImages) -> None:
     def together(act: Callable[[], None]) -> None:
         act()  # takes the folder
         with pytest.raises(ValueError, match="is being written by another process"):
-            write(tmp_path, pictures)
+            write(tmp_path, images)
         raise Cut
 
     with pytest.raises(Cut):
-        write(tmp_path, pictures, together=together)
+        write(tmp_path, images, together=together)
 
 
-def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set", 13)
+def test_bad_images_are_left_out_and_counted(tmp_path: Path) -> None:
+    write_images(tmp_path / "set", 13)
     Image.new("RGB", (9, 7)).save(tmp_path / "set" / "003.png")
-    (tmp_path / "set" / "007.png").write_bytes(b"no picture")
+    (tmp_path / "set" / "007.png").write_bytes(b"no image")
     dataset = CaptionedImages(data_config(tmp_path / "set", max_bad=0.2))
     write(tmp_path / "cache", dataset)
     cache = LatentCache(tmp_path / "cache")
     good = [i for i in range(13) if i not in (3, 7)]
-    assert [texts[0] for texts in cache.captions] == [f"picture {i}" for i in good]
+    assert [texts[0] for texts in cache.captions] == [f"image {i}" for i in good]
     assert cache.header["left_out"] == {"too small": 1, "cannot be decoded": 1}
     lines = (tmp_path / "cache" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["reason"] for line in lines] == ["too small", "cannot be decoded"]
@@ -312,10 +312,10 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
     assert all(torch.equal(cache[i]["moments"], others[i]) for i in range(11))
 
 
-def test_too_many_bad_pictures_end_it_with_the_reasons(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set", 13)
+def test_too_many_bad_images_end_it_with_the_reasons(tmp_path: Path) -> None:
+    write_images(tmp_path / "set", 13)
     for name in ("003.png", "011.png", "012.png"):
-        (tmp_path / "set" / name).write_bytes(b"no picture")
+        (tmp_path / "set" / name).write_bytes(b"no image")
     dataset = CaptionedImages(data_config(tmp_path / "set", max_bad=0.2))
     with pytest.raises(ValueError, match=r"3 of 13 .* max_bad=0.2: 3 cannot be decoded; .*check"):
         write(tmp_path / "cache", dataset)
@@ -324,33 +324,33 @@ def test_too_many_bad_pictures_end_it_with_the_reasons(tmp_path: Path) -> None:
     write(tmp_path / "cache", dataset)
     assert len(LatentCache(tmp_path / "cache")) == 10
     for path in (tmp_path / "set").glob("*.png"):
-        path.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="no picture is left of 13"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="no image is left of 13"):
         write(tmp_path / "none", CaptionedImages(data_config(tmp_path / "set", max_bad=1.0)))
 
 
-def test_latents_without_captions_are_refused(tmp_path: Path, pictures: CaptionedImages) -> None:
-    mute = reopened(pictures, tmp_path, caption_columns=())
+def test_latents_without_captions_are_refused(tmp_path: Path, images: CaptionedImages) -> None:
+    mute = reopened(images, tmp_path, caption_columns=())
     with pytest.raises(ValueError, match="caption_columns is empty"):
         write(tmp_path / "cache", mute)
 
 
 def test_sizes_that_do_not_suit_the_vae_are_refused(
-    tmp_path: Path, pictures: CaptionedImages
+    tmp_path: Path, images: CaptionedImages
 ) -> None:
     for fields, message in (
         ({"bucket_step": 1}, "bucket_step=1 must be divisible by 2, the factor of the VAE"),
         ({"bucket_step": 0, "image_size": 15}, "image_size=15 must be divisible by 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            write(tmp_path / "cache", reopened(pictures, tmp_path, **fields))
+            write(tmp_path / "cache", reopened(images, tmp_path, **fields))
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_worker_processes_read_the_same(
-    tmp_path: Path, pictures: CaptionedImages, start: str
+    tmp_path: Path, images: CaptionedImages, start: str
 ) -> None:
-    write(tmp_path, pictures)
+    write(tmp_path, images)
     cache = LatentCache(tmp_path)
     expected = [cache[i] for i in range(len(cache))]
     assert len(pickle.dumps(cache)) < 2000  # nothing that is mapped goes along
@@ -363,8 +363,8 @@ def test_worker_processes_read_the_same(
         assert torch.equal(example["moments"], wanted["moments"])
 
 
-def test_a_damaged_file_is_named(tmp_path: Path, pictures: CaptionedImages) -> None:
-    write(tmp_path, pictures)
+def test_a_damaged_file_is_named(tmp_path: Path, images: CaptionedImages) -> None:
+    write(tmp_path, images)
     cache = LatentCache(tmp_path)
     for path in tmp_path.glob("moments-00001-*"):
         path.write_bytes(path.read_bytes()[:200])
@@ -375,13 +375,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, pictures: CaptionedImages) -> N
 
 
 def test_the_fingerprint_is_of_everything_that_matters(
-    tmp_path: Path, pictures: CaptionedImages
+    tmp_path: Path, images: CaptionedImages
 ) -> None:
-    write(tmp_path / "0", pictures)
-    write(tmp_path / "1", pictures, batch_size=3)
-    write(tmp_path / "2", pictures, views=Views())
-    write(tmp_path / "3", pictures, vae(seed=1))
-    write(tmp_path / "4", reopened(pictures, tmp_path, bucket_step=16, max_bad=1.0))
-    write(tmp_path / "5", reopened(pictures, tmp_path, caption_columns=("text",)))
+    write(tmp_path / "0", images)
+    write(tmp_path / "1", images, batch_size=3)
+    write(tmp_path / "2", images, views=Views())
+    write(tmp_path / "3", images, vae(seed=1))
+    write(tmp_path / "4", reopened(images, tmp_path, bucket_step=16, max_bad=1.0))
+    write(tmp_path / "5", reopened(images, tmp_path, caption_columns=("text",)))
     prints = [LatentCache(tmp_path / str(i)).fingerprint for i in range(6)]
     assert Counter(prints).most_common(1) == [(prints[0], 2)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.scripts import ROOT
-from test_cache import contents, vae, write_pictures
+from test_cache import contents, vae, write_images
 
 pytestmark = pytest.mark.slow
 
@@ -19,9 +19,9 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with 60 pictures, a VAE and the cache that one process makes of them."""
+    """A folder with 60 images, a VAE and the cache that one process makes of them."""
     folder = tmp_path_factory.mktemp("home")
-    write_pictures(folder / "set", 60)
+    write_images(folder / "set", 60)
     vae().save_pretrained(folder / "vae")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))

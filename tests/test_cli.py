@@ -11,7 +11,7 @@ from PIL import Image
 from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
-from latentdiff.pictures import picture_grid
+from latentdiff.images import image_grid
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,7 @@ def generate(model: str, out: Path, *arguments: str) -> int:
     return run("generate", "--model", model, "--steps", "2", "--out", str(out), *arguments)
 
 
-def test_pictures_are_named_by_index_and_seed_and_never_by_prompt(
+def test_images_are_named_by_index_and_seed_and_never_by_prompt(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate(model, tmp_path, "--seed", "7", "../CON", "<b>猫") == 0
@@ -47,7 +47,7 @@ def test_pictures_are_named_by_index_and_seed_and_never_by_prompt(
     assert all(str(path) in printed for path in tmp_path.iterdir())
 
 
-def test_one_picture_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> None:
+def test_one_image_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> None:
     assert generate(model, tmp_path / "one", "a cat", "--seed", "0") == 0
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["0000-0.png"]
     assert generate(model, tmp_path / "grid", "a cat", "--grid") == 0
@@ -56,7 +56,7 @@ def test_one_picture_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> N
     assert not (tmp_path / "none" / "grid.png").exists()
 
 
-def test_earlier_pictures_are_never_overwritten(model: str, tmp_path: Path) -> None:
+def test_earlier_images_are_never_overwritten(model: str, tmp_path: Path) -> None:
     for prompt in ("a cat", "a dog"):
         assert generate(model, tmp_path, prompt, "--seed", "0") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000-0.png", "0001-0.png"]
@@ -209,6 +209,6 @@ def test_env_names_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> N
 def test_labels_in_any_script_and_of_any_length_are_drawn_without_a_crash() -> None:
     labels = ["red heart", "éclair", "猫", "\0\n", "", "word " * 1000, "x" * 5000, "👩‍🚀"]
     images = [Image.new("RGB", (64, 64), "red") for _ in labels]
-    grid = picture_grid(images, labels, plain=[f"{i}.png" for i in range(len(labels))])
+    grid = image_grid(images, labels, plain=[f"{i}.png" for i in range(len(labels))])
     assert grid.width >= 3 * 128
     assert grid.height >= 3 * 128

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel
 
 from latentdiff.formats.weights import save_safetensors
+from latentdiff.images import from_pil
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.clip_start import Pixels, load_clip, load_start
 from latentdiff.models.text import TextEncoder
-from latentdiff.pictures import from_pil
 from latentdiff.training.plan import work_of
 
 SIZE = CLIPSize()
@@ -42,7 +42,7 @@ def photo() -> Image.Image:
 
 @torch.no_grad()
 def test_both_towers_compute_what_transformers_does_from_the_same_folder(folder: Path) -> None:
-    """Pictures go through its image processor there, and through our scaling here."""
+    """Images go through its image processor there, and through our scaling here."""
     theirs = CLIPModel.from_pretrained(folder).eval()
     start = load_start(str(folder), SIZE, image_size=SIDE)
     (ours, scaled, bias), tokenizer = start.towers, start.tokenizer
@@ -60,7 +60,7 @@ def test_both_towers_compute_what_transformers_does_from_the_same_folder(folder:
     assert start.shapes["image_size"] == SIDE
 
 
-def test_pictures_in_minus_one_to_one_are_what_ours_are_trained_on() -> None:
+def test_images_in_minus_one_to_one_are_what_ours_are_trained_on() -> None:
     images = torch.rand(2, 3, 4, 4) * 2 - 1
     assert Pixels()(images) is images
     half = Pixels((0.5, 0.5, 0.25), (0.5, 0.25, 0.5))(images)

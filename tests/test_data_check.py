@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from support.broken_pictures import BAD, GOOD, photograph, saved
+from support.broken_images import BAD, GOOD, photograph, saved
 from torch.utils.data import DataLoader
 
 from latentdiff.cli import main
@@ -54,7 +54,7 @@ REASONS = {
     "no caption": 2,
     "text is not UTF-8": 1,
     "duplicate name": 1,
-    "missing picture": 1,
+    "missing image": 1,
 }
 
 
@@ -124,7 +124,7 @@ def test_a_second_check_finds_the_same(faults: Path) -> None:
 
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Path:
-    """200 pictures, of which 7, 8 and 199 were damaged after the check."""
+    """200 images, of which 7, 8 and 199 were damaged after the check."""
     folder = tmp_path / "spoilt"
     folder.mkdir()
     lines = [json.dumps({"file_name": f"{i:03}.png", "text": str(i)}) + "\n" for i in range(200)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import config as datasets_config
 from PIL import Image
-from support.broken_pictures import photograph, saved, truncated
+from support.broken_images import photograph, saved, truncated
 from support.scripts import ROOT, script
 
 from latentdiff.data.check import check_data
@@ -26,7 +26,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def pictures(folder: Path, files: dict[str, bytes]) -> Path:
+def make_images(folder: Path, files: dict[str, bytes]) -> Path:
     folder.mkdir()
     rows = [json.dumps({"file_name": name, "text": name}) + "\n" for name in files]
     (folder / "metadata.jsonl").write_text("".join(rows))
@@ -72,13 +72,13 @@ def test_the_turned_inks_of_photoshops_jpegs_come_out_right(tmp_path: Path, ink:
     inks[ink] = 255
     content = saved(Image.new("CMYK", (32, 32), tuple(inks)), "JPEG", quality=95)
     assert b"Adobe" in content[:100]
-    picture, notes = decode(content, Decoding())
+    image, notes = decode(content, Decoding())
     assert notes == ("CMYK without a profile",)
     expected = [(0, 255, 255), (255, 0, 255), (255, 255, 0), (0, 0, 0)][ink]
-    found = picture.getpixel((5, 5))
+    found = image.getpixel((5, 5))
     assert isinstance(found, tuple)
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 4
-    summary = check_data(config(pictures(tmp_path / "set", {"adobe.jpg": content})), tmp_path)
+    summary = check_data(config(make_images(tmp_path / "set", {"adobe.jpg": content})), tmp_path)
     assert summary.notes == {"CMYK without a profile": 1}
     assert summary.bad == 0
 
@@ -88,7 +88,7 @@ def test_one_bad_sample_in_a_hundred_is_the_most(tmp_path: Path, bad: int, refus
     files = good(100)
     for name in list(files)[10 : 10 + bad]:
         files[name] = truncated()
-    folder = pictures(tmp_path / "set", files)
+    folder = make_images(tmp_path / "set", files)
     summary = check_data(config(folder), folder)
     assert summary.reasons == {"cannot be decoded": bad}
     assert (summary.samples, summary.bad) == (100, bad)
@@ -118,7 +118,7 @@ def test_a_caption_file_that_is_missing_or_empty_is_no_caption(tmp_path: Path) -
 def test_less_data_than_a_batch_is_refused_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    folder = pictures(tmp_path / "set", good(7))
+    folder = make_images(tmp_path / "set", good(7))
     options = {"data": folder, "image_size": 8, "output_dir": tmp_path / "run", "batch_size": 8}
     if name == "train_unet":
         options |= {"vae": "nowhere", "text_encoder": "nowhere"}  # nobody looks for these yet
@@ -129,7 +129,7 @@ def test_less_data_than_a_batch_is_refused_before_a_model_is_loaded(
 
 def test_an_empty_set_is_refused_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    with pytest.raises(ValueError, match="set' holds no pictures"):
+    with pytest.raises(ValueError, match="set' holds no images"):
         check_data(config(tmp_path / "set"), tmp_path)
-    with pytest.raises(ValueError, match="set' holds no pictures"):
+    with pytest.raises(ValueError, match="set' holds no images"):
         CaptionedImages(config(tmp_path / "set"))

@@ -1,11 +1,11 @@
-"""Files to RGB: every row of the table of data faults that is about a picture."""
+"""Files to RGB: every row of the table of data faults that is about an image."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.broken_pictures import (
+from support.broken_images import (
     BAD,
     GOOD,
     animated,
@@ -47,7 +47,7 @@ def test_what_cannot_be_trusted_is_refused_with_a_reason(name: str) -> None:
     assert caught.value.reason == reason
 
 
-def test_a_picture_is_turned_before_it_is_measured() -> None:
+def test_a_image_is_turned_before_it_is_measured() -> None:
     image, _ = decode(GOOD["rotated.png"][0](), RULES)
     assert image.size == (32, 48)
     assert image.getpixel((31, 5)) == (255, 0, 0)

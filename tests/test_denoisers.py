@@ -1,4 +1,4 @@
-"""Every kind of denoiser from training to pictures: a DiT, and UNets whose text joins the time."""
+"""Every kind of denoiser from training to images: a DiT, and UNets whose text joins the time."""
 
 import json
 import sys
@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from support.parity import fill, same_weights
 from support.scripts import script
 from support.tiny import CONTEXT_DIM, UNET, tiny_pipeline, tiny_text_encoder
-from test_cache import vae, write_pictures
+from test_cache import vae, write_images
 from test_end_to_end import TWO, launch
-from test_interchange import assert_same_picture, load_in_diffusers
+from test_interchange import assert_same_image, load_in_diffusers
 
 from latentdiff.cli import main
 from latentdiff.formats.weights import load_safetensors
@@ -86,9 +86,9 @@ def test_a_folder_draws_what_the_model_drew_before_it_was_saved(tmp_path: Path, 
 
 # diffusers' own business, inside its DPMSolverMultistepScheduler.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_diffusers_opens_a_unet_with_added_text_and_draws_our_picture(tmp_path: Path) -> None:
+def test_diffusers_opens_a_unet_with_added_text_and_draws_our_image(tmp_path: Path) -> None:
     pipeline("text added", tmp_path / "scratch").save_pretrained(tmp_path / "model")
-    assert_same_picture(tmp_path / "model", load_in_diffusers(tmp_path / "model"), "dpmpp_2m")
+    assert_same_image(tmp_path / "model", load_in_diffusers(tmp_path / "model"), "dpmpp_2m")
 
 
 def test_of_a_unet_with_text_beside_the_time_diffusers_opens_the_network_alone(
@@ -114,7 +114,7 @@ def test_diffusers_refuses_the_folder_of_a_dit(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", DITS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_dit_in_half_precision_draws_nearly_the_same_picture(
+def test_a_dit_in_half_precision_draws_nearly_the_same_image(
     tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
     pipeline(name, tmp_path / "scratch").save_pretrained(tmp_path / "model")
@@ -197,9 +197,9 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Pictures, networks, and a cache."""
+    """Images, networks, and a cache."""
     folder = tmp_path_factory.mktemp("home")
-    write_pictures(folder / "set", 40)
+    write_images(folder / "set", 40)
     vae().save_pretrained(folder / "vae")
     tiny_text_encoder(folder / "tokens").save_pretrained(folder / "text")
     with pytest.MonkeyPatch.context() as patch:
@@ -258,9 +258,9 @@ def test_trained_resumed_saved_and_drawn(
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert drawn.unet.config.sample_size == 8
     assert drawn.unet.config.in_channels == 3
-    picture = draw(drawn)
+    image = draw(drawn)
     drawn.save_pretrained(home / f"{run.name}-copy")
-    assert draw(Pipeline.from_pretrained(home / f"{run.name}-copy")) == picture
+    assert draw(Pipeline.from_pretrained(home / f"{run.name}-copy")) == image
 
     again = train(home, name, f"{run.name}-again", f"--resume_from={run / 'checkpoints/step-3'}")
     assert all(torch.equal(tensor, expected[key]) for key, tensor in ema(again, name).items())

@@ -300,7 +300,7 @@ def test_guidance_costs_one_doubled_call_null_first_and_none_at_scale_1():
         process.denoiser(counted, context, None, 3.0)
 
 
-def test_denoiser_takes_a_level_of_its_own_for_each_picture():
+def test_denoiser_takes_a_level_of_its_own_for_each_image():
     process, x = diffusion("flow"), normal(3, 3, 4, 4)
     context = normal(3, 5, 6)
     levels = process.levels(3)

@@ -161,7 +161,7 @@ def test_positions_are_dits(side: int) -> None:
 
 
 def test_positions_of_another_size_are_the_same_ones() -> None:
-    """A larger picture has those of a smaller one, and more, each once."""
+    """A larger image has those of a smaller one, and more, each once."""
     device = torch.device("cpu")
     large = positions(9, 7, 16, device=device).unflatten(0, (9, 7))
     assert torch.equal(positions(4, 6, 16, device=device).unflatten(0, (4, 6)), large[:4, :6])

@@ -25,7 +25,7 @@ EPSILON = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading", set_
 FLOW = Diffusion("flow", "flow_prediction")
 
 
-def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -81,9 +81,9 @@ def draw_in_diffusers(cls: Any, folder: Path, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("folder", [False], ids=["any"], indirect=True)
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
-    ours = draw(folder, image=picture(0), strength=strength)
+    ours = draw(folder, image=make_image(0), strength=strength)
     theirs = draw_in_diffusers(
-        StableDiffusionImg2ImgPipeline, folder, image=picture(0), strength=strength
+        StableDiffusionImg2ImgPipeline, folder, image=make_image(0), strength=strength
     )
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     measured("folder, image-to-image", "read", DIFFUSERS, "latents after 10 steps", difference)
@@ -93,7 +93,11 @@ def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Me
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
     """Where alpha_1 is the last level, diffusers puts the kept latents in without their noise."""
-    given: dict[str, Any] = {"image": picture(1), "mask_image": left_half(), "strength": strength}
+    given: dict[str, Any] = {
+        "image": make_image(1),
+        "mask_image": left_half(),
+        "strength": strength,
+    }
     ours = draw(folder, **given)
     theirs = draw_in_diffusers(StableDiffusionInpaintPipeline, folder, height=16, width=16, **given)
     drawn = slice(None) if Pipeline.from_pretrained(folder).inpaints else slice(0, 4)
@@ -105,7 +109,7 @@ def test_inpainting_is_diffusers(folder: Path, strength: float, measured: Measur
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "heun"])
 def test_what_the_mask_keeps_stays_bit_for_bit(folder: Path, sampler: str) -> None:
-    original = picture(2)
+    original = make_image(2)
     output = Pipeline.from_pretrained(folder)(
         "a cat", steps=4, image=original, mask_image=left_half(), sampler=sampler, progress=False
     )
@@ -124,8 +128,8 @@ def pixels(pipeline: Pipeline, **options: Any) -> list[bytes]:
     return [image.tobytes() for image in pipeline("a cat", **options).images]
 
 
-def test_a_picture_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
-    for given in ({"image": picture(3)}, {"image": picture(3), "mask_image": left_half()}):
+def test_a_image_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
+    for given in ({"image": make_image(3)}, {"image": make_image(3), "mask_image": left_half()}):
         together = pixels(pipeline, seed=[7, 8, 9], num_images=3, **given)
         assert pixels(pipeline, seed=8, **given) == together[1:2]
 
@@ -138,11 +142,11 @@ def test_less_strength_starts_from_less_noise() -> None:
     assert noise[-1] == FLOW.levels(10).sigma[0]
 
 
-def test_a_given_picture_decides_the_size_and_height_and_width_resize_it(
+def test_a_given_image_decides_the_size_and_height_and_width_resize_it(
     pipeline: Pipeline,
 ) -> None:
     options: dict[str, Any] = {"steps": 2, "progress": False}
-    wide = picture(4, (18, 33))  # the VAE's factor is 2
+    wide = make_image(4, (18, 33))  # the VAE's factor is 2
     assert pipeline("a", image=wide, **options).images[0].size == (32, 18)
     assert pipeline("a", image=wide, width=20, **options).images[0].size == (20, 18)
 
@@ -186,10 +190,10 @@ def test_slerp_keeps_lengths_and_turns_evenly() -> None:
     torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
-def test_an_inpainting_model_asks_for_a_picture_and_a_mask(
+def test_an_inpainting_model_asks_for_a_image_and_a_mask(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     pipeline = tiny_pipeline(tmp_path_factory.mktemp("tokens"), FLOW, inpaints=True)
-    for given in ({}, {"image": picture(0)}):
+    for given in ({}, {"image": make_image(0)}):
         with pytest.raises(ValueError, match="needs an image and a mask_image"):
             pipeline("a cat", steps=2, progress=False, **given)

@@ -1,4 +1,4 @@
-"""Emoji: the split's law, captions, and pictures that are whole; on the system's font."""
+"""Emoji: the split's law, captions, and images that are whole; on the system's font."""
 
 import hashlib
 import re
@@ -111,22 +111,22 @@ def test_no_alias_is_another_emojis_caption() -> None:
     assert names.isdisjoint(aliases)
 
 
-def test_joined_sequences_are_one_picture_and_unknown_ones_are_left_out(font: EmojiFont) -> None:
+def test_joined_sequences_are_one_image_and_unknown_ones_are_left_out(font: EmojiFont) -> None:
     astronaut, woman, rocket = "👩🏽‍🚀", "👩🏽", "🚀"
-    pictures = [font.draw(sequence, size=64) for sequence in (astronaut, woman, rocket)]
-    assert None not in pictures
-    assert len({picture.tobytes() for picture in pictures if picture is not None}) == 3
+    images = [font.draw(sequence, size=64) for sequence in (astronaut, woman, rocket)]
+    assert None not in images
+    assert len({image.tobytes() for image in images if image is not None}) == 3
     assert font.draw("🍕\u200d🍎", size=64) is None  # joined, but no emoji
     assert font.draw("🍕🍎", size=64) is None
-    assert font.draw("\U0010fff0", size=64) is None  # for private use: no picture
+    assert font.draw("\U0010fff0", size=64) is None  # for private use: no image
 
 
-def test_no_picture_is_blank_or_clipped(font: EmojiFont) -> None:
+def test_no_image_is_blank_or_clipped(font: EmojiFont) -> None:
     for sequence in ALL[::40]:
-        picture = font.draw(sequence, size=128)
-        if picture is None:
+        image = font.draw(sequence, size=128)
+        if image is None:
             continue
-        pixels = np.asarray(picture)
+        pixels = np.asarray(image)
         edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
         assert all((edge == 255).all() for edge in edges), sequence
         assert (pixels < 200).any(-1).mean() > 0.02, sequence
@@ -164,9 +164,9 @@ def test_built_folder_is_reproducible_and_loads_through_datasets(
         row = rows[str(expected["text"])]
         assert {key: row[key] for key in expected} == expected
         assert row["group"] == group_of(sequence)
-        picture = font.draw(sequence, size=32)
-        assert picture is not None
-        assert row["image"].tobytes() == picture.tobytes()
+        image = font.draw(sequence, size=32)
+        assert image is not None
+        assert row["image"].tobytes() == image.tobytes()
         name = f"{code_points(sequence).lower()}.png"
         assert (tmp_path / "one" / split_of(sequence) / name).is_file()
 
@@ -178,8 +178,8 @@ def test_default_values_render_the_whole_font(font: EmojiFont, tmp_path: Path) -
     # Fonts older than Unicode's newest emoji lack a few.
     assert sum(counts["left out"].values()) < 0.2 * len(ALL)
     assert set(counts["train"]) == set(GROUPS)
-    picture = tmp_path / "emoji" / "train" / f"{code_points('😀').lower()}.png"
-    with Image.open(picture) as image:
+    image = tmp_path / "emoji" / "train" / f"{code_points('😀').lower()}.png"
+    with Image.open(image) as image:
         assert (image.size, image.mode) == ((128, 128), "RGB")
 
 

@@ -1,4 +1,4 @@
-"""The scripts as users run them: from captioned pictures to a pipeline folder that draws."""
+"""The scripts as users run them: from captioned images to a pipeline folder that draws."""
 
 import json
 import os
@@ -50,7 +50,7 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with pictures, and the variables under which all scripts run."""
+    """A folder with images, and the variables under which all scripts run."""
     folder = tmp_path_factory.mktemp("home")
     build_shapes(folder / "data", count=160, seed=0, size=64)
     with pytest.MonkeyPatch.context() as patch:
@@ -121,8 +121,8 @@ def test_a_run_folder_has_all_its_parts(runs: Path, name: str) -> None:
     assert all(fields <= record.keys() for record in records)
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["latest", "step-2", "step-4"]
-    for picture in ("loss.png", "previews/step-0000004.png"):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    for image in ("loss.png", "previews/step-0000004.png"):
+        assert (folder / image).read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -137,7 +137,7 @@ def test_clip_leaves_a_text_encoder_for_the_unet(runs: Path) -> None:
         assert all(torch.equal(saved[name], state[prefix + name]) for name in names)
 
 
-def test_vae_leaves_standard_latents_and_the_same_pictures(runs: Path) -> None:
+def test_vae_leaves_standard_latents_and_the_same_images(runs: Path) -> None:
     """What the EMA network decodes, with the statistics of its latents folded in."""
     folded = VAE.from_pretrained(runs / "vae" / "model")
     state = load_safetensors(runs / "vae/checkpoints/step-4/vae.safetensors")
@@ -244,7 +244,7 @@ def test_accumulation_trains_as_whole_batches_do(
 
 @pytest.mark.parametrize("name", ["train_clip", "train_vae", "cache_latents", "train_unet"])
 def test_default_networks_train_on_default_terms(home: Path, tmp_path: Path, name: str) -> None:
-    """All that a script does without arguments, but for the number of pictures and steps."""
+    """All that a script does without arguments, but for the number of images and steps."""
     args = ["--data", f"{home}/data", "--output_dir", str(tmp_path / "run")]
     if name != "cache_latents":
         args += ["--max_steps=1", "--mixed_precision=no"]

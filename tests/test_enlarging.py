@@ -1,4 +1,4 @@
-"""The enlarging decoder: its latent is the picture made small, and all else stays what it was."""
+"""The enlarging decoder: its latent is the image made small, and all else stays what it was."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def test_the_latent_is_the_mean_colour_of_each_square(levels: int) -> None:
     assert vae.decode(found.mean).shape == images.shape
 
 
-def test_a_sample_is_the_small_picture_to_the_rounding_of_a_number() -> None:
+def test_a_sample_is_the_small_image_to_the_rounding_of_a_number() -> None:
     """Before the cache and from it, where the moments are float16."""
     vae = enlarger(scaling_factor=0.18215)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -79,7 +79,7 @@ def test_nothing_is_learned_but_the_decoder() -> None:
     assert all(parameter.grad is not None for parameter in vae.parameters())
 
 
-def test_folding_standardises_the_small_pictures_and_changes_no_reconstruction() -> None:
+def test_folding_standardises_the_small_images_and_changes_no_reconstruction() -> None:
     """Twice, as when a decoder is trained on from what a run has left."""
     vae = enlarger(scaling_factor=0.3).double()
     images = torch.rand(6, 3, 12, 20, dtype=torch.float64) ** 2

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures: known answers, invariances, and torchmetrics' formulas."""
+"""Distances between sets of images: known answers, invariances, and torchmetrics' formulas."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPImageProcessor, CLIPModel
 
 from latentdiff.cli import main
-from latentdiff.evaluation.features import Features, pictures_of
+from latentdiff.evaluation.features import Features, images_of
 from latentdiff.evaluation.frechet import Moments, frechet_distance
 from latentdiff.evaluation.kernel import kernel_distance
 
@@ -84,12 +84,12 @@ def test_moments_of_batches_are_those_of_all_at_once() -> None:
     torch.testing.assert_close(moments.covariance, torch.cov(features.T), rtol=1e-6, atol=1e-8)
 
 
-def test_one_picture_has_neither_covariance_nor_kernel_distance() -> None:
+def test_one_image_has_neither_covariance_nor_kernel_distance() -> None:
     moments = Moments()
     moments.add(torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="1 pictures have no covariance; at least 2"):
+    with pytest.raises(ValueError, match="1 images have no covariance; at least 2"):
         _ = moments.covariance
-    with pytest.raises(ValueError, match="1 pictures have no kernel distance; at least 2"):
+    with pytest.raises(ValueError, match="1 images have no kernel distance; at least 2"):
         kernel_distance(torch.zeros(1, 3), torch.zeros(4, 3))
 
 
@@ -118,7 +118,7 @@ def test_the_kernel_distance_is_the_mean_of_its_kernel_over_pairs(
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
 
-def test_few_pictures_bias_the_frechet_distance_and_not_the_kernel_distance() -> None:
+def test_few_images_bias_the_frechet_distance_and_not_the_kernel_distance() -> None:
     """Sets of one distribution: 20 of them, of 24 vectors each, 8 numbers wide."""
     frechet, kernel = [], []
     for _ in range(20):
@@ -139,20 +139,20 @@ def test_few_pictures_bias_the_frechet_distance_and_not_the_kernel_distance() ->
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP whose pictures are of 16 x 16 pixels and have 8 features."""
+    """A CLIP whose images are of 16 x 16 pixels and have 8 features."""
     folder = tmp_path_factory.mktemp("run") / "model" / "clip"
     tiny_clip(folder)
     return folder
 
 
 def noise(folder: Path, count: int, *, mean: int = 128, size: int = SIDE, seed: int = 0) -> Path:
-    """Pictures of coarse noise around a mean, one of them in a folder of its own."""
+    """Images of coarse noise around a mean, one of them in a folder of its own."""
     source = np.random.default_rng(seed)
     (folder / "more").mkdir(parents=True)
     for i in range(count):
         coarse = source.normal(mean, 40, (4, 4, 3)).clip(0, 255).astype(np.uint8)
-        picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.NEAREST)
-        picture.save(folder / ("more" if i == 0 else "") / f"{i:03}.png")
+        image = Image.fromarray(coarse).resize((size, size), Image.Resampling.NEAREST)
+        image.save(folder / ("more" if i == 0 else "") / f"{i:03}.png")
     return folder
 
 
@@ -161,21 +161,21 @@ def test_features_are_the_projected_states_of_transformers_own_tower(
     tower: Path, tmp_path: Path
 ) -> None:
     """Whatever the batches, and read from a run's `model/` as from its `clip/`."""
-    pictures = list(pictures_of(noise(tmp_path / "set", 5)))
-    processed = CLIPImageProcessor.from_pretrained(tower)(pictures, return_tensors="pt")
+    images = list(images_of(noise(tmp_path / "set", 5)))
+    processed = CLIPImageProcessor.from_pretrained(tower)(images, return_tensors="pt")
     theirs = CLIPModel.from_pretrained(tower).eval()
     pooled = theirs.vision_model(pixel_values=processed["pixel_values"]).pooler_output
     expected = theirs.visual_projection(pooled)
     for folder, batch_size in ((tower, 64), (tower.parent, 2)):
         features = Features.from_pretrained(folder)
         features.batch_size = batch_size
-        found = features(pictures)
+        found = features(images)
         assert found.shape == (5, features.width) == (5, 8)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert features([]).shape == (0, 8)
 
 
-def test_of_a_picture_the_square_in_the_middle_is_seen(tower: Path) -> None:
+def test_of_a_image_the_square_in_the_middle_is_seen(tower: Path) -> None:
     features = Features.from_pretrained(tower)
     square = Image.new("RGB", (SIDE, SIDE), "navy")
     wide = Image.new("RGB", (SIDE + 24, SIDE), "red")
@@ -187,7 +187,7 @@ def evaluate(drawn: Path, true: Path, tower: Path) -> int:
     return main(["eval", str(drawn), str(true), "--features", str(tower)])
 
 
-def test_the_command_finds_copies_equal_and_other_pictures_far(
+def test_the_command_finds_copies_equal_and_other_images_far(
     tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     true = noise(tmp_path / "true", 40)
@@ -200,22 +200,22 @@ def test_the_command_finds_copies_equal_and_other_pictures_far(
         (line,) = capsys.readouterr().out.splitlines()
         match = re.fullmatch(
             r"Fréchet distance (\S+), kernel distance (\S+) "
-            r"\(40 drawn and 40 true pictures, 8 features\)",
+            r"\(40 drawn and 40 true images, 8 features\)",
             line,
         )
         assert match is not None
         distances.append([float(number) for number in match.groups()])
     assert distances[0][0] < 0.01 * distances[1][0]
-    assert distances[0][1] < 0 < distances[1][1]  # of the same pictures, unbiased: below 0
+    assert distances[0][1] < 0 < distances[1][1]  # of the same images, unbiased: below 0
 
 
-def test_few_pictures_are_warned_of_with_what_it_means(
+def test_few_images_are_warned_of_with_what_it_means(
     tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn, true = noise(tmp_path / "drawn", 6), noise(tmp_path / "true", 20)
     assert evaluate(drawn, true, tower) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("latentdiff: 6 pictures are too few for the Fréchet distance of 8")
+    assert line.startswith("latentdiff: 6 images are too few for the Fréchet distance of 8")
     assert "3 directions in which it is 0" in line
 
 
@@ -226,17 +226,17 @@ def nothing(folder: Path) -> Path:
 
 def broken(folder: Path) -> Path:
     noise(folder / "broken", 2)
-    (folder / "broken" / "zzz.png").write_bytes(b"not a picture")
+    (folder / "broken" / "zzz.png").write_bytes(b"not an image")
     return folder / "broken"
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda folder: folder / "nowhere", "nowhere is not a folder of pictures"),
-        (nothing, r"empty holds no pictures \(.bmp, "),
+        (lambda folder: folder / "nowhere", "nowhere is not a folder of images"),
+        (nothing, r"empty holds no images \(.bmp, "),
         (broken, r"zzz\.png: cannot be decoded: none of PNG, "),
-        (lambda folder: noise(folder / "one", 1), "1 pictures have no covariance; at least 2 are"),
+        (lambda folder: noise(folder / "one", 1), "1 images have no covariance; at least 2 are"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_sentence(

@@ -67,17 +67,10 @@ def test_9_and_10_torchrun_ends_all_and_names_the_process(
     toy = {"folder": tmp_path, "timeout": timeout, "workers": 1}
     toy |= {"fault.kind": kind, "fault.step": 4, "fault.rank": 1}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(here / "support" / "faulty.py"), *(f"--{k}={v}" for k, v in toy.items())]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{here}:{here.parent}"}
     ended = subprocess.run(
-        [
-            *command,
-            str(here / "support" / "faulty.py"),
-            *(f"--{name}={value}" for name, value in toy.items()),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{here}:{here.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command, env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert since_the_last_step(tmp_path, rank=1) < limit, ended.stderr
     assert ended.returncode != 0
@@ -268,7 +261,7 @@ def test_18_and_stops_the_run_when_it_stays(tmp_path: Path) -> None:
     assert len(every_note(tmp_path / "notes-0.jsonl")) == 4 + 3 + 1  # one again
 
 
-def draw_pictures(folder: Path, count: int) -> Path:
+def draw_images(folder: Path, count: int) -> Path:
     folder.mkdir()
     rows = [json.dumps({"file_name": f"{i:02}.png", "text": str(i)}) + "\n" for i in range(count)]
     (folder / "metadata.jsonl").write_text("".join(rows))
@@ -283,13 +276,13 @@ def steps_taken(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("workers", [0, later(1)])
 def test_19_bad_samples_in_one_process_are_replaced(tmp_path: Path, workers: int) -> None:
-    """Two pictures of process 1 are damaged: the next good ones stand in, and nobody waits."""
-    pictures = draw_pictures(tmp_path / "pictures", 40)
-    toy = Toy(tmp_path / "good", pictures=pictures, steps=5, workers=workers)  # an epoch
+    """Two images of process 1 are damaged: the next good ones stand in, and nobody waits."""
+    images = draw_images(tmp_path / "images", 40)
+    toy = Toy(tmp_path / "good", images=images, steps=5, workers=workers)  # an epoch
     assert run(toy, 2) == [0, 0], output(toy.folder)
     bad = every_note(toy.folder / "notes-1.jsonl")[2][2][1:3]
     for i in bad:
-        (pictures / f"{i:02}.png").write_bytes(b"damaged")
+        (images / f"{i:02}.png").write_bytes(b"damaged")
     begun = time.monotonic()
     assert run(toy, 2, folder=tmp_path / "bad") == [0, 0], output(tmp_path / "bad")
     assert time.monotonic() - begun < 30
@@ -306,12 +299,12 @@ def outputs(folder: Path) -> list[str]:
 
 
 def test_19_too_many_bad_samples_in_one_process_end_all(tmp_path: Path) -> None:
-    pictures = draw_pictures(tmp_path / "pictures", 40)
-    toy = Toy(tmp_path / "good", pictures=pictures, steps=5)
+    images = draw_images(tmp_path / "images", 40)
+    toy = Toy(tmp_path / "good", images=images, steps=5)
     assert run(toy, 2) == [0, 0], output(toy.folder)
     taken = [i for _, _, ids, _ in every_note(toy.folder / "notes-1.jsonl") for i in ids]
     for i in taken[8:14]:
-        (pictures / f"{i:02}.png").write_bytes(b"damaged")
+        (images / f"{i:02}.png").write_bytes(b"damaged")
     begun = time.monotonic()
     codes = run(toy, 2, folder=tmp_path / "bad")
     assert time.monotonic() - begun < 30
@@ -323,8 +316,8 @@ def test_19_too_many_bad_samples_in_one_process_end_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("samples", [9, 15])
 def test_19_fewer_samples_for_one_process_than_for_another(tmp_path: Path, samples: int) -> None:
     """Than two batches, and not divisible by the number of processes: all take the same steps."""
-    pictures = draw_pictures(tmp_path / "pictures", samples)
-    toy = Toy(tmp_path / "run", pictures=pictures)
+    images = draw_images(tmp_path / "images", samples)
+    toy = Toy(tmp_path / "run", images=images)
     begun = time.monotonic()
     assert run(toy, 2) == [0, 0], output(toy.folder)
     assert time.monotonic() - begun < 30

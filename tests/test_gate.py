@@ -15,13 +15,13 @@ from support.scripts import script
 from torch import Tensor
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.gate import LatentStatistics, check_latents, faults, some_pictures
+from latentdiff.data.gate import LatentStatistics, check_latents, faults, some_images
 from latentdiff.data.images import CaptionedImages, Sample
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.stream import StreamedImages
 from latentdiff.formats.diffusers import find_part
+from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.pictures import to_floats
 from latentdiff.training.config import run_script
 
 TINY = VAEConfig(
@@ -34,23 +34,23 @@ TINY = VAEConfig(
 
 
 def rectangles(count: int, *, side: int = 16) -> Tensor:
-    """Pictures (N, 3, side, side) uint8 of one rectangle each, of any colour on any colour."""
+    """Images (N, 3, side, side) uint8 of one rectangle each, of any colour on any colour."""
     pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8)
-    for picture in pixels:
+    for image in pixels:
         colours = torch.randint(0, 256, (2, 3, 1, 1), dtype=torch.uint8)
         top, left = torch.randint(0, side // 2, (2,)).tolist()
         height, width = torch.randint(4, side // 2, (2,)).tolist()
-        picture[:] = colours[0]
-        picture[:, top : top + height, left : left + width] = colours[1]
+        image[:] = colours[0]
+        image[:, top : top + height, left : left + width] = colours[1]
     return pixels
 
 
-def measured(vae: VAE, pictures: Iterable[Tensor]) -> LatentStatistics:
-    return LatentStatistics.of(vae, pictures, batch_size=24)
+def measured(vae: VAE, images: Iterable[Tensor]) -> LatentStatistics:
+    return LatentStatistics.of(vae, images, batch_size=24)
 
 
-def standardised(vae: VAE, pictures: Tensor) -> VAE:
-    found = measured(vae, pictures)
+def standardised(vae: VAE, images: Tensor) -> VAE:
+    found = measured(vae, images)
     vae.fold_latent_statistics(found.mean, found.variance.sqrt())
     return vae.eval()
 
@@ -80,7 +80,7 @@ def copied(vae: VAE) -> VAE:
 
 @torch.no_grad()
 def collapsed(vae: VAE, channel: int) -> VAE:
-    """Of one channel the posterior is N(0, 1) whatever the picture."""
+    """Of one channel the posterior is N(0, 1) whatever the image."""
     vae, C = copied(vae), vae.config.latent_channels
     for row in (channel, C + channel):
         vae.quant_conv.get_parameter("weight")[row] = 0.0
@@ -91,10 +91,10 @@ def collapsed(vae: VAE, channel: int) -> VAE:
 
 
 def test_the_statistics_are_those_of_latents_as_they_are_drawn(trained: VAE) -> None:
-    pictures = rectangles(64)
-    found = measured(trained, pictures)
+    images = rectangles(64)
+    found = measured(trained, images)
     with torch.no_grad():
-        q = trained.encode(to_floats(pictures))
+        q = trained.encode(to_floats(images))
         drawn = torch.stack([q.sample(torch.randn_like(q.mean)) for _ in range(8)])
     torch.testing.assert_close(found.mean, drawn.mean(dim=(0, 1, 3, 4)), rtol=0, atol=0.02)
     torch.testing.assert_close(found.variance, drawn.var(dim=(0, 1, 3, 4)), rtol=0.02, atol=0)
@@ -120,7 +120,7 @@ def test_a_collapsed_channel_is_named_with_what_was_measured(trained: VAE, chann
 
 
 def test_a_channel_that_varies_over_places_alone_has_collapsed(trained: VAE) -> None:
-    """A pattern that every picture has says nothing about any of them."""
+    """A pattern that every image has says nothing about any of them."""
     same = rectangles(1).expand(64, -1, -1, -1)
     (sentence,) = faults(measured(trained, same), {})
     assert all(f"channel {channel} (" in sentence for channel in range(4))
@@ -128,9 +128,9 @@ def test_a_channel_that_varies_over_places_alone_has_collapsed(trained: VAE) -> 
 
 def test_the_shares_do_not_depend_on_the_scale_of_the_latents(trained: VAE) -> None:
     """So that a VAE from elsewhere, whose latents are not quite standard, is judged by the same."""
-    pictures, other = rectangles(64), copied(trained)
+    images, other = rectangles(64), copied(trained)
     other.fold_latent_statistics(torch.full((4,), 0.3), torch.tensor([0.5, 0.8, 1.5, 2.0]))
-    a, b = measured(trained, pictures), measured(other, pictures)
+    a, b = measured(trained, images), measured(other, images)
     torch.testing.assert_close(a.active / a.variance, b.active / b.variance)
     torch.testing.assert_close(a.far, b.far)
 
@@ -150,10 +150,10 @@ def test_latents_of_another_scale_than_noise_are_refused(
 def test_a_few_values_that_hold_the_variance_are_refused() -> None:
     """Unit variance hides them: here all other values are the same."""
     config = replace(TINY, block_out_channels=(8,), encoder="downsample", latent_channels=3)
-    pictures = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
+    images = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
     assert faults(measured(standardised(VAE(config), rectangles(64)), rectangles(64)), {}) == []
-    pictures[torch.arange(64), :, torch.randint(16, (64,)), torch.randint(16, (64,))] = 255
-    (sentence,) = faults(measured(standardised(VAE(config), pictures), pictures), {})
+    images[torch.arange(64), :, torch.randint(16, (64,)), torch.randint(16, (64,))] = 255
+    (sentence,) = faults(measured(standardised(VAE(config), images), images), {})
     assert sentence.startswith("unbounded latents: too large a share of the variance")
     assert all(f"channel {channel} (1)" in sentence for channel in range(3))
 
@@ -170,7 +170,7 @@ def test_a_discriminator_that_has_won_is_refused_and_another_is_not(trained: VAE
     won = {"disc_loss": 0.02, "disc_real": 3.0, "disc_fake": -2.5, "reconstruction": "l1"}
     (sentence,) = faults(latents, won)
     assert sentence.startswith("saturated discriminator: its loss ended at 0.02, ")
-    assert "scores of 3 for pictures and -2.5 for" in sentence
+    assert "scores of 3 for images and -2.5 for" in sentence
     even = {"disc_loss": 0.98, "disc_real": 0.1, "disc_fake": -0.05}
     assert faults(latents, even) == faults(latents, {"reconstruction": "l1"}) == []
 
@@ -198,7 +198,7 @@ def test_the_advice_for_latents_that_nothing_learns_is_not_to_train_otherwise(
         (sentence,) = faults(found, {}, learned=learned)
         assert sentence.startswith(kind)
         assert ("kl_weight" in sentence) == learned
-        assert ("it is the pictures" in sentence) != learned
+        assert ("it is the images" in sentence) != learned
 
 
 @pytest.fixture(scope="module")
@@ -212,18 +212,18 @@ def images(shapes: Path, size: int) -> CaptionedImages:
     return CaptionedImages(DataConfig(data=str(shapes), image_size=size, num_workers=0))
 
 
-def test_the_embedded_vae_and_small_pictures_pass_on_shapes(shapes: Path, tmp_path: Path) -> None:
+def test_the_embedded_vae_and_small_images_pass_on_shapes(shapes: Path, tmp_path: Path) -> None:
     folder = find_part("emoji", "vae")
     options = {"batch_size": 16, "refuse": True}
     check_latents(VAE.from_pretrained(folder), images(shapes, 32), folder, **options)
     small = VAE(replace(TINY, encoder="downsample", latent_channels=3))
-    pictures = torch.stack([images(shapes, 32).image(i) for i in range(0, 40, 2)])
-    check_latents(standardised(small, pictures), images(shapes, 32), tmp_path, **options)
+    pixels = torch.stack([images(shapes, 32).image(i) for i in range(0, 40, 2)])
+    check_latents(standardised(small, pixels), images(shapes, 32), tmp_path, **options)
 
 
 @dataclass
 class Counted:
-    """Pictures whose colour is their number, in order."""
+    """Images whose colour is their number, in order."""
 
     count: int
     config = DataConfig(data="none", image_size=8, num_workers=0)
@@ -246,7 +246,7 @@ class Counted:
 
 @pytest.mark.parametrize("count", [0, 2, 100, 256, 5000])
 def test_what_is_measured_is_from_all_over_the_set(count: int) -> None:
-    colours = [picture[:2, 0, 0].tolist() for picture in some_pictures(Counted(count))]
+    colours = [image[:2, 0, 0].tolist() for image in some_images(Counted(count))]
     seen = [256 * high + low for high, low in colours]
     assert len(seen) == min(count, 256)
     assert seen == sorted(set(seen))
@@ -254,22 +254,22 @@ def test_what_is_measured_is_from_all_over_the_set(count: int) -> None:
     assert max(gaps) <= max(1, count // 12)
 
 
-def test_of_a_stream_the_first_pictures_are_measured(shapes: Path) -> None:
+def test_of_a_stream_the_first_images_are_measured(shapes: Path) -> None:
     whole = images(shapes, 32)
     stream = StreamedImages(replace(whole.config, stream=True))
-    found, expected = list(some_pictures(stream)), list(some_pictures(whole))
+    found, expected = list(some_images(stream)), list(some_images(whole))
     assert len(found) == len(whole)
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
-def test_bad_and_small_pictures_are_not_measured(shapes: Path, tmp_path: Path) -> None:
+def test_bad_and_small_images_are_not_measured(shapes: Path, tmp_path: Path) -> None:
     """They are left out of the cache, which counts and names them."""
     copy = tmp_path / "set"
     shutil.copytree(shapes, copy)
-    pictures = sorted((copy / "train").rglob("*.png"))
-    pictures[3].write_bytes(b"no picture")
-    Image.new("RGB", (9, 7)).save(pictures[5])
-    assert len(list(some_pictures(images(copy, 32)))) == len(images(shapes, 32)) - 2
+    files = sorted((copy / "train").rglob("*.png"))
+    files[3].write_bytes(b"no image")
+    Image.new("RGB", (9, 7)).save(files[5])
+    assert len(list(some_images(images(copy, 32)))) == len(images(shapes, 32)) - 2
 
 
 def run(name: str, *args: str) -> None:

@@ -1,4 +1,4 @@
-"""Captioned pictures: folders read as they are meant, and refused in one sentence if not."""
+"""Captioned images: folders read as they are meant, and refused in one sentence if not."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ import latentdiff.data.images
 from latentdiff.data.config import DataConfig
 from latentdiff.data.decode import BadSample
 from latentdiff.data.images import CaptionedImages, Sample, collate, square
-from latentdiff.pictures import to_floats, to_pixels
+from latentdiff.images import to_floats, to_pixels
 
 Rows = Sequence[Mapping[str, object]]
 
@@ -26,12 +26,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def picture(colour: str, size: tuple[int, int] = (8, 8)) -> Image.Image:
+def make_image(colour: str, size: tuple[int, int] = (8, 8)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
 def folder(path: Path, rows: Rows, split: str = "") -> Path:
-    """An image folder with a grey picture for each row, a little darker than the one before."""
+    """An image folder with a grey image for each row, a little darker than the one before."""
     (path / split).mkdir(parents=True)
     for i, row in enumerate(rows):
         Image.new("L", (8, 8), 200 - 10 * i).save(path / split / str(row["file_name"]))
@@ -51,11 +51,11 @@ ROWS: Rows = (
 )
 
 
-def test_transparent_pictures_lie_on_white() -> None:
+def test_transparent_images_lie_on_white() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     grey = Image.new("LA", (4, 4), (0, 0))
-    palette = picture("red", (4, 4)).quantize()
+    palette = make_image("red", (4, 4)).quantize()
     palette.info["transparency"] = palette.getpixel((0, 0))
     for image in (clear, grey, palette):
         assert set(square(image, 4).get_flattened_data()) == {(255, 255, 255)}
@@ -64,20 +64,20 @@ def test_transparent_pictures_lie_on_white() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGB", "YCbCr", "RGBA"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    image = square(picture("white").convert(mode), 4)
+    image = square(make_image("white").convert(mode), 4)
     assert image.mode == "RGB"
     assert set(image.get_flattened_data()) == {(255, 255, 255)}
 
 
 def test_sixteen_bits_of_grey_keep_their_brightness() -> None:
-    """Pillow clips them: X-ray pictures came out white."""
+    """Pillow clips them: X-ray images came out white."""
     image = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
     assert image.mode == "I;16"
     assert set(square(image, 4).get_flattened_data()) == {(128, 128, 128)}
 
 
 def test_photographs_are_turned_upright(tmp_path: Path) -> None:
-    image = picture("blue", (8, 8))
+    image = make_image("blue", (8, 8))
     image.paste("red", (0, 0, 8, 4))  # above in the file, to the right when upright
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn 90 degrees clockwise
@@ -92,20 +92,20 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
 
 
 def test_the_middle_is_cut_out() -> None:
-    wide = picture("red", (16, 8))
+    wide = make_image("red", (16, 8))
     wide.paste("blue", (4, 0, 12, 8))
     for image in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
         assert set(square(image, 8).get_flattened_data()) == {(0, 0, 255)}
 
 
-def test_pictures_of_the_right_size_stay_as_they_are() -> None:
+def test_images_of_the_right_size_stay_as_they_are() -> None:
     pixels = torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()
     np.testing.assert_array_equal(np.array(square(Image.fromarray(pixels), 8)), pixels)
 
 
-def test_small_and_large_pictures_get_the_size_asked_for() -> None:
+def test_small_and_large_images_get_the_size_asked_for() -> None:
     for size in ((3, 5), (640, 480), (1, 1)):
-        assert square(picture("green", size), 8).size == (8, 8)
+        assert square(make_image("green", size), 8).size == (8, 8)
 
 
 def test_pixels_survive_the_way_to_floats_and_back() -> None:
@@ -116,7 +116,7 @@ def test_pixels_survive_the_way_to_floats_and_back() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_examples_are_pictures_with_their_captions(
+def test_examples_are_images_with_their_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """Decoded anew each time, as large sets are, and kept in memory, as small ones are."""
@@ -165,7 +165,7 @@ def test_captions_may_hold_any_character(tmp_path: Path) -> None:
     assert CaptionedImages(config(data)).captions == [[text]]
 
 
-def test_pictures_without_captions_train_a_vae(tmp_path: Path) -> None:
+def test_images_without_captions_train_a_vae(tmp_path: Path) -> None:
     data = folder(tmp_path / "set", ROWS)
     (data / "metadata.jsonl").unlink()
     dataset = CaptionedImages(config(data, caption_columns=()))
@@ -181,7 +181,7 @@ def no_rows(data: Path) -> None:
     (data / "metadata.jsonl").write_text("")
 
 
-def no_picture(data: Path) -> None:
+def no_image(data: Path) -> None:
     (data / "b.png").unlink()
 
 
@@ -210,7 +210,7 @@ def no_caption(data: Path) -> None:
     [
         (no_metadata, r"set' has no column 'text', only \['image'\].* metadata\.jsonl .*file_name"),
         (no_rows, r"metadata\.jsonl has no rows"),
-        (no_picture, r"set': 1 of 3 samples are bad, .*: 1 missing picture; the first is 'b\.png'"),
+        (no_image, r"set': 1 of 3 samples are bad, .*: 1 missing image; the first is 'b\.png'"),
         (
             bad_line,
             r"""metadata\.jsonl, line 4: expected .*file_name, got '\{"file_name": "d\.p'""",
@@ -236,9 +236,9 @@ def test_broken_folders_are_refused_in_one_sentence(
         ({"split": "test"}, r"no split 'test', only \['train'\]"),
         ({"caption_columns": ("title",)}, r"no column 'title', only \['image', 'text'"),
         ({"image_column": "photo"}, "no column 'photo'"),
-        ({"image_column": "text"}, "column 'text' holds no pictures but"),
+        ({"image_column": "text"}, "column 'text' holds no images but"),
         ({"exclude": {"group": ["x"]}}, "no column 'group'"),
-        ({"exclude": {"kind": [1, 2, 3]}}, "no picture is left in split 'train'"),
+        ({"exclude": {"kind": [1, 2, 3]}}, "no image is left in split 'train'"),
     ],
 )
 def test_what_a_folder_does_not_have_is_named(
@@ -249,16 +249,14 @@ def test_what_a_folder_does_not_have_is_named(
         CaptionedImages(config(data, **fields))
 
 
-def test_damaged_pictures_are_refused_by_row(tmp_path: Path) -> None:
+def test_damaged_images_are_refused_by_row(tmp_path: Path) -> None:
     rows = [{"file_name": f"{i}.jpg", "text": "x"} for i in range(3)]
     data = folder(tmp_path / "set", rows)
     whole = (data / "1.jpg").read_bytes()
     dataset = CaptionedImages(config(data))
-    for damaged in (whole[: len(whole) // 2], b"no picture"):
+    for damaged in (whole[: len(whole) // 2], b"no image"):
         (data / "1.jpg").write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match=r"set': the picture of row 1, '1\.jpg', cannot be used"
-        ):
+        with pytest.raises(ValueError, match=r"set': the image of row 1, '1\.jpg', cannot be used"):
             dataset.image(1)
 
 
@@ -266,7 +264,7 @@ def test_a_sample_set_apart_never_stands_in_for_a_bad_one(tmp_path: Path) -> Non
     rows = [{"file_name": f"{i}.png", "text": word} for i, word in enumerate("abcd")]
     data = folder(tmp_path / "set", rows)
     dataset = CaptionedImages(config(data, max_bad=0.5))
-    (data / "1.png").write_bytes(b"no picture")
+    (data / "1.png").write_bytes(b"no image")
     dataset.apart = frozenset({2})
     with pytest.warns(UserWarning, match="a sample is replaced by the next"):
         captions = [dataset[number]["captions"][0] for number in range(4)]
@@ -275,13 +273,11 @@ def test_a_sample_set_apart_never_stands_in_for_a_bad_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_chunks_are_all_samples_in_order_at_full_size(tmp_path: Path, num_workers: int) -> None:
-    rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(7)]
+    rows = [{"file_name": f"{i}.png", "text": f"image {i}"} for i in range(7)]
     data = folder(tmp_path / "set", rows)
-    picture("red", (31, 20)).save(data / "3.png")
-    (data / "5.png").write_bytes(b"no picture")
-    dataset = CaptionedImages(
-        config(data, num_workers=num_workers, exclude={"text": ["picture 1"]})
-    )
+    make_image("red", (31, 20)).save(data / "3.png")
+    (data / "5.png").write_bytes(b"no image")
+    dataset = CaptionedImages(config(data, num_workers=num_workers, exclude={"text": ["image 1"]}))
     asked = []
     chunks = {}
     for number, samples in dataset.chunks(2, lambda number: asked.append(number) or number != 1):
@@ -289,7 +285,7 @@ def test_chunks_are_all_samples_in_order_at_full_size(tmp_path: Path, num_worker
     assert asked == [0, 1, 2]
     assert list(chunks) == [0, 2]
     assert [sample.name for sample in chunks[0]] == ["0.png", "2.png"]
-    assert [sample.captions for sample in chunks[0]] == [["picture 0"], ["picture 2"]]
+    assert [sample.captions for sample in chunks[0]] == [["image 0"], ["image 2"]]
     bad, last = chunks[2]
     assert isinstance(bad, BadSample)
     assert bad.reason == "cannot be decoded"
@@ -298,7 +294,7 @@ def test_chunks_are_all_samples_in_order_at_full_size(tmp_path: Path, num_worker
     [(_, samples)] = dataset.chunks(6, lambda number: True)
     sample = list(samples)[2]
     assert isinstance(sample, Sample)
-    assert (sample.picture.size, sample.picture.mode) == ((31, 20), "RGB")
+    assert (sample.image.size, sample.image.mode) == ((31, 20), "RGB")
 
 
 OPTIONS = {
@@ -327,13 +323,13 @@ def test_the_fingerprint_is_of_every_option_that_changes_samples(
     assert other.fingerprint != first.fingerprint
 
 
-def test_the_fingerprint_is_of_every_caption_and_picture(tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_every_caption_and_image(tmp_path: Path) -> None:
     data = folder(tmp_path / "set", ROWS)
     prints = [CaptionedImages(config(data)).fingerprint]
     text = (data / "metadata.jsonl").read_text(encoding="utf-8")
     (data / "metadata.jsonl").write_text(text.replace("dog", "cow"), encoding="utf-8")
     prints.append(CaptionedImages(config(data)).fingerprint)
-    picture("red", (9, 9)).save(data / "b.png")
+    make_image("red", (9, 9)).save(data / "b.png")
     prints.append(CaptionedImages(config(data)).fingerprint)
     assert len(set(prints)) == 3
 
@@ -346,7 +342,7 @@ def test_unknown_data_is_named(name: str) -> None:
 
 def test_a_folder_without_anything_is_refused_even_without_captions(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    with pytest.raises(ValueError, match="set' holds no pictures"):
+    with pytest.raises(ValueError, match="set' holds no images"):
         CaptionedImages(config(tmp_path / "set", caption_columns=()))
 
 

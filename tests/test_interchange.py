@@ -1,4 +1,4 @@
-"""Folders that we and diffusers both open: no warning, the same picture from the same latents."""
+"""Folders that we and diffusers both open: no warning, the same image from the same latents."""
 
 import dataclasses
 import json
@@ -59,12 +59,12 @@ def first_noise(seed: int, size: tuple[int, int]) -> Tensor:
 
 
 def decibels(ours: Tensor, theirs: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1]."""
+    """Peak signal-to-noise ratio of images in [0, 1]."""
     return float(-10 * torch.log10((ours.double() - theirs.double()).square().mean() + 1e-30))
 
 
-def assert_same_picture(folder: Path, diffusers_pipeline: Any, sampler: str, **size: int) -> float:
-    """Our pipeline of the folder and diffusers' draw the same picture from the same latents.
+def assert_same_image(folder: Path, diffusers_pipeline: Any, sampler: str, **size: int) -> float:
+    """Our pipeline of the folder and diffusers' draw the same image from the same latents.
 
     Returns the largest difference of a pixel, in [0, 1].
     """
@@ -94,8 +94,8 @@ def assert_same_picture(folder: Path, diffusers_pipeline: Any, sampler: str, **s
     with torch.no_grad():
         floats = (ours.vae.decode(ours.latents) / 2 + 0.5).clamp(0, 1)
     assert decibels(floats, theirs) > 100
-    picture = np.asarray(output.images[0], dtype=np.float32) / 255
-    assert np.abs(picture - theirs[0].permute(1, 2, 0).numpy()).max() < 0.51 / 255  # rounded
+    image = np.asarray(output.images[0], dtype=np.float32) / 255
+    assert np.abs(image - theirs[0].permute(1, 2, 0).numpy()).max() < 0.51 / 255  # rounded
     return float((floats - theirs).abs().max())
 
 
@@ -104,12 +104,12 @@ def load_in_diffusers(folder: Path) -> Any:
         return StableDiffusionPipeline.from_pretrained(folder)
 
 
-def test_diffusers_opens_our_flow_folder_without_a_warning_and_draws_our_picture(
+def test_diffusers_opens_our_flow_folder_without_a_warning_and_draws_our_image(
     folder: Path, measured: Measured
 ) -> None:
     theirs = load_in_diffusers(folder)
     assert theirs.scheduler.config.prediction_type == "flow_prediction"
-    found = assert_same_picture(folder, theirs, "dpmpp_2m")
+    found = assert_same_image(folder, theirs, "dpmpp_2m")
     measured("folder", "written", DIFFUSERS, "pixels in [0, 1], flow, dpmpp_2m", found)
 
 
@@ -118,22 +118,22 @@ def test_diffusers_opens_our_flow_folder_without_a_warning_and_draws_our_picture
     ("sampler", "scheduler"),
     [("ddim", DDIMScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler)],
 )
-def test_diffusers_opens_our_beta_folder_without_a_warning_and_draws_our_picture(
+def test_diffusers_opens_our_beta_folder_without_a_warning_and_draws_our_image(
     tmp_path: Path, kind: str, sampler: str, scheduler: Any, measured: Measured
 ) -> None:
     tiny_pipeline(tmp_path / "tokens", DIFFUSIONS[kind]).save_pretrained(tmp_path / "model")
     theirs = load_in_diffusers(tmp_path / "model")
     theirs.scheduler = scheduler.from_config(theirs.scheduler.config)
-    found = assert_same_picture(tmp_path / "model", theirs, sampler)
+    found = assert_same_image(tmp_path / "model", theirs, sampler)
     measured("folder", "written", DIFFUSERS, f"pixels in [0, 1], {kind}, {sampler}", found)
 
 
-def test_a_picture_that_is_not_square_is_diffusers_too(folder: Path) -> None:
-    assert_same_picture(folder, load_in_diffusers(folder), "dpmpp_2m", height=24, width=40)
+def test_a_image_that_is_not_square_is_diffusers_too(folder: Path) -> None:
+    assert_same_image(folder, load_in_diffusers(folder), "dpmpp_2m", height=24, width=40)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_we_open_a_folder_that_diffusers_wrote_and_draw_its_picture(
+def test_we_open_a_folder_that_diffusers_wrote_and_draw_its_image(
     tmp_path: Path, prediction: str, measured: Measured
 ) -> None:
     text_encoder = tiny_text_encoder(tmp_path / "tokens")
@@ -174,7 +174,7 @@ def test_we_open_a_folder_that_diffusers_wrote_and_draw_its_picture(
     theirs.save_pretrained(tmp_path / "model")
     # SD's published configurations hold clip_sample too, although PNDMScheduler has no such key.
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
-    found = assert_same_picture(tmp_path / "model", theirs, "ddim")
+    found = assert_same_image(tmp_path / "model", theirs, "ddim")
     measured("folder", "read", DIFFUSERS, f"pixels in [0, 1], {prediction}, ddim", found)
 
 
@@ -219,9 +219,9 @@ def test_half_precision_on_disk_is_float32_when_loaded(pipeline: Pipeline, tmp_p
     load_in_diffusers(tmp_path)
 
 
-def test_diffusers_opens_the_embedded_model_and_draws_its_picture(measured: Measured) -> None:
+def test_diffusers_opens_the_embedded_model_and_draws_its_image(measured: Measured) -> None:
     emoji = find_model("emoji")
-    found = assert_same_picture(emoji, load_in_diffusers(emoji), "dpmpp_2m")
+    found = assert_same_image(emoji, load_in_diffusers(emoji), "dpmpp_2m")
     measured("folder", "written", DIFFUSERS, "pixels in [0, 1], emoji, dpmpp_2m", found)
 
 

@@ -48,7 +48,7 @@ def test_a_folder_says_that_the_variance_is_learned(folder: Path) -> None:
     assert Pipeline.from_pretrained(folder).diffusion == LEARNED
 
 
-def test_a_picture_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
+def test_a_image_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
     pipeline = Pipeline.from_pretrained(folder)
     options: dict[str, Any] = {"steps": 3, "sampler": "ddpm", "progress": False}
     together = pipeline(["a cat", "a dog"], seed=[4, 5], **options).images
@@ -87,7 +87,7 @@ def test_a_model_whose_channels_and_scheduler_disagree_is_refused(
         Pipeline.from_pretrained(tmp_path / "model")
 
 
-def test_what_is_kept_of_a_picture_is_kept_and_the_share_is_the_networks() -> None:
+def test_what_is_kept_of_a_image_is_kept_and_the_share_is_the_networks() -> None:
     latents, eps, share, x = torch.randn(4, 1, 2, 4, 4)
     masks = torch.zeros(1, 1, 4, 4)
     masks[..., :2] = 1
@@ -113,7 +113,7 @@ def test_an_inpainting_network_learns_variances_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_diffusers_opens_the_folder_and_draws_our_picture(folder: Path) -> None:
+def test_diffusers_opens_the_folder_and_draws_our_image(folder: Path) -> None:
     """Without guidance: StableDiffusionPipeline guides the variances like the noise."""
     with no_warning_logged():
         theirs = StableDiffusionPipeline.from_pretrained(folder)

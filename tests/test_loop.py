@@ -115,14 +115,14 @@ def run(
     optimizer = replace(OPTIMIZER, max_steps=config.max_steps)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     learner, step = make(accelerator, optimizer)
-    pictures = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     saved = []
 
     def data(start: int) -> Iterator[list[Tensor]]:
         return batches(
-            TensorDataset(pictures),
+            TensorDataset(images),
             start,
-            num_samples=len(pictures),
+            num_samples=len(images),
             batch_size=config.batch_size,
             seed=config.seed,
             stop=config.max_steps,
@@ -285,7 +285,7 @@ def test_the_progress_bar_says_how_training_goes(
     last = log(tmp_path)[-1]
     bar = capsys.readouterr().err
     assert f"loss={last['loss']:.4f}, grad_norm={last['grad_norm']:.2g}, " in bar
-    assert f"{last['samples_per_second']:.1f} pictures/s" in bar
+    assert f"{last['samples_per_second']:.1f} images/s" in bar
     assert f"{last['memory'] / 2**30:.1f} GiB" in bar
 
 

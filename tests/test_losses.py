@@ -18,7 +18,7 @@ from latentdiff.training.losses import (
 
 
 def example(size: int = 8) -> tuple[torch.Tensor, torch.Tensor, Posterior]:
-    """Reconstruction and pictures (3, 3, size, size), posterior (3, 4, size/4, size/4)."""
+    """Reconstruction and images (3, 3, size, size), posterior (3, 4, size/4, size/4)."""
     latent = (3, 4, size // 4, size // 4)
     return (
         torch.randn(3, 3, size, size),
@@ -41,7 +41,7 @@ def test_vae_loss_is_distance_plus_weighted_kl_per_pixel_value(norm: Reconstruct
     assert loss.shape == distance.shape == kl.shape == ()
 
 
-def test_vae_loss_means_the_same_at_every_picture_size() -> None:
+def test_vae_loss_means_the_same_at_every_image_size() -> None:
     small = example()
     large = [torch.tile(images, (1, 1, 2, 2)) for images in small[:2]]
     tiled = Posterior(*(torch.tile(m, (1, 1, 2, 2)) for m in (small[2].mean, small[2].logvar)))
@@ -161,12 +161,12 @@ def test_the_adversarial_weight_is_the_ratio_of_the_gradients_at_the_last_layer(
     assert float(nothing) == pytest.approx(1e4)
 
 
-def test_the_discriminator_scores_patches_each_picture_for_itself() -> None:
+def test_the_discriminator_scores_patches_each_image_for_itself() -> None:
     network = Discriminator(channels=8)
-    pictures = torch.randn(4, 3, 64, 64)
-    scores = network(pictures)
+    images = torch.randn(4, 3, 64, 64)
+    scores = network(images)
     assert scores.shape == (4, 1, 6, 6)
-    torch.testing.assert_close(network(pictures[2:3]), scores[2:3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network(images[2:3]), scores[2:3], rtol=1e-5, atol=1e-6)
     # A corner's score depends on the corner alone: 70 x 70 pixels around it at most.
     wide = torch.randn(1, 3, 256, 256)
     moved = wide.clone()

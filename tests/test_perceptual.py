@@ -38,22 +38,22 @@ def test_distances_are_torchmetrics_own(
     assert ours(one, one).equal(torch.zeros(3))
 
 
-def test_the_network_is_frozen_and_its_gradient_reaches_the_picture(alexnet: Path) -> None:
+def test_the_network_is_frozen_and_its_gradient_reaches_the_image(alexnet: Path) -> None:
     network = Perceptual(alexnet, image_size=32)
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    picture, target = (2 * torch.rand(2, 3, 32, 32) - 1 for _ in range(2))
-    picture.requires_grad_(True)
-    distance = network(picture, target)
-    assert distance.equal(network(picture, target))  # LPIPS has dropout, of its own training
+    image, target = (2 * torch.rand(2, 3, 32, 32) - 1 for _ in range(2))
+    image.requires_grad_(True)
+    distance = network(image, target)
+    assert distance.equal(network(image, target))  # LPIPS has dropout, of its own training
     with torch.autocast("cpu", torch.bfloat16):
-        assert distance.equal(network(picture, target))
+        assert distance.equal(network(image, target))
     distance.sum().backward()
-    assert picture.grad is not None
-    assert picture.grad.abs().amax(dim=(1, 2, 3)).min() > 0
+    assert image.grad is not None
+    assert image.grad.abs().amax(dim=(1, 2, 3)).min() > 0
 
 
 @pytest.mark.parametrize("smallest", SMALLEST.values())
-def test_the_smallest_pictures_leave_one_place(smallest: int) -> None:
+def test_the_smallest_images_leave_one_place(smallest: int) -> None:
     name = {"vgg": "vgg16", "alex": "alexnet"}[
         next(k for k, v in SMALLEST.items() if v == smallest)
     ]

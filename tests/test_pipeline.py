@@ -1,4 +1,4 @@
-"""From prompt to picture: parity with diffusers both ways, seeds, round trips, refusals."""
+"""From prompt to image: parity with diffusers both ways, seeds, round trips, refusals."""
 
 import shutil
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import torch
 from support.tiny import Recording, tiny_pipeline
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.noise import PictureNoise
-from latentdiff.pictures import to_pil
+from latentdiff.images import to_pil
+from latentdiff.noise import ImageNoise
 from latentdiff.pipeline import Pipeline
 from latentdiff.samplers import SAMPLERS
 
@@ -59,7 +59,7 @@ def folder(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def pictures(
+def make_images(
     pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], sampler: str
 ) -> list[bytes]:
     output = pipeline(
@@ -69,19 +69,19 @@ def pictures(
     return [image.tobytes() for image in output.images]
 
 
-def test_same_seed_same_picture_alone_in_a_batch_of_eight_and_in_any_order(
+def test_same_seed_same_image_alone_in_a_batch_of_eight_and_in_any_order(
     fitting: Pipeline, sampler: str
 ) -> None:
     seeds = [3, 1, 4, 15, 9, 2, 6, 5]
-    batch = pictures(fitting, PROMPTS, seeds, sampler)
+    batch = make_images(fitting, PROMPTS, seeds, sampler)
     assert len(set(batch)) == 8
-    assert pictures(fitting, PROMPTS[::-1], seeds[::-1], sampler) == batch[::-1]
+    assert make_images(fitting, PROMPTS[::-1], seeds[::-1], sampler) == batch[::-1]
     for i in (0, 4, 7):
-        assert pictures(fitting, PROMPTS[i : i + 1], seeds[i : i + 1], sampler) == [batch[i]]
+        assert make_images(fitting, PROMPTS[i : i + 1], seeds[i : i + 1], sampler) == [batch[i]]
 
 
 def test_the_first_noise_is_the_one_that_diffusers_users_know() -> None:
-    noise = PictureNoise([7, 8], (4, 2, 3), device=torch.device("cpu"), dtype=torch.float32)
+    noise = ImageNoise([7, 8], (4, 2, 3), device=torch.device("cpu"), dtype=torch.float32)
     first = noise()
     for i, seed in enumerate((7, 8)):
         generator = torch.Generator().manual_seed(seed)
@@ -98,8 +98,8 @@ def test_seeds_count_up_and_fresh_ones_are_reported(pipeline: Pipeline) -> None:
     assert [i.tobytes() for i in again.images] == [i.tobytes() for i in fresh.images]
 
 
-def test_pictures_come_prompt_by_prompt(pipeline: Pipeline) -> None:
-    both = pictures(pipeline, ["a cat", "a cat", "a dog", "a dog"], [0, 1, 2, 3], "ddim")
+def test_images_come_prompt_by_prompt(pipeline: Pipeline) -> None:
+    both = make_images(pipeline, ["a cat", "a cat", "a dog", "a dog"], [0, 1, 2, 3], "ddim")
     output = pipeline(
         ["a cat", "a dog"], num_images=2, seed=0, steps=4, guidance_scale=3.0, progress=False
     )
@@ -136,7 +136,7 @@ def test_drawing_records_no_gradients(folder: Path) -> None:
     assert not pipeline.latents.requires_grad
 
 
-def test_a_stream_previews_every_step_and_ends_on_the_picture(
+def test_a_stream_previews_every_step_and_ends_on_the_image(
     fitting: Pipeline, sampler: str
 ) -> None:
     options: dict[str, Any] = {"seed": 0, "steps": 4, "sampler": sampler}
@@ -188,7 +188,7 @@ def test_a_saved_pipeline_comes_back_bit_for_bit(
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
-def test_bfloat16_networks_draw_nearly_the_same_picture(folder: Path) -> None:
+def test_bfloat16_networks_draw_nearly_the_same_image(folder: Path) -> None:
     drawn = [
         Pipeline.from_pretrained(folder, dtype=dtype)("a", seed=0, steps=4, progress=False)
         for dtype in (torch.float32, torch.bfloat16)
@@ -203,7 +203,7 @@ def test_values_are_rounded_and_not_truncated() -> None:
     assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 254, 255, 0, 255]
 
 
-def test_a_picture_that_is_not_finite_is_refused_and_not_drawn_black(pipeline: Pipeline) -> None:
+def test_a_image_that_is_not_finite_is_refused_and_not_drawn_black(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="not finite"):
         pipeline.decode(torch.full((1, 4, 8, 8), float("nan")))
 
@@ -224,7 +224,7 @@ def test_a_picture_that_is_not_finite_is_refused_and_not_drawn_black(pipeline: P
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": ["a", 3]}, "prompt holds 3"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt lists 2 for 1 prompts"),
-        ({"seed": [1, 2]}, "seed lists 2 seeds for 1 pictures"),
+        ({"seed": [1, 2]}, "seed lists 2 seeds for 1 images"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"seed": [0.5]}, r"seed=0\.5 must be"),
     ],
@@ -282,7 +282,7 @@ def test_a_folder_that_is_no_pipeline_says_what_is_missing(
 
 
 @pytest.mark.gpu
-def test_a_gpu_draws_the_cpu_picture_up_to_rounding_alone_and_in_a_batch(folder: Path) -> None:
+def test_a_gpu_draws_the_cpu_image_up_to_rounding_alone_and_in_a_batch(folder: Path) -> None:
     on_cpu, on_gpu = (Pipeline.from_pretrained(folder, device=name) for name in ("cpu", "cuda"))
     options: dict[str, Any] = {"steps": 10, "guidance_scale": 3.0, "progress": False}
     expected = on_cpu(PROMPTS, seed=0, **options).images

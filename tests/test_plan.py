@@ -229,7 +229,7 @@ def test_each_average_is_one_more_in_memory_and_on_disk() -> None:
     assert three.snapshot_bytes == weights  # two of them in half precision
 
 
-def test_each_view_of_a_picture_is_cached() -> None:
+def test_each_view_of_a_image_is_cached() -> None:
     settings = {**unet(32, 2, 32), "crops": 3, "flip": True}
     one, six = (work_of(s)[2] for s in (unet(32, 2, 32), settings))
     assert one is not None
@@ -260,7 +260,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
 
 def test_twice_the_processes_take_half_the_time() -> None:
     one, two = (make_plan(clip(4), device=ANY, gpu=True, processes=n) for n in (1, 2))
-    assert two.pictures_per_second == pytest.approx(2 * one.pictures_per_second, rel=0.01)
+    assert two.images_per_second == pytest.approx(2 * one.images_per_second, rel=0.01)
 
 
 def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +272,7 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = parser.parse_args([*given, "--processes", "2", "--max_steps", "1000"])
     arguments.run(arguments)
     printed = capsys.readouterr().out
-    assert "clip: batch_size 4 on 2 × l4, 2 pictures at a time each" in printed
+    assert "clip: batch_size 4 on 2 × l4, 2 images at a time each" in printed
     assert "time of 1,000 steps" in printed
     assert "fits" in printed
     arguments.device = "a toaster"

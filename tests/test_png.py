@@ -157,7 +157,7 @@ def test_what_could_not_be_read_is_not_written(folder: Path, image: Image.Image)
     assert not (folder / "wrong.png").exists()
 
 
-def test_a_failed_write_leaves_the_old_picture_and_no_other_file(
+def test_a_failed_write_leaves_the_old_image_and_no_other_file(
     tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_png(image, tmp_path / "a.png", record=RECORD)
@@ -234,7 +234,7 @@ def test_what_is_not_a_png_file_is_refused(tmp_path: Path, image: Image.Image) -
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     for name in ("jpeg.png", "empty.png", "folder.png", "missing.png"):
-        with pytest.raises(ValueError, match=f"{name}: .*PNG picture"):
+        with pytest.raises(ValueError, match=f"{name}: .*PNG image"):
             read_png(tmp_path / name)
 
 
@@ -253,7 +253,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_pixel_is_decoded_to_read_a_record(tmp_path: Path) -> None:
-    """Pixels that are none, of a picture for which Pillow warns, and nothing after the record."""
+    """Pixels that are none, of an image for which Pillow warns, and nothing after the record."""
     record = json.dumps({"version": 1, **RECORD}).encode()
     itxt, idat = (b"iTXt", b"latentdiff\0\0\0\0\0" + record), (b"IDAT", b"not zlib")
     forge(tmp_path / "huge.png", itxt, idat, size=12_000)

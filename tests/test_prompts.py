@@ -128,7 +128,7 @@ def test_what_cannot_be_meant_is_refused_with_its_place(prompt: str, message: st
 
 @pytest.mark.parametrize("prompt", ["[a" * 50_000 + "]" * 50_000, "(" * 200_000, ":1" * 100_000])
 def test_hostile_prompts_take_linear_time(prompt: str) -> None:
-    """A prompt may come out of a picture from anywhere."""
+    """A prompt may come out of an image from anywhere."""
     began = time.perf_counter()
     if prompt.startswith("(("):
         with pytest.raises(ValueError, match="has no bracket"):

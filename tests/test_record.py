@@ -1,4 +1,4 @@
-"""`latentdiff generate --from picture.png`: the same picture again, or one sentence why not."""
+"""`latentdiff generate --from image.png`: the same image again, or one sentence why not."""
 
 import sys
 from pathlib import Path
@@ -55,7 +55,7 @@ def pixels(path: Path) -> bytes:
         ["a", "--image", "PHOTO", "--mask_image", "PHOTO"],
     ],
 )
-def test_a_picture_is_drawn_again_bit_for_bit(
+def test_a_image_is_drawn_again_bit_for_bit(
     model: str,
     photo: str,
     tmp_path: Path,
@@ -66,8 +66,8 @@ def test_a_picture_is_drawn_again_bit_for_bit(
     if "--steps" not in options:
         options += ["--steps", "4"]
     assert run(*options, "--model", model, "--out", str(tmp_path / "first"), "--no-grid") == 0
-    pictures = sorted((tmp_path / "first").iterdir())
-    for i, path in enumerate(pictures):
+    images = sorted((tmp_path / "first").iterdir())
+    for i, path in enumerate(images):
         again = tmp_path / f"again{i}"
         assert run("--from", str(path), "--out", str(again)) == 0
         (drawn,) = again.iterdir()
@@ -76,7 +76,7 @@ def test_a_picture_is_drawn_again_bit_for_bit(
     assert "latentdiff:" not in capsys.readouterr().err  # no warning
 
 
-def test_what_is_given_besides_replaces_what_the_picture_says(model: str, tmp_path: Path) -> None:
+def test_what_is_given_besides_replaces_what_the_image_says(model: str, tmp_path: Path) -> None:
     first = ["a cat", "--model", model, "--steps", "3", "--out", str(tmp_path / "1"), "--seed", "1"]
     assert run(*first) == 0
     (path,) = (tmp_path / "1").iterdir()
@@ -95,11 +95,11 @@ def test_another_model_is_said_to_be_another(
     (path,) = (tmp_path / "out").iterdir()
     assert run("--from", str(path), "--model", str(other), "--out", str(tmp_path / "again")) == 0
     (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("latentdiff:")]
-    assert "the picture may come out differently: it was drawn with model" in line
+    assert "the image may come out differently: it was drawn with model" in line
     assert "torch" not in line
 
 
-def test_a_picture_of_the_webui_is_drawn_with_what_it_says(
+def test_a_image_of_the_webui_is_drawn_with_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     diffusion = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading")
@@ -144,10 +144,10 @@ def test_what_cannot_be_drawn_again_is_one_sentence(
     assert "photo.png: has no metadata" in capsys.readouterr().err
     Image.new("RGB", (16, 16)).save(own)
     assert run("--from", str(drawn), *out) == 2
-    assert "own.png is not the file that the picture was drawn from" in capsys.readouterr().err
+    assert "own.png is not the file that the image was drawn from" in capsys.readouterr().err
     own.unlink()
     assert run("--from", str(drawn), *out) == 2
-    assert "own.png, which the picture was drawn from, is not there" in capsys.readouterr().err
+    assert "own.png, which the image was drawn from, is not there" in capsys.readouterr().err
     assert run("--from", str(drawn), "--image", photo, *out) == 0
     assert run("a", "--image", str(own), *out) == 2
     assert f"--image: {own} is not a file" in capsys.readouterr().err

@@ -83,13 +83,13 @@ def test_held_out_losses_have_a_figure_of_their_own(tmp_path: Path) -> None:
     assert "Held-out loss" in page
     assert "<td>held_out_loss_7</td><td>0.5</td>" in page
     plot_log(folder / "log.jsonl", folder / "loss.png")
-    with Image.open(folder / "loss.png") as picture:
-        assert picture.width > 500
+    with Image.open(folder / "loss.png") as image:
+        assert image.width > 500
 
 
 def test_data_captions_and_versions_are_there_as_text(tmp_path: Path) -> None:
     summary = {
-        "data": "<b>/pictures</b>",
+        "data": "<b>/images</b>",
         "samples": 12345,
         "held_out": 0,
         "left_out": {"<i>truncated": 2, "no caption": 1},
@@ -104,7 +104,7 @@ def test_data_captions_and_versions_are_there_as_text(tmp_path: Path) -> None:
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "b", "i", "a"}
     for text in (
-        "<b>/pictures</b>",
+        "<b>/images</b>",
         "12,345",
         "<i>truncated: 2; no caption: 1",
         "1 to 3, median 2",
@@ -126,11 +126,11 @@ def test_the_summary_of_a_cache_counts_its_sizes_and_captions(tmp_path: Path) ->
     place = str(tmp_path / "data")
     (tmp_path / "data" / "summary.json").write_text('{"data": "shapes", "bad": 3}')
     found = cache_summary(LatentCache(tmp_path / "cache"), place, held_out=2)
-    pictures = images_summary(dataset)
-    assert "held_out" not in pictures
-    assert images_summary(dataset, held_out=0) == {**pictures, "held_out": 0}
+    images = images_summary(dataset)
+    assert "held_out" not in images
+    assert images_summary(dataset, held_out=0) == {**images, "held_out": 0}
     same = ("samples", "sizes", "captions_each", "characters_each", "captions", "check")
-    assert {name: found[name] for name in same} == {name: pictures[name] for name in same}
+    assert {name: found[name] for name in same} == {name: images[name] for name in same}
     assert found["samples"] == len(dataset)
     assert found["held_out"] == 2
     assert found["sizes"] == {"32x32": len(dataset)}

@@ -23,7 +23,7 @@ def test_every_option_of_a_call_is_in_its_signature() -> None:
         Request("a cat", guidance=3)  # pyright: ignore[reportCallIssue]
 
 
-def test_pictures_come_prompt_by_prompt_with_seeds_that_count_up() -> None:
+def test_images_come_prompt_by_prompt_with_seeds_that_count_up() -> None:
     request = Request(["a", "b"], negative_prompt=["c", "d"], num_images=2, seed=5)
     assert request.prompts == ("a", "a", "b", "b")
     assert request.negative_prompts == ("c", "c", "d", "d")
@@ -46,7 +46,7 @@ def test_variations_share_the_seed_and_count_up_their_own() -> None:
         {"image": WHITE, "strength": 0.4},
     ],
 )
-def test_a_record_asks_for_its_picture_again(options: dict[str, Any]) -> None:
+def test_a_record_asks_for_its_image_again(options: dict[str, Any]) -> None:
     request = Request(["a", "猫"], negative_prompt=["x", "y"], num_images=2, seed=11, **options)
     for i in range(4):
         record = json.loads(json.dumps(request.record(i)))
@@ -65,20 +65,20 @@ def test_a_record_asks_for_its_picture_again(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"prompt": []}, "prompt is an empty list; give at least one text"),
+        ({"prompt": []}, "prompt is an empty list; give at least a text"),
         ({"prompt": ["a", 3]}, "prompt holds 3; it must be a text or a list of them"),
         ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt lists 3 for 2 prompts"),
         ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"num_images": 0}, "num_images=0 must be a whole number of at least 1"),
         ({"height": 0}, "height=0 must be a whole number of at least 1"),
-        ({"seed": [1]}, "seed lists 1 seeds for 2 pictures; give one for each"),
+        ({"seed": [1]}, "seed lists 1 seeds for 2 images; give one for each"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0 to 2**64 - 1"),
         ({"sampler": "hein"}, "sampler=hein is unknown; did you mean heun?"),
         ({"strength": 0.5}, "strength=0.5 needs an image to start from"),
         ({"strength": 1.5, "image": WHITE}, "strength=1.5 must be a number from 0 to 1"),
         ({"strength": 0.01, "image": WHITE}, "strength=0.01 leaves none of steps=50"),
         ({"mask_image": WHITE}, "mask_image needs an image"),
-        ({"image": "cat.png"}, "image holds 'cat.png'; it must be a picture or a list of them"),
+        ({"image": "cat.png"}, "image holds 'cat.png'; it must be an image or a list of them"),
         ({"variation_strength": 2}, "variation_strength=2 must be a number from 0 to 1"),
         ({"variation_seed": 3}, "variation_seed=3 needs a variation_strength above 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number >= 0"),

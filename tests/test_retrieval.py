@@ -1,4 +1,4 @@
-"""Retrieval among held-out pictures and captions: what counts as found."""
+"""Retrieval among held-out images and captions: what counts as found."""
 
 import pytest
 import torch
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 from latentdiff.training.retrieval import Pool
 
 
-def pictures(*numbers: int) -> Tensor:
-    """Pictures of one grey each, (N, 3, 2, 2); equal numbers give equal pictures."""
+def make_images(*numbers: int) -> Tensor:
+    """Images of one grey each, (N, 3, 2, 2); equal numbers give equal images."""
     return torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
 
 
 def plain_pool(count: int) -> Pool:
-    """Each picture with a caption of its own."""
+    """Each image with a caption of its own."""
     captions = [[f"number {i}"] for i in range(count)]
-    return Pool.of(pictures(*range(count)), [own[0] for own in captions], captions)
+    return Pool.of(make_images(*range(count)), [own[0] for own in captions], captions)
 
 
 def shares(found: dict[str, Tensor]) -> set[float]:
@@ -45,7 +45,7 @@ def test_recall_is_the_share_whose_own_is_among_the_k_nearest() -> None:
 
 
 def test_embeddings_at_random_are_right_by_chance() -> None:
-    """K of N; 8 pools of 100 pictures, of which each answer is right or wrong."""
+    """K of N; 8 pools of 100 images, of which each answer is right or wrong."""
     found = [plain_pool(100).recall(*torch.randn(2, 100, 16)) for _ in range(8)]
     for k in (1, 5):
         for name in ("text", "image"):
@@ -54,33 +54,33 @@ def test_embeddings_at_random_are_right_by_chance() -> None:
 
 
 def test_a_clip_to_which_all_is_equal_finds_nothing() -> None:
-    """topk would give each picture the first captions, and a share of them would be right."""
+    """topk would give each image the first captions, and a share of them would be right."""
     assert shares(plain_pool(10).recall(torch.ones(10, 4), torch.ones(10, 4))) == {0.0}
 
 
-def test_equal_captions_are_one_and_right_for_each_of_their_pictures() -> None:
+def test_equal_captions_are_one_and_right_for_each_of_their_images() -> None:
     captions = [["a cat"], ["a dog"], ["a cat"], ["a hen", "a bird"]]
-    pool = Pool.of(pictures(0, 1, 2, 3), ["a cat", "a dog", "a cat", "a bird"], captions)
+    pool = Pool.of(make_images(0, 1, 2, 3), ["a cat", "a dog", "a cat", "a bird"], captions)
     assert pool.captions == ["a cat", "a dog", "a bird"]
     expected = [[True, False, False], [False, True, False], [True, False, False], [False] * 2]
     expected[3] += [True]
     assert pool.right.tolist() == expected
-    # The third picture has the first one's embedding, and is not worse for it.
+    # The third image has the first one's embedding, and is not worse for it.
     image = torch.eye(3)[[0, 1, 0, 2]]
     assert shares(pool.recall(image, torch.eye(3))) == {1.0}
 
 
-def test_equal_pictures_are_one_with_the_captions_of_all() -> None:
+def test_equal_images_are_one_with_the_captions_of_all() -> None:
     captions = [["a cat"], ["a dog"], ["un chat", "a pet"]]
-    pool = Pool.of(pictures(5, 6, 5), ["a cat", "a dog", "a pet"], captions)
-    assert torch.equal(pool.images, pictures(5, 6))
+    pool = Pool.of(make_images(5, 6, 5), ["a cat", "a dog", "a pet"], captions)
+    assert torch.equal(pool.images, make_images(5, 6))
     assert pool.right.tolist() == [[True, False, True], [False, True, False]]
 
 
-def test_a_caption_of_another_form_of_the_same_picture_is_right() -> None:
-    """The pool has one caption of each picture; one that others have as well is theirs too."""
+def test_a_caption_of_another_form_of_the_same_image_is_right() -> None:
+    """The pool has one caption of each image; one that others have as well is theirs too."""
     captions = [["red", "round"], ["blue", "round"], ["green"]]
-    pool = Pool.of(pictures(0, 1, 2), ["red", "round", "green"], captions)
+    pool = Pool.of(make_images(0, 1, 2), ["red", "round", "green"], captions)
     assert pool.right.tolist() == [[True, True, False], [False, True, False], [False, False, True]]
 
 
@@ -90,5 +90,5 @@ def test_the_order_of_the_examples_changes_no_share(shift: int) -> None:
     order = torch.arange(9).roll(shift)
     captions = [[f"number {i}"] for i in range(9)]
     moved = [captions[i] for i in order.tolist()]
-    pool = Pool.of(pictures(*order.tolist()), [own[0] for own in moved], moved)
+    pool = Pool.of(make_images(*order.tolist()), [own[0] for own in moved], moved)
     assert pool.recall(image[order], text[order]) == plain_pool(9).recall(image, text)

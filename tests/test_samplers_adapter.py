@@ -123,24 +123,24 @@ def test_a_scheduler_gives_the_samples_of_its_own_loop(name, schedule, predictio
 
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
 def test_the_last_steps_are_those_of_diffusers_image_to_image(name, schedule, prediction):
-    """Noise is added to a picture as add_noise does it, in the scheduler's coordinates."""
+    """Noise is added to an image as add_noise does it, in the scheduler's coordinates."""
     diffusion, sampler = Diffusion(schedule, prediction), find_sampler(name)
     levels = sampler.levels(diffusion, 10).last(6)
     alpha, sigma = levels.alpha[0], levels.sigma[0]
-    picture, eps = normal(3), normal(4)
+    image, eps = normal(3), normal(4)
     denoise = diffusion.denoiser(network, normal(7), None, 1.0)
-    previews = list(sampler(denoise, alpha * picture + sigma * eps, levels, noise=noise_from(5)))
+    previews = list(sampler(denoise, alpha * image + sigma * eps, levels, noise=noise_from(5)))
     assert len(previews) == 6
     if name == "PNDMScheduler":
         # diffusers takes its second step from the wrong level then; ours is `pndm`.
         own = find_sampler("pndm").levels(diffusion, 10).last(6)
-        *_, expected = pndm(denoise, alpha * picture + sigma * eps, own)
+        *_, expected = pndm(denoise, alpha * image + sigma * eps, own)
         if prediction == "epsilon":  # diffusers averages v, and `pndm` the noise
             assert_same(previews[-1], expected, within=1e-5)
         return
     scheduler = plain_scheduler(name, diffusion, 10)
     scale = getattr(scheduler, "init_noise_sigma", 1.0)
-    x = picture * (alpha if scale == 1 else 1) + eps * (sigma if scale == 1 else sigma / alpha)
+    x = image * (alpha if scale == 1 else 1) + eps * (sigma if scale == 1 else sigma / alpha)
     within = 1e-6 if name == "DPMSolverSDEScheduler" else 1e-12
     assert_same(previews[-1], plain_loop(scheduler, x, start=4), within)
 
@@ -164,7 +164,7 @@ def noise_of_each(seeds: list[int]) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_noise_is_drawn_from_each_pictures_own_seed(name):
+def test_noise_is_drawn_from_each_images_own_seed(name):
     """And the module of the scheduler is as it was."""
     flow = name.startswith("FlowMatch")
     diffusion = Diffusion("flow" if flow else "scaled_linear", "v_prediction")

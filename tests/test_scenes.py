@@ -35,7 +35,7 @@ def test_some_noise_is_not_read_as_a_shape() -> None:
     assert read_scene(Image.fromarray(pixels), asked=scene.caption).caption == scene.caption
 
 
-def test_a_picture_without_shapes_or_with_three_has_no_caption() -> None:
+def test_a_image_without_shapes_or_with_three_has_no_caption() -> None:
     assert read_scene(Image.new("RGB", (32, 32), "white")) == ([], None)
     places = [(0.2, 0.2), (0.5, 0.8), (0.8, 0.2)]
     three = [Shape("small", "red", "circle", x, y) for x, y in places]

@@ -114,7 +114,7 @@ def test_diffusers_reads_our_configuration_as_we_mean_it(schedule, prediction):
 
 @pytest.mark.parametrize(("schedule", "prediction"), sorted(set(PAIRS) - set(SHARED)))
 def test_diffusers_stops_at_what_it_has_no_word_for(schedule, prediction):
-    """At the first step, and by name: it must not draw a wrong picture."""
+    """At the first step, and by name: it must not draw a wrong image."""
     theirs = their_scheduler(Diffusion(schedule, prediction).to_scheduler_config())
     theirs.set_timesteps(5)
     x = torch.randn(1, 4, 8, 8)

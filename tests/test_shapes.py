@@ -35,7 +35,7 @@ def _nearest(value: float, options: dict[str, float]) -> str:
 
 
 def _phrase(pixels: NDArray[np.float64], side: int) -> str:
-    """Say what a part of a picture with one shape on white shows."""
+    """Say what a part of an image with one shape on white shows."""
     drawn = (pixels < 255).any(-1)
     middle = np.median(pixels[drawn], axis=0)
     colour = next(name for name, (_, rgb) in COLOURS.items() if tuple(middle) == rgb)
@@ -49,7 +49,7 @@ def _phrase(pixels: NDArray[np.float64], side: int) -> str:
 
 
 def _descriptions(image: Image.Image) -> set[str]:
-    """Say what a picture of one or two shapes shows, in every caption that is true."""
+    """Say what an image of one or two shapes shows, in every caption that is true."""
     pixels = np.asarray(image).astype(float)
     drawn = (pixels < 255).any(-1)
     x_runs, y_runs = _runs(drawn.any(0)), _runs(drawn.any(1))

@@ -1,4 +1,4 @@
-"""Where pictures come from: every kind gives the same examples, in the same order, every time."""
+"""Where images come from: every kind gives the same examples, in the same order, every time."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.broken_pictures import photograph, saved
+from support.broken_images import photograph, saved
 from test_tar import pack
 
 import latentdiff.data.index
@@ -23,8 +23,8 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
 
 COUNT = 7
-PICTURES = [saved(photograph((8, 8), seed=i)) for i in range(COUNT)]
-TEXTS = [f"picture {i} of 猫" for i in range(COUNT)]
+IMAGES = [saved(photograph((8, 8), seed=i)) for i in range(COUNT)]
+TEXTS = [f"image {i} of 猫" for i in range(COUNT)]
 NAMES = [f"{i}.png" for i in range(COUNT)]
 ROWS = [{"file_name": n, "text": t} for n, t in zip(NAMES, TEXTS, strict=True)]
 
@@ -38,20 +38,20 @@ def opened(data: Path, **fields: object) -> CaptionedImages:
     return CaptionedImages(replace(DataConfig(data=str(data), image_size=8), **fields))
 
 
-def pictures(folder: Path) -> Path:
+def make_images(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    for name, data in zip(NAMES, PICTURES, strict=True):
+    for name, data in zip(NAMES, IMAGES, strict=True):
         (folder / name).write_bytes(data)
     return folder
 
 
 def with_jsonl(folder: Path) -> None:
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-    (pictures(folder) / "metadata.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    (make_images(folder) / "metadata.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
 
 
 def with_csv(folder: Path) -> None:
-    path = pictures(folder) / "metadata.csv"
+    path = make_images(folder) / "metadata.csv"
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, ["file_name", "text"])
         writer.writeheader()
@@ -59,11 +59,11 @@ def with_csv(folder: Path) -> None:
 
 
 def with_parquet(folder: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(ROWS), pictures(folder) / "metadata.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS), make_images(folder) / "metadata.parquet")
 
 
 def with_texts(folder: Path) -> None:
-    pictures(folder)
+    make_images(folder)
     for i, text in enumerate(TEXTS):
         (folder / f"{i}.txt").write_text(text + "\n", encoding="utf-8-sig" if i % 2 else "utf-8")
 
@@ -73,14 +73,14 @@ def tars(folder: Path) -> None:
     for shard, ids in enumerate((range(3), range(3, COUNT))):
         files = {}
         for i in ids:
-            files |= {f"{i}.png": PICTURES[i], f"{i}.txt": TEXTS[i].encode()}
+            files |= {f"{i}.png": IMAGES[i], f"{i}.txt": TEXTS[i].encode()}
         pack(folder / f"{shard:03}.tar", files)
 
 
 def parquets(folder: Path) -> None:
     folder.mkdir()
     for shard, ids in enumerate((range(3), range(3, COUNT))):
-        rows = [{"image": {"bytes": PICTURES[i], "path": None}, "text": TEXTS[i]} for i in ids]
+        rows = [{"image": {"bytes": IMAGES[i], "path": None}, "text": TEXTS[i]} for i in ids]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{shard}.parquet")
 
 
@@ -108,7 +108,7 @@ def test_a_set_can_go_to_another_process(tmp_path: Path, write: Callable[[Path],
 
 
 @pytest.mark.parametrize("write", KINDS)
-def test_the_fingerprint_is_of_the_pictures_and_the_captions(
+def test_the_fingerprint_is_of_the_images_and_the_captions(
     tmp_path: Path, write: Callable[[Path], None]
 ) -> None:
     def fingerprint(**fields: object) -> str:
@@ -119,7 +119,7 @@ def test_the_fingerprint_is_of_the_pictures_and_the_captions(
     assert fingerprint() == first
     assert fingerprint(background="black") != first
     assert fingerprint(exclude={"text": TEXTS[:1]}) != first
-    path = min((tmp_path / "set").glob("*.[ptj]*"))  # a picture, a tar or a parquet file
+    path = min((tmp_path / "set").glob("*.[ptj]*"))  # an image, a tar or a parquet file
     found = path.stat()
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1_000_000_000))
     assert fingerprint() != first
@@ -132,7 +132,7 @@ def test_what_is_written_later_is_seen(tmp_path: Path, write: Callable[[Path], N
     for path in (tmp_path / "set").iterdir():
         path.rename(tmp_path / path.name)
     (tmp_path / "set").rmdir()
-    text, PICTURES[0] = TEXTS[0], PICTURES[0]
+    text, IMAGES[0] = TEXTS[0], IMAGES[0]
     try:
         TEXTS[0] = ROWS[0]["text"] = "something else"
         write(tmp_path / "set2")
@@ -169,7 +169,7 @@ def test_splits_are_folders(tmp_path: Path, write: Callable[[Path], None]) -> No
     "name", ["../x.png", "/etc/passwd", "a\\..\\x.png", "C:x.png", "", "a/../../x"]
 )
 def test_metadata_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
-    folder = pictures(tmp_path / "set")
+    folder = make_images(tmp_path / "set")
     saved_row = json.dumps({"file_name": name, "text": "x"})
     (folder / "metadata.jsonl").write_text(saved_row)
     with pytest.raises(ValueError, match="must be a path inside the file's folder"):
@@ -178,7 +178,7 @@ def test_metadata_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> No
 
 def test_links_that_lead_out_are_bad_samples(tmp_path: Path) -> None:
     with_jsonl(tmp_path / "set")
-    pictures(tmp_path / "elsewhere")
+    make_images(tmp_path / "elsewhere")
     (tmp_path / "set" / "1.png").unlink()
     (tmp_path / "set" / "1.png").symlink_to(tmp_path / "elsewhere" / "1.png")
     (tmp_path / "set" / "2.png").unlink()
@@ -197,7 +197,7 @@ def test_links_that_lead_out_are_bad_samples(tmp_path: Path) -> None:
 def test_parquet_rows_cannot_name_files(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     outside = tmp_path / "1.png"
-    outside.write_bytes(PICTURES[1])
+    outside.write_bytes(IMAGES[1])
     rows = [{"image": {"bytes": None, "path": str(outside)}, "text": "x"}]
     schema = pa.schema(
         [
@@ -221,7 +221,7 @@ def test_texts_that_are_not_utf8_are_counted_with_the_byte(tmp_path: Path) -> No
 
 
 def test_a_csv_that_is_broken_is_refused(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "set")
+    folder = make_images(tmp_path / "set")
     for text, message in (
         (b"file_name,text\n0.png,a\n1.png\n", r"metadata\.csv, line 3: expected 2 cells"),
         (b"file_name,text\n0.png,caf\xe9\n", r"metadata\.csv is not UTF-8: byte 24"),
@@ -264,7 +264,7 @@ def test_columns_may_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rows[4]["late"] = ["a", "b"]
     rows[5]["later"] = 1
     rows[6]["later"] = 1.5
-    folder = pictures(tmp_path / "set")
+    folder = make_images(tmp_path / "set")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dataset = opened(folder, caption_columns=("text", "late"))
     assert dataset.captions[4] == [TEXTS[4], "a", "b"]
@@ -280,7 +280,7 @@ def test_weights_say_how_often_a_caption_is_drawn(tmp_path: Path) -> None:
         {"text": None, "aliases": ["d"], "how": [1.0, 2.0]},
         {"text": None, "aliases": ["e"], "how": [-1.0]},
     ]
-    folder = pictures(tmp_path / "set")
+    folder = make_images(tmp_path / "set")
     for row, name in zip(rows, NAMES, strict=False):
         row["file_name"] = name
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -307,7 +307,7 @@ def test_weights_say_how_often_a_caption_is_drawn(tmp_path: Path) -> None:
     "weights", [[1 / 3, 2 / 3], [0.37, 0.63], [999, 1], [1e-9, 1, 7], [2, 0], [1] * 300]
 )
 def test_weights_are_kept_to_about_a_per_cent(tmp_path: Path, weights: list[float]) -> None:
-    folder = pictures(tmp_path / "set")
+    folder = make_images(tmp_path / "set")
     texts = [str(i) for i in range(len(weights))]
     row = {"file_name": "0.png", "text": texts, "how": weights}
     (folder / "metadata.jsonl").write_text(json.dumps(row))
@@ -319,7 +319,7 @@ def test_weights_are_kept_to_about_a_per_cent(tmp_path: Path, weights: list[floa
         assert share == pytest.approx(weight / sum(weights), abs=0.011)
 
 
-def test_pictures_without_captions_may_be_kept(tmp_path: Path) -> None:
+def test_images_without_captions_may_be_kept(tmp_path: Path) -> None:
     with_texts(tmp_path / "set")
     (tmp_path / "set" / "3.txt").unlink()
     (tmp_path / "set" / "4.txt").write_text(" \n")

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.broken_pictures import photograph, saved
+from support.broken_images import photograph, saved
 from support.streams import KINDS, Write, bad_tar, captions, hub, opened, same, steps, together
 from test_sources import (
     COUNT,
+    IMAGES,
     NAMES,
-    PICTURES,
     TEXTS,
     parquets,
     tars,
@@ -132,12 +132,12 @@ def test_chunks_are_those_of_random_access(tmp_path: Path, write: Write) -> None
     assert [sample.captions for sample in everything] == [[TEXTS[i]] for i in (0, 1, 2, 6)]
     if write is not hub:
         assert [sample.name for sample in everything] == [names[i] for i in (0, 1, 2, 6)]
-    assert all(sample.picture.size == (8, 8) for sample in everything)
+    assert all(sample.image.size == (8, 8) for sample in everything)
     parallel = opened(tmp_path / "set", num_workers=2).chunks(3, lambda number: number == 2)
     assert [[sample.captions for sample in part] for _, part in parallel] == [[[TEXTS[6]]]]
 
 
-def test_pictures_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
+def test_images_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
     """Captions, unwanted chunks and the way to a resumed step go past them."""
     tars(tmp_path / "set")
     for name in ("000.tar", "001.tar"):  # links to where there is room are followed
@@ -148,7 +148,7 @@ def test_pictures_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
     assert isinstance(early.file, bytes)
     later = next(stream.shuffled(3, seed=0))
     assert isinstance(later.file, Place)
-    assert later.file.read() in PICTURES
+    assert later.file.read() in IMAGES
     parquets(tmp_path / "tables")
     tables = opened(tmp_path / "tables")
     assert next(tables._kept(tables.shards, None)).file is None
@@ -201,7 +201,7 @@ def test_captions_follow_the_same_rules(tmp_path: Path) -> None:
         {"text": "two", "aliases": None, "how": None},
     ]
     (tmp_path / "set").mkdir()
-    for name, data, row in zip(NAMES, PICTURES, rows, strict=False):
+    for name, data, row in zip(NAMES, IMAGES, rows, strict=False):
         (tmp_path / "set" / name).write_bytes(data)
         row["file_name"] = name
     (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

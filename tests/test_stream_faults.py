@@ -13,7 +13,7 @@ import pytest
 from support.streams import KINDS, Write, bad_tar, captions, hub, opened, steps, together
 from test_sources import (
     COUNT,
-    PICTURES,
+    IMAGES,
     TEXTS,
     parquets,
     tars,
@@ -31,7 +31,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_bad_picture_is_replaced_by_the_next_of_the_stream(tmp_path: Path) -> None:
+def test_a_bad_image_is_replaced_by_the_next_of_the_stream(tmp_path: Path) -> None:
     together(tmp_path / "set")
     clean = captions(steps(opened(tmp_path / "set", shuffle_buffer=1), batch_size=23, stop=1))
     bad = clean[5:7] + clean[22:]  # two in a row, and the epoch's last, which the next one follows
@@ -62,7 +62,7 @@ def test_a_bad_picture_is_replaced_by_the_next_of_the_stream(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_more_bad_pictures_in_a_row_than_a_batch_has_are_passed_over(
+def test_more_bad_images_in_a_row_than_a_batch_has_are_passed_over(
     tmp_path: Path, batch_size: int
 ) -> None:
     together(tmp_path / "set")
@@ -120,9 +120,9 @@ def test_what_captions_tell_is_left_out_and_counted(tmp_path: Path) -> None:
     assert sorted(some_captions(kept, 10)).count("") == 2
 
 
-def test_pictures_that_are_not_there_are_replaced(tmp_path: Path) -> None:
+def test_images_that_are_not_there_are_replaced(tmp_path: Path) -> None:
     with_jsonl(tmp_path / "set")
-    (tmp_path / "1.png").write_bytes(PICTURES[1])
+    (tmp_path / "1.png").write_bytes(IMAGES[1])
     (tmp_path / "set" / "1.png").unlink()
     (tmp_path / "set" / "1.png").symlink_to(tmp_path / "1.png")
     (tmp_path / "set" / "2.png").unlink()
@@ -131,13 +131,13 @@ def test_pictures_that_are_not_there_are_replaced(tmp_path: Path) -> None:
         drawn = captions(steps(stream, batch_size=7, stop=1))
     assert set(drawn) == {text for i, text in enumerate(TEXTS) if i not in (1, 2)}
     reasons = {name: error.reason for name, error in stream.replaced.items()}
-    assert reasons == {"1.png": "leads outside", "2.png": "missing picture"}
+    assert reasons == {"1.png": "leads outside", "2.png": "missing image"}
 
 
 @pytest.mark.parametrize("write", [parquets, hub])
 def test_rows_cannot_name_files(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "set")
-    (tmp_path / "1.png").write_bytes(PICTURES[1])
+    (tmp_path / "1.png").write_bytes(IMAGES[1])
     rows = [
         {"image": {"bytes": None, "path": path}, "text": "x"}
         for path in (str(tmp_path / "1.png"), f"file://{tmp_path}/1.png", None)
@@ -179,7 +179,7 @@ def test_a_stream_shorter_than_a_batch_is_refused_with_numbers(
         ({"split": "test"}, r"no split 'test', only \['train'\]"),
         ({"caption_columns": ("title",)}, r"no column 'title'.*, only \['image', 'text'\]"),
         ({"exclude": {"group": ["x"]}}, "no column 'group'"),
-        ({"image_column": "text"}, "column 'text' holds no pictures"),
+        ({"image_column": "text"}, "column 'text' holds no images"),
     ],
 )
 @pytest.mark.parametrize("write", [with_texts, tars, parquets, hub])
@@ -200,7 +200,7 @@ def test_rows_of_the_hub_have_no_numbers(tmp_path: Path) -> None:
 
 def test_captions_of_another_kind_are_refused(tmp_path: Path) -> None:
     fields = json.dumps({"text": 3}).encode()
-    pack(tmp_path / "a.tar", {"a.png": PICTURES[0], "a.json": fields})
+    pack(tmp_path / "a.tar", {"a.png": IMAGES[0], "a.json": fields})
     stream = opened(tmp_path / "a.tar")
     with pytest.raises(
         ValueError, match="the column 'text' must hold texts or lists of them, not 3"
@@ -213,7 +213,7 @@ def test_hostile_and_broken_tars_are_refused_as_by_random_access(tmp_path: Path)
     with tarfile.open(tmp_path / "set" / "a.tar", "w") as tar:
         add(tar, "link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         for name in ("/absolute.png", "../up.png", "a.pkl", "pipe:touch canary.png"):
-            add(tar, name, PICTURES[0])
+            add(tar, name, IMAGES[0])
         add(tar, "pipe:touch canary.txt", b"only a name")
     stream = opened(tmp_path / "set")
     assert list(some_captions(stream, 9)) == ["only a name"]

@@ -42,7 +42,7 @@ def test_members_are_where_their_bytes_are(tmp_path: Path, form: int) -> None:
     assert list(found) == list(files)
 
 
-def test_only_pictures_texts_and_json_are_looked_at(tmp_path: Path) -> None:
+def test_only_images_texts_and_json_are_looked_at(tmp_path: Path) -> None:
     names = ["a.pyd", "a.pkl", "a.pickle", "a.pth", "a.npy", "a.cls", "a.py", "a", "a.png.gz"]
     path = pack(tmp_path / "a.tar", dict.fromkeys(names, b"canary") | {"a.PNG": b""})
     assert [member.name for member in members(path)] == ["a.PNG"]
@@ -76,7 +76,7 @@ def test_samples_are_grouped_by_name(tmp_path: Path) -> None:
         "01.json": json.dumps({**fields, "file_name": "../x"}).encode(),
         "x/01.json": json.dumps(fields).encode(),
         "x/01.seg.png": b"two",
-        "lonely.txt": b"no picture",
+        "lonely.txt": b"no image",
         "mute.webp": b"three",
     }
     path = pack(tmp_path / "s.tar", files)
@@ -102,7 +102,7 @@ def test_samples_are_grouped_by_name(tmp_path: Path) -> None:
         ({"a.jpg": b"", "a.json": b"{"}, "damaged JSON", "a.json"),
         ({"a.jpg": b"", "a.json": b"[1]"}, "damaged JSON", "no JSON object"),
         ({"a.json": b"[" * 100_000, "a.jpg": b""}, "damaged JSON", "a.json"),
-        ({"a.jpg": b"", "a.png": b""}, "two pictures of one name", "a.png"),
+        ({"a.jpg": b"", "a.png": b""}, "two images of one name", "a.png"),
     ],
 )
 def test_what_is_wrong_with_a_sample_is_noted(
@@ -181,7 +181,7 @@ def test_a_tar_that_comes_through_a_pipe_is_the_same(tmp_path: Path) -> None:
     for tape in piped(path):
         assert list(members_of(tape)) == list(members(path))
     for tape in piped(path):
-        rows = list(samples_of(tape, pictures=lambda: True))
+        rows = list(samples_of(tape, images=lambda: True))
     assert [row.pop("_file") for row in rows] == [files["a.png"], files[LONG]]
     assert rows == list(samples(path))
 
@@ -193,4 +193,4 @@ def test_a_pipe_that_ends_early_is_told(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         for tape in piped(path):
             with pytest.raises(ValueError, match=r"a\.tar ends with"):
-                list(samples_of(tape, pictures=lambda: True))
+                list(samples_of(tape, images=lambda: True))

@@ -42,8 +42,8 @@ def test_tensorboard_shows_every_number_of_the_log_and_the_previews(tmp_path: Pa
         assert [event.step for event in found.Scalars(name)] == [r["step"] for r in records]
         values = [event.value for event in found.Scalars(name)]
         assert values == pytest.approx([r[name] for r in records])
-    (picture,) = found.Images("preview")
-    assert (picture.step, picture.width, picture.height) == (STEPS, 6, 4)
+    (image,) = found.Images("preview")
+    assert (image.step, image.width, image.height) == (STEPS, 6, 4)
     (text,) = found.Tensors("configuration/text_summary")
     assert "<b>猫</b>" in text.tensor_proto.string_val[0].decode()
 

@@ -1,4 +1,4 @@
-"""train_clip.py: its pictures, its two losses, what it holds out and what it starts from."""
+"""train_clip.py: its images, its two losses, what it holds out and what it starts from."""
 
 import json
 import os
@@ -43,20 +43,20 @@ def test_a_blur_spreads_a_point_by_its_own_deviation_and_loses_nothing() -> None
     torch.testing.assert_close(blurred.sum((1, 2, 3)), torch.ones(3, dtype=torch.float64))
 
 
-def test_a_blur_leaves_what_is_of_one_colour_and_mixes_no_channels_or_pictures() -> None:
+def test_a_blur_leaves_what_is_of_one_colour_and_mixes_no_channels_or_images() -> None:
     colours = torch.rand(2, 3, 1, 1).expand(-1, -1, 8, 8)
     blurred = script("train_clip").blur(colours, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(blurred, colours, rtol=0, atol=1e-6)
 
 
-def test_a_crop_of_the_whole_picture_is_the_picture() -> None:
+def test_a_crop_of_the_whole_image_is_the_image() -> None:
     images = torch.randn(3, 3, 12, 12)
     cropped = script("train_clip").crop(images, torch.rand(3, 3), scale=1.0)
     torch.testing.assert_close(cropped, images, rtol=0, atol=1e-5)
 
 
-def test_a_crop_is_a_square_inside_the_picture_enlarged() -> None:
-    """Of pictures that show their own coordinates, from -1 to 1, as the crop's corners do."""
+def test_a_crop_is_a_square_inside_the_image_enlarged() -> None:
+    """Of images that show their own coordinates, from -1 to 1, as the crop's corners do."""
     size, scale = 16, 0.5
     along = (torch.arange(size) + 0.5) / size * 2 - 1
     images = torch.stack([along.expand(size, size), along[:, None].expand(size, size)])
@@ -92,7 +92,7 @@ def loss_and_gradients(kind: str, rank: int, count: int) -> tuple[Tensor, list[T
     return loss.detach(), gradients
 
 
-def test_softmax_asks_each_picture_for_its_caption_and_each_caption_for_its_picture() -> None:
+def test_softmax_asks_each_image_for_its_caption_and_each_caption_for_its_image() -> None:
     image, text, clip = pairs()
     logits = clip.logit_scale.exp() * image @ text.T
     own = -torch.log_softmax(logits, 1).diagonal() - torch.log_softmax(logits, 0).diagonal()
@@ -267,7 +267,7 @@ def test_of_a_stream_nothing_is_held_out_which_is_said(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(shapes, tmp_path / "run", *TINY.split(), "--max_steps=1", "--stream=true")
-    assert "a stream has no pictures to hold out" in capsys.readouterr().out
+    assert "a stream has no images to hold out" in capsys.readouterr().out
     assert found(tmp_path / "run") == []
     assert "held_out" not in json.loads((tmp_path / "run" / "data.json").read_text())
 

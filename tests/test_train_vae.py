@@ -1,4 +1,4 @@
-"""What train_vae.py does to its pictures, and what it trains beside or in place of the whole."""
+"""What train_vae.py does to its images, and what it trains beside or in place of the whole."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from latentdiff.training.config import run_script
 from latentdiff.training.randomness import Share, generator
 
 
-def test_about_half_of_the_pictures_are_mirrored_whoever_works_on_them() -> None:
+def test_about_half_of_the_images_are_mirrored_whoever_works_on_them() -> None:
     images = torch.rand(64, 3, 2, 4)
     places = torch.rand(64, generator=generator(0, 5, "flip"))
     mirror = script("train_vae").mirror
@@ -42,15 +42,15 @@ ARGUMENTS = f"{NETWORK} {SHORT} {REST}".split()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures") / "data"
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "data"
     build_shapes(folder, count=20, seed=0, size=32)
     return folder
 
 
-def train(pictures: Path, run: Path, *more: str) -> list[dict[str, float]]:
+def train(images: Path, run: Path, *more: str) -> list[dict[str, float]]:
     """Run the script in this process; its log."""
-    args = ["train_vae.py", *ARGUMENTS, f"--data={pictures}", f"--output_dir={run}", *more]
+    args = ["train_vae.py", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", args)
         run_script(script("train_vae").main)
@@ -78,11 +78,11 @@ def gradients_of(run: Path, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_vae_with_its_discriminator_resumes_bit_for_bit(pictures: Path, tmp_path: Path) -> None:
-    records = train(pictures, tmp_path / "whole", "--learn_logvar=true")
+def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path: Path) -> None:
+    records = train(images, tmp_path / "whole", "--learn_logvar=true")
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-4")
-    again = train(pictures, tmp_path / "part", "--learn_logvar=true")
+    again = train(images, tmp_path / "part", "--learn_logvar=true")
     for name in ("vae", "discriminator", "logvar"):
         found, expected = (
             dict(Stored(tmp_path / run / "checkpoints" / "step-4", name))
@@ -103,7 +103,7 @@ def test_a_vae_with_its_discriminator_resumes_bit_for_bit(pictures: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_neither_step_takes_the_others_gradients(pictures: Path, tmp_path: Path) -> None:
+def test_neither_step_takes_the_others_gradients(images: Path, tmp_path: Path) -> None:
     """As both do in diffusers' script for autoencoders once its discriminator has started.
 
     However much the VAE minds its scores, the discriminator's first step is the same; and where it
@@ -113,7 +113,7 @@ def test_neither_step_takes_the_others_gradients(pictures: Path, tmp_path: Path)
     for disc_weight in ("0", "1e-30", "0.5"):
         run = tmp_path / disc_weight
         options = [f"--disc_weight={disc_weight}", "--disc_start=0", "--max_steps=1"]
-        train(pictures, run, *options)
+        train(images, run, *options)
         names = ("vae",) if disc_weight == "0" else ("vae", "discriminator")
         after[disc_weight] = {name: weights(run, 1, name) for name in names}
 
@@ -127,9 +127,9 @@ def test_neither_step_takes_the_others_gradients(pictures: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_two_processes_train_both_as_one_does(pictures: Path, tmp_path: Path) -> None:
-    alone = train(pictures, tmp_path / "one", "--learn_logvar=true")
-    train_in_two(pictures, tmp_path / "two", "--learn_logvar=true")
+def test_two_processes_train_both_as_one_does(images: Path, tmp_path: Path) -> None:
+    alone = train(images, tmp_path / "one", "--learn_logvar=true")
+    train_in_two(images, tmp_path / "two", "--learn_logvar=true")
     for found, expected in zip(log(tmp_path / "two"), alone, strict=True):
         for name in found.keys() - {"samples_per_second", "data_wait", "memory"}:
             assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
@@ -144,10 +144,10 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
-def train_in_two(pictures: Path, run: Path, *more: str) -> None:
+def train_in_two(images: Path, run: Path, *more: str) -> None:
     """Run the script in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "train" / "train_vae.py"), *ARGUMENTS, f"--data={pictures}"]
+    command += [str(ROOT / "train" / "train_vae.py"), *ARGUMENTS, f"--data={images}"]
     path = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, f"--output_dir={run}", *more],
@@ -165,7 +165,7 @@ def train_in_two(pictures: Path, run: Path, *more: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_perceptual_gradient_reaches_every_layer(pictures: Path, tmp_path: Path) -> None:
+def test_the_perceptual_gradient_reaches_every_layer(images: Path, tmp_path: Path) -> None:
     """In diffusers' script LPIPS is computed without gradients: it is logged and changes nothing.
 
     Here the gradients of a step are those without it and its own by its weight, in the decoder and
@@ -177,7 +177,7 @@ def test_the_perceptual_gradient_reaches_every_layer(pictures: Path, tmp_path: P
     for weight in (0.0, 1.0, 2.0):
         run = tmp_path / str(weight)
         more = [f"--perceptual_weight={weight}", f"--perceptual_weights={path}"]
-        records += train(pictures, run, *options, *more)
+        records += train(images, run, *options, *more)
         gradients.append(gradients_of(run, "vae"))
         assert [file.stem for file in run.glob("checkpoints/*/*.safetensors")] == ["vae"]
     without, with_one, with_two = gradients
@@ -190,17 +190,17 @@ def test_the_perceptual_gradient_reaches_every_layer(pictures: Path, tmp_path: P
     assert records[2]["loss"] == pytest.approx(records[0]["loss"] + 2 * records[2]["perceptual"])
     write_backbone(path, "alexnet", seed=1)  # another one under the same name
     with pytest.raises(SystemExit):
-        train(pictures, tmp_path / "2.0", *options, *more, "--max_steps=2")
+        train(images, tmp_path / "2.0", *options, *more, "--max_steps=2")
 
 
 DECODER_ONLY = ["--decoder_only=true", "--disc_weight=0", "--init"]
 
 
 @pytest.mark.slow
-def test_a_new_decoder_leaves_the_latents_as_they_were(pictures: Path, tmp_path: Path) -> None:
-    train(pictures, tmp_path / "start", "--disc_weight=0")
+def test_a_new_decoder_leaves_the_latents_as_they_were(images: Path, tmp_path: Path) -> None:
+    train(images, tmp_path / "start", "--disc_weight=0")
     start = tmp_path / "start" / "model"
-    records = train(pictures, tmp_path / "more", *DECODER_ONLY, str(start))
+    records = train(images, tmp_path / "more", *DECODER_ONLY, str(start))
     before, after = VAE.from_pretrained(start), VAE.from_pretrained(tmp_path / "more" / "model")
     images = 2 * torch.rand(4, 3, 32, 32) - 1
     moments_before, moments_after = before.encode(images), after.encode(images)
@@ -220,30 +220,30 @@ def test_a_new_decoder_leaves_the_latents_as_they_were(pictures: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_run_is_resumed_with_the_vae_that_it_began_with_alone(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is read again then: a folder that had changed in between gave another encoder."""
-    train(pictures, tmp_path / "start", "--disc_weight=0", "--max_steps=1")
+    train(images, tmp_path / "start", "--disc_weight=0", "--max_steps=1")
     given = tmp_path / "start" / "model"
     options = ["--disc_weight=0", f"--init={given}"]
-    train(pictures, tmp_path / "more", *options, "--max_steps=1")
-    assert train(pictures, tmp_path / "more", *options, "--max_steps=2")[-1]["step"] == 2
+    train(images, tmp_path / "more", *options, "--max_steps=1")
+    assert train(images, tmp_path / "more", *options, "--max_steps=2")[-1]["step"] == 2
     other = VAE.from_pretrained(given)
     with torch.no_grad():
         other.decoder.conv_out.weight[0] += 1e-3
     other.save_pretrained(given)
     with pytest.raises(SystemExit):
-        train(pictures, tmp_path / "more", *options, "--max_steps=3")
+        train(images, tmp_path / "more", *options, "--max_steps=3")
     assert "was made with another init than this run's" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_decoder_as_one_does(pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_train_a_decoder_as_one_does(images: Path, tmp_path: Path) -> None:
     runs = {name: tmp_path / name for name in ("start", "one", "two")}
-    train(pictures, runs["start"], "--disc_weight=0", "--max_steps=1")
+    train(images, runs["start"], "--disc_weight=0", "--max_steps=1")
     options = [*DECODER_ONLY, str(runs["start"] / "model")]
-    train(pictures, runs["one"], *options)
-    train_in_two(pictures, runs["two"], *options)
+    train(images, runs["one"], *options)
+    train_in_two(images, runs["two"], *options)
     assert_near(weights(runs["two"], 4, "vae"), weights(runs["one"], 4, "vae"))
 
 

@@ -83,7 +83,7 @@ each_config = pytest.mark.parametrize(
 )
 
 
-def pictures(config: VAEConfig, *, batch: int = 2, **options: Any) -> Tensor:
+def make_images(config: VAEConfig, *, batch: int = 2, **options: Any) -> Tensor:
     """(batch, C, 3f, 5f): sides that are multiples of f and of nothing else."""
     f = config.factor
     return torch.randn(batch, config.in_channels, 3 * f, 5 * f, **options)
@@ -109,7 +109,7 @@ def test_outputs_and_all_gradients_equal_diffusers(config: VAEConfig) -> None:
 def check_parity(vae: VAE, reference: AutoencoderKL, dtype: torch.dtype, tolerance: float) -> None:
     """diffusers leaves the scaling to its pipelines, so it stands here."""
     config = vae.config
-    images = pictures(config, dtype=dtype, requires_grad=True)
+    images = make_images(config, dtype=dtype, requires_grad=True)
     latents = torch.randn(2, config.latent_channels, 3, 5, dtype=dtype, requires_grad=True)
     noise = torch.randn(latents.shape, dtype=dtype)
     posterior, expected = vae.encode(images), reference.encode(images).latent_dist
@@ -237,7 +237,7 @@ def test_the_log_variance_stays_finite_whatever_the_encoder_says() -> None:
 
 def test_a_training_step_sees_the_unscaled_posterior_and_its_reconstruction() -> None:
     vae = ours(CONFIGS["odd widths"], torch.float64)
-    images = pictures(vae.config, dtype=torch.float64)
+    images = make_images(vae.config, dtype=torch.float64)
     noise = torch.randn(2, vae.config.latent_channels, 3, 5, dtype=torch.float64)
     reconstruction, q = vae(images, noise)
     again = vae.decode(vae.encode(images).sample(noise))
@@ -254,9 +254,9 @@ def statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_folding_standardises_the_latents_and_changes_no_reconstruction() -> None:
     vae = ours(config(scaling_factor=0.3), torch.float64)
-    images = pictures(vae.config, batch=6, dtype=torch.float64)
+    images = make_images(vae.config, batch=6, dtype=torch.float64)
     noise = torch.randn(6, 4, 3, 5, dtype=torch.float64)
-    before, pictures_before = vae.encode(images), vae.decode(vae.encode(images).sample(noise))
+    before, images_before = vae.encode(images), vae.decode(vae.encode(images).sample(noise))
 
     mean, std = statistics(before.sample(noise))
     vae.fold_latent_statistics(mean, std)
@@ -272,17 +272,17 @@ def test_folding_standardises_the_latents_and_changes_no_reconstruction() -> Non
         after.logvar, before.logvar - 2 * std[c].log(), rtol=1e-12, atol=1e-12
     )
     torch.testing.assert_close(
-        vae.decode(after.sample(noise)), pictures_before, rtol=1e-12, atol=1e-12
+        vae.decode(after.sample(noise)), images_before, rtol=1e-12, atol=1e-12
     )
 
 
 def test_what_was_folded_is_in_the_folder_for_us_and_for_diffusers(tmp_path: Path) -> None:
     """And folding what was loaded from a file leaves the file as it was."""
     vae = ours(config())
-    images = pictures(vae.config, batch=6)
+    images = make_images(vae.config, batch=6)
     vae.save_pretrained(tmp_path / "raw")
     with torch.no_grad():
-        pictures_before = vae.decode(vae.encode(images).mean)
+        images_before = vae.decode(vae.encode(images).mean)
         folded = VAE.from_pretrained(tmp_path / "raw")
         folded.fold_latent_statistics(*statistics(folded.encode(images).mean))
         folded.save_pretrained(tmp_path / "folded")
@@ -298,7 +298,7 @@ def test_what_was_folded_is_in_the_folder_for_us_and_for_diffusers(tmp_path: Pat
         torch.testing.assert_close(zero, torch.zeros(4), rtol=0, atol=1e-5)
         torch.testing.assert_close(one, torch.ones(4), rtol=0, atol=1e-5)
         again = loaded.decode(latents)
-        torch.testing.assert_close(again, pictures_before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again, images_before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("key", ["use_quant_conv", "use_post_quant_conv"])

@@ -13,8 +13,8 @@ from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
 from latentdiff.data.shapes import build_shapes
+from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
-from latentdiff.pictures import to_floats
 from latentdiff.training.autoencoder import latent_statistics
 from latentdiff.training.losses import vae_loss
 

@@ -1,4 +1,4 @@
-"""Views of a picture: where they are cut, and that names alone decide it."""
+"""Views of an image: where they are cut, and that names alone decide it."""
 
 from collections.abc import Sequence
 
@@ -32,9 +32,9 @@ def test_the_largest_cut_in_the_middle_is_pillows(
     size: tuple[int, int], wanted: tuple[int, int], seed: int
 ) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    expected = ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(pixels(cut(picture, wanted)), pixels(expected))
+    image = Image.fromarray(noise)
+    expected = ImageOps.fit(image, wanted, Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(pixels(cut(image, wanted)), pixels(expected))
 
 
 @settings(deadline=None)
@@ -55,7 +55,7 @@ def test_cuts_lie_where_they_are_told() -> None:
 
 
 def test_a_cut_is_not_enlarged_for_variety() -> None:
-    """A picture with no more pixels than the view would otherwise be blurred."""
+    """An image with no more pixels than the view would otherwise be blurred."""
     small = coordinates(40, 64)
     whole = cut(small, (40, 40), share=0.5, place=(0.5, 1.0))
     np.testing.assert_array_equal(pixels(whole), pixels(small)[24:])
@@ -88,7 +88,7 @@ def test_cuts_are_functions_of_name_and_view() -> None:
 def test_cuts_reach_every_side_and_show_at_least_four_fifths() -> None:
     drawn = torch.stack([views(2, False, str(i), (64, 64))[1] for i in range(100)]).float()
     red, green = drawn[:, 0].mean(1), drawn[:, 1].mean(2)  # (100, 40), (100, 32)
-    for values, full in ((red, 1.0), (green, 0.8)):  # the cut is wider than the picture
+    for values, full in ((red, 1.0), (green, 0.8)):  # the cut is wider than the image
         shown = (values[:, -1] - values[:, 0]) / 255
         assert shown.min() > 0.78 * full
         assert shown.max() > 0.96 * full

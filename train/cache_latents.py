@@ -25,13 +25,13 @@ WEEK = 7 * 24 * 3600  # seconds
 
 @dataclass(frozen=True)
 class CacheLatents(DataConfig, Views):
-    """Encode pictures with a trained VAE and keep the posterior moments and the captions."""
+    """Encode images with a trained VAE and keep the posterior moments and the captions."""
 
     output_dir: Path = Path("runs/shapes/cache")
     vae: str = "emoji"
     """The VAE's folder, that of a pipeline, or "emoji", the embedded one."""
     batch_size: int = 64
-    """Pictures that are encoded at a time."""
+    """Images that are encoded at a time."""
     gate: bool = True
     """Refuse a VAE whose latents are not fit to train on; false warns and goes on."""
     chunk_size: int = CHUNK
@@ -73,7 +73,7 @@ def main() -> None:
         shapes = ", ".join(f"{count} of {w} x {h}" for (w, h), count in sorted(sizes.items()))
         bad = dataset.left_out + Counter(cache.header["left_out"])
         left_out = f"; left out: {breakdown(bad)}" if bad else ""
-        print(f"{len(cache)} pictures are in {config.output_dir}: {shapes}{left_out}")
+        print(f"{len(cache)} images are in {config.output_dir}: {shapes}{left_out}")
     accelerator.end_training()
 
 

@@ -29,11 +29,11 @@ from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import image_batches, open_images, some_captions, some_examples
 from latentdiff.data.stream import StreamedImages
 from latentdiff.data.summary import images_summary
+from latentdiff.images import image_grid, to_floats, to_pil
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.clip_start import Pixels, load_start
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.text import TextEncoder, save_tokenizer
-from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.loop import fit
@@ -46,11 +46,11 @@ from latentdiff.training.setup import LoopConfig, make_accelerator
 from latentdiff.training.tokenizer import train_tokenizer
 from latentdiff.training.validation import Rest, held_out
 
-MOST_CAPTIONED = 200_000  # pictures of a stream whose captions the tokenizer learns from
+MOST_CAPTIONED = 200_000  # images of a stream whose captions the tokenizer learns from
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5: clipped to keep training stable
 # SigLIP (Zhai et al. 2023, section 3.2): so that the many wrong pairs do not overwhelm at first.
 SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0
-POOL_BATCH = 64  # held-out pictures at a time, the same in every run, as sums are not
+POOL_BATCH = 64  # held-out images at a time, the same in every run, as sums are not
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
     run's folder, "emoji", a hub id or open_clip:NAME:WEIGHTS the text tower. Its shapes and its
     tokenizer are then taken in place of those of `clip`, `vocab_size` and `max_tokens`."""
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: which of the batch's captions is a picture's, and which picture a caption's (CLIP);
+    """softmax: which of the batch's captions is an image's, and which image a caption's (CLIP);
     sigmoid: of each pair, whether it is one (SigLIP)."""
     held_out: float = 0.01
-    """Share of the pictures, 256 at most, that are kept out of training to find each other's
+    """Share of the images, 256 at most, that are kept out of training to find each other's
     captions among; none if that is fewer than two, and none of a stream."""
     clip: CLIPSize = field(default_factory=CLIPSize)
     vocab_size: int = 3072
@@ -80,12 +80,12 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
     max_tokens: int = 24
     """Tokens of a prompt, start and end among them; what is longer is cut off with a warning."""
     crop_scale: float = 0.8
-    """Training sees random squares whose side is this share of the picture's, or more."""
+    """Training sees random squares whose side is this share of the image's, or more."""
     blur: float = 0.0
     """And each blurred by up to so many pixels: a tower that is to judge an autoencoder's or a
-    UNet's pictures must not live on their finest details."""
+    UNet's images must not live on their finest details."""
     noise: float = 0.0
-    """And with Gaussian noise of up to this deviation; pictures are in [-1, 1]."""
+    """And with Gaussian noise of up to this deviation; images are in [-1, 1]."""
 
     def __post_init__(self) -> None:
         for part in (DataConfig, LoopConfig, OptimizerConfig):
@@ -98,7 +98,7 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
         if self.accumulation != 1:
             raise ValueError(
                 f"accumulation={self.accumulation} must be 1: the contrastive loss compares each "
-                "picture with every caption of the batch, so that parts of it have another loss"
+                "image with every caption of the batch, so that parts of it have another loss"
             )
         for name in ("blur", "noise"):
             if not 0 <= getattr(self, name) <= 8:
@@ -106,7 +106,7 @@ class TrainCLIP(DataConfig, LoopConfig, OptimizerConfig):
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out} must be in [0, 1)")
         if not self.caption_columns:
-            raise ValueError("caption_columns is empty: CLIP is trained on pictures with captions")
+            raise ValueError("caption_columns is empty: CLIP is trained on images with captions")
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
             dataset.apart = frozenset(held.tolist())
             pool = processes.everywhere(partial(make_pool, dataset, seed=config.seed))
     elif config.held_out > 0:
-        accelerator.print("a stream has no pictures to hold out: no retrieval is reported")
+        accelerator.print("a stream has no images to hold out: no retrieval is reported")
     clip, tokenizer, scaled = begin(config, dataset)
     fingerprints = {"data": dataset.fingerprint}
     if config.init is not None:  # a resumed run reads it again
@@ -196,14 +196,14 @@ def main() -> None:
     def retrieval() -> Metrics:
         assert pool is not None
         towers: Any = ema  # whose methods' types say nothing
-        pictures, texts = [], []
+        embeds, texts = [], []
         for images in pool.images.split(POOL_BATCH):
             values = scaled(to_floats(images.to(accelerator.device)))
-            pictures.append(towers.get_image_features(pixel_values=values).pooler_output)
+            embeds.append(towers.get_image_features(pixel_values=values).pooler_output)
         for start in range(0, len(pool.captions), POOL_BATCH):
             ids = tokenize(list(pool.captions[start : start + POOL_BATCH]))
             texts.append(towers.get_text_features(input_ids=ids).pooler_output)
-        return pool.recall(torch.cat(pictures), torch.cat(texts))
+        return pool.recall(torch.cat(embeds), torch.cat(texts))
 
     def validate() -> Metrics:
         # In one process, in batches of one size: the same numbers, however many processes train.
@@ -211,18 +211,18 @@ def main() -> None:
 
     @torch.no_grad()
     def preview(path: Path) -> None:
-        """A row for each of eight captions: the true picture, then the seven nearest of 1,024."""
+        """A row for each of eight captions: the true image, then the seven nearest of 1,024."""
         examples = list(some_examples(dataset, 1024))
         count = len(examples)
         images = torch.stack([example["image"] for example in examples])
-        pictures = to_floats(images.to(accelerator.device))
+        pixels = to_floats(images.to(accelerator.device))
         asked = [i * count // 8 for i in range(8)]
         words = tokenize([examples[i]["captions"][0] for i in asked])
-        output = ema(input_ids=words, pixel_values=scaled(pictures))
+        output = ema(input_ids=words, pixel_values=scaled(pixels))
         nearest = (output.text_embeds @ output.image_embeds.T).topk(min(7, count)).indices
         rows = [[i, *row.tolist()] for i, row in zip(asked, nearest, strict=True)]
-        shown = [to_pil(pictures[i]) for row in rows for i in row]
-        picture_grid(shown, columns=1 + nearest.shape[1]).save(path)
+        shown = [to_pil(pixels[i]) for row in rows for i in row]
+        image_grid(shown, columns=1 + nearest.shape[1]).save(path)
 
     def save(folder: Path) -> None:
         """`text_encoder/` and `tokenizer/` for the UNet; `clip/`, both towers, for the rest.
@@ -263,7 +263,7 @@ def main() -> None:
 def begin(
     config: TrainCLIP, dataset: CaptionedImages | StreamedImages
 ) -> tuple[CLIPModel, CLIPTokenizer, Pixels]:
-    """Both towers as training finds them, the tokenizer, and how pictures are scaled.
+    """Both towers as training finds them, the tokenizer, and how images are scaled.
 
     Raises ValueError where `init` is no CLIP or has other shapes than the configuration asks for.
     """
@@ -337,7 +337,7 @@ def make_pool(dataset: CaptionedImages, *, seed: int) -> Pool | None:
 
 
 def crop(images: Tensor, places: Tensor, *, scale: float) -> Tensor:
-    """Cut random squares and enlarge them to the picture's size (open_clip trains on such).
+    """Cut random squares and enlarge them to the image's size (open_clip trains on such).
 
     `places` (B, 3) is uniform in [0, 1): side, from `scale` to 1, and where it lies in x and y.
     """
@@ -351,14 +351,14 @@ def crop(images: Tensor, places: Tensor, *, scale: float) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each picture (B, C, H, W) by a Gaussian of its own deviation, (B,) in pixels."""
+    """Blur each image (B, C, H, W) by a Gaussian of its own deviation, (B,) in pixels."""
     reach = max(1, math.ceil(3 * float(sigma.max())))
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
     kernels = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)  # (B, K)
     kernels = kernels / kernels.sum(dim=1, keepdim=True)
     channels = images.shape[1]
     rows = F.pad(images, (reach, reach, reach, reach), mode="replicate")
-    weights = kernels.repeat_interleave(channels, dim=0)  # one for each picture and channel
+    weights = kernels.repeat_interleave(channels, dim=0)  # one for each image and channel
     x = rearrange(rows, "b c h w -> 1 (b c) h w")
     x = F.conv2d(x, weights[:, None, None, :], groups=len(weights))
     x = F.conv2d(x, weights[:, None, :, None], groups=len(weights))

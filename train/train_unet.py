@@ -23,12 +23,12 @@ from latentdiff.data.summary import cache_summary
 from latentdiff.data.views import Views
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_part
+from latentdiff.images import image_grid
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior
-from latentdiff.pictures import picture_grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import parse_config, run_script
 from latentdiff.training.learner import Learner, OptimizerConfig
@@ -53,7 +53,7 @@ SMALL = UNetConfig(
 
 @dataclass(frozen=True)
 class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
-    """Train a UNet or a DiT to denoise latents of captioned pictures; leaves a pipeline folder."""
+    """Train a UNet or a DiT to denoise latents of captioned images; leaves a pipeline folder."""
 
     output_dir: Path = Path("runs/shapes/unet")
     max_steps: int = 800
@@ -221,7 +221,7 @@ def main() -> None:
 
     def preview(path: Path) -> None:
         drawn = pipeline(shown, seed=config.seed, steps=20, guidance_scale=4.0, progress=False)
-        picture_grid(drawn.images, shown).save(path)
+        image_grid(drawn.images, shown).save(path)
 
     fit(
         step,

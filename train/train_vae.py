@@ -1,4 +1,4 @@
-"""Train the autoencoder on pictures alone: accelerate launch train/train_vae.py."""
+"""Train the autoencoder on images alone: accelerate launch train/train_vae.py."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,10 @@ from latentdiff.data.opening import image_batches, open_images, some_examples
 from latentdiff.data.summary import images_summary
 from latentdiff.formats.diffusers import find_part
 from latentdiff.formats.weights import save_json
+from latentdiff.images import image_grid, to_floats, to_pil
 from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.pictures import picture_grid, to_floats, to_pil
 from latentdiff.training.autoencoder import (
     discriminator_scores,
     given_vae,
@@ -52,7 +52,7 @@ SMALL = VAEConfig(
 
 @dataclass(frozen=True)
 class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
-    """Train a VAE on pictures: reconstruction, KL and, if asked for, LPIPS and a discriminator.
+    """Train a VAE on images: reconstruction, KL and, if asked for, LPIPS and a discriminator.
 
     Captions are never read.
     """
@@ -87,7 +87,7 @@ class TrainVAE(DataConfig, LoopConfig, OptimizerConfig):
     disc_start: int = 0
     """Steps before that begins; a decoder that knows nothing yet would only lose."""
     random_flip: bool = False
-    """Every second picture is mirrored, drawn anew at each visit."""
+    """Every second image is mirrored, drawn anew at each visit."""
 
     def __post_init__(self) -> None:
         for part in (DataConfig, LoopConfig, OptimizerConfig):
@@ -233,11 +233,11 @@ def main() -> None:
 
     @torch.no_grad()
     def preview(path: Path) -> None:
-        """Pictures above what the EMA network makes of them."""
+        """Images above what the EMA network makes of them."""
         images = to_floats(shown.to(accelerator.device))
         decoded = ema.decode(ema.encode(images).mean)
         pairs = torch.cat([images[:8], decoded[:8], images[8:], decoded[8:]])
-        picture_grid([to_pil(image) for image in pairs], columns=8).save(path)
+        image_grid([to_pil(image) for image in pairs], columns=8).save(path)
 
     @torch.no_grad()
     def save(folder: Path) -> None:
@@ -286,7 +286,7 @@ def new_vae(config: TrainVAE) -> VAE:
 
 
 def mirror(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Mirror the pictures (B, C, H, W) whose place, uniform in [0, 1), is below a half."""
+    """Mirror the images (B, C, H, W) whose place, uniform in [0, 1), is below a half."""
     return torch.where((places < 0.5)[:, None, None, None], images.flip(-1), images)
 
 

@@ -1,14 +1,14 @@
-"""Noise is added: a picture on its way, the schedules, and many small steps that are one large."""
+"""Noise is added: an image on its way, the schedules, and many small steps that are one large."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from plotting import BLUE, COLOURS, GREEN, GREY, RED, label, panels, pictures, save
+from plotting import BLUE, COLOURS, GREEN, GREY, RED, image_panel, label, panels, save
 
 from latentdiff.data.shapes import shape_scene
 from latentdiff.diffusion import Diffusion
-from latentdiff.pictures import from_pil, to_pil
+from latentdiff.images import from_pil, to_pil
 
 LINEAR = Diffusion("linear", "epsilon")
 SCHEDULES = {
@@ -23,12 +23,12 @@ SCHEDULES = {
 
 def draw(out: Path) -> dict[str, float]:
     """Three figures, and the numbers that the page states."""
-    noisy_pictures(out)
+    noisy_images(out)
     return schedules(out) | one_step(out)
 
 
-def noisy_pictures(out: Path) -> None:
-    """The same picture and the same noise at six times, on three schedules."""
+def noisy_images(out: Path) -> None:
+    """The same image and the same noise at six times, on three schedules."""
     times = (0, 100, 250, 500, 750, 1000)
     x0 = from_pil(shape_scene(0, 8, 32).image, (32, 32))[None].repeat(len(times), 1, 1, 1)
     eps = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).expand_as(x0)
@@ -38,12 +38,12 @@ def noisy_pictures(out: Path) -> None:
         noisy = SCHEDULES[name].add_noise(x0, eps, torch.tensor(times))
         for column, t in enumerate(times):
             panel = axes[row * len(times) + column]
-            pictures(panel)
+            image_panel(panel)
             panel.imshow(np.asarray(to_pil(noisy[column])), interpolation="nearest")
             if row == 0:
                 panel.set_title(f"t = {t}", fontsize=10)
         axes[row * len(times)].set_ylabel(name.removesuffix(", T = 1000"), fontsize=10)
-    save(figure, out, "forward_pictures", colours=64)
+    save(figure, out, "forward_images", colours=64)
 
 
 def schedules(out: Path) -> dict[str, float]:
@@ -60,7 +60,7 @@ def schedules(out: Path) -> dict[str, float]:
         snr = 20 * (alpha / sigma).log10()
         axes[2].plot(share[snr > -70], snr[snr > -70], **style)
     label(axes[0], r"variance added, $\beta_t$", "t / T", "")
-    label(axes[1], r"variance left of the picture, $\alpha^2$ ($\bar\alpha_t$)", "t / T", "")
+    label(axes[1], r"variance left of the image, $\alpha^2$ ($\bar\alpha_t$)", "t / T", "")
     label(axes[2], r"$\alpha^2 / \sigma^2$ in decibels", "t / T", "")
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
     save(figure, out, "schedules")

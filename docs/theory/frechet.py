@@ -1,4 +1,4 @@
-"""The Fréchet distance: where it is known, and how many pictures an estimate of it needs."""
+"""The Fréchet distance: where it is known, and how many images an estimate of it needs."""
 
 from pathlib import Path
 

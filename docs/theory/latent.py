@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from plotting import panels, pictures, save
+from plotting import image_panel, panels, save
 from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.data.shapes import shape_scene
-from latentdiff.pictures import from_pil, to_pil
+from latentdiff.images import from_pil, to_pil
 from latentdiff.samplers import ddim
 
 PROMPT = "red circle"
@@ -35,7 +35,7 @@ def draw(out: Path) -> dict[str, float]:
     for column, left in enumerate(SHOWN):
         level = levels[STEPS - left]
         noisy = level.alpha * latents + level.sigma * eps
-        show(rows[0][column], level.alpha * images + level.sigma * picture_noise(images))
+        show(rows[0][column], level.alpha * images + level.sigma * image_noise(images))
         show_latent(rows[1][column], noisy)
         show(rows[2][column], pipe.vae.decode(noisy))
         if left:
@@ -43,7 +43,7 @@ def draw(out: Path) -> dict[str, float]:
         show(rows[3][column], pipe.vae.decode(noisy))
         rows[0][column].set_title(f"t = {1000 * float(level.sigma):.0f}", fontsize=10)
     names = (
-        "noise on the\npicture itself",
+        "noise on the\nimage itself",
         "noise on the\nlatent",
         "that, decoded",
         "denoised by\nthe UNet",
@@ -64,17 +64,17 @@ def circle() -> int:
     return next(i for i in range(10_000) if shape_scene(0, i, 16).caption in captions)
 
 
-def picture_noise(images: Tensor) -> Tensor:
+def image_noise(images: Tensor) -> Tensor:
     return torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
 
 
 def show(panel: Axes, images: Tensor) -> None:
-    pictures(panel)
+    image_panel(panel)
     panel.imshow(np.asarray(to_pil(images[0])), interpolation="nearest")
 
 
 def show_latent(panel: Axes, latents: Tensor) -> None:
-    """The four channels as four small grey pictures."""
-    pictures(panel)
+    """The four channels as four small grey images."""
+    image_panel(panel)
     tiles = torch.cat([torch.cat([*latents[0, :2]], 1), torch.cat([*latents[0, 2:]], 1)])
     panel.imshow(tiles.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")

@@ -37,8 +37,8 @@ def label(panel: Axes, title: str, x: str, y: str) -> None:
     panel.set_ylabel(y, fontsize=9)
 
 
-def pictures(panel: Axes) -> None:
-    """Make a panel one that shows a picture: no ticks, no frame."""
+def image_panel(panel: Axes) -> None:
+    """Make a panel one that shows an image: no ticks, no frame."""
     panel.grid(False)
     panel.set_xticks([])
     panel.set_yticks([])

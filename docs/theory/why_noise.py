@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from mixture import Mixture
-from plotting import BLUE, COLOURS, GREEN, GREY, RED, label, panels, pictures, save
+from plotting import BLUE, COLOURS, GREEN, GREY, RED, image_panel, label, panels, save
 from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.diffusion import Diffusion
+from latentdiff.images import to_pil
 from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
-from latentdiff.noise import PictureNoise
-from latentdiff.pictures import to_pil
+from latentdiff.noise import ImageNoise
 from latentdiff.samplers import ddim, ddpm
 
 DATA = Mixture(weights=(0.65, 0.35), means=(-0.8, 0.9), stds=(0.25, 0.12))
@@ -99,7 +99,7 @@ def with_and_without(out: Path) -> dict[str, float]:
     x = torch.linspace(-2, 2, 200, dtype=torch.float64)[:, None]
     levels = CHAIN.levels(CHAIN.num_timesteps)
     shown = range(0, 1001, 20)
-    picture = torch.stack(
+    image = torch.stack(
         [DATA.log_density(x, levels.alpha[i], levels.sigma[i]).exp() for i in shown], dim=1
     )
     numbers = {}
@@ -108,7 +108,7 @@ def with_and_without(out: Path) -> dict[str, float]:
         samples = paths[-1]
         above, below = axes[i], axes[4 + i]
         above.imshow(
-            (picture / picture.amax(0)).numpy(),
+            (image / image.amax(0)).numpy(),
             extent=(1000, 0, -2, 2),
             origin="lower",
             aspect="auto",
@@ -212,7 +212,7 @@ def embedded_model(out: Path) -> dict[str, float]:
         shown = ("small", "none", "ddim")
         for part, key in zip(figure.subfigures(1, len(shown)), shown, strict=True):
             title, sampler = SAMPLERS[key]
-            noise = PictureNoise(seeds, size, device=pipe.device, dtype=torch.float32)
+            noise = ImageNoise(seeds, size, device=pipe.device, dtype=torch.float32)
             denoise = pipe.diffusion.denoiser(pipe.unet, context, null_context, 3.0)
             *_, latents = sampler(denoise, noise(), pipe.diffusion.levels(20), noise)
             # How far the seeds' latents lie apart, as a share of what they have in all.
@@ -220,7 +220,7 @@ def embedded_model(out: Path) -> dict[str, float]:
             numbers[f"why_noise.emoji.{key}"] = float(apart)
             part.suptitle(title, fontsize=10)
             for panel, image in zip(part.subplots(1, 4), pipe.vae.decode(latents), strict=True):
-                pictures(panel)
+                image_panel(panel)
                 panel.imshow(np.asarray(to_pil(image)), interpolation="nearest")
     save(figure, out, "why_noise_emoji", colours=96)
     return numbers

@@ -61,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="latentdiff",
-        description="Draw pictures and compare them, convert models, check data, plan trainings.",
+        description="Draw images and compare them, convert models, check data, plan trainings.",
     )
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

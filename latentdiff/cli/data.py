@@ -1,4 +1,4 @@
-"""`latentdiff data`: data sets of captioned pictures that build themselves, and a check of any."""
+"""`latentdiff data`: data sets of captioned images that build themselves, and a check of any."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command, its kinds and their arguments."""
-    data = commands.add_parser("data", help="make or check a data set of captioned pictures")
+    data = commands.add_parser("data", help="make or check a data set of captioned images")
     kinds = data.add_subparsers(metavar="KIND", required=True)
     _add_emoji(kinds.add_parser("emoji", help="every emoji of a font", allow_abbrev=False))
     _add_shapes(kinds.add_parser("shapes", help="scenes of coloured shapes", allow_abbrev=False))
@@ -17,7 +17,7 @@ def _add_emoji(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--font", type=Path, help="default: the system's Noto Color Emoji")
     parser.add_argument("--languages", type=_names, default=("en", "zh"), help="such as en,zh")
-    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.set_defaults(run=_data_emoji, parser=parser)
 
 
@@ -25,7 +25,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=10_000, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.set_defaults(run=_data_shapes, parser=parser)
 
 
@@ -34,7 +34,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="default: all")
     parser.add_argument("--out", type=Path, help="folder for the two files; default: the data's")
     parser.add_argument("--max_bad", type=float, default=0.01, help="share that may be bad")
-    parser.add_argument("--image_size", type=int, default=1, help="smaller pictures are bad")
+    parser.add_argument("--image_size", type=int, default=1, help="smaller images are bad")
     parser.add_argument("--upscale_limit", type=float, default=1.0, help="unless by this factor")
     parser.add_argument("--image_column", default="image")
     parser.add_argument(
@@ -43,7 +43,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_empty_caption", action="store_true")
     parser.add_argument("--max_megapixels", type=float, default=64, help="larger is bad")
     parser.add_argument("--first_frame", action="store_true", help="take it from animations")
-    parser.add_argument("--background", default="white", help="behind transparent pictures")
+    parser.add_argument("--background", default="white", help="behind transparent images")
     parser.add_argument("--num_workers", type=int, default=0, help="threads that decode")
     parser.set_defaults(run=_data_check, parser=parser)
 

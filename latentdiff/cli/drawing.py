@@ -1,4 +1,4 @@
-"""What `latentdiff generate` does: prompts, or an earlier picture, to pictures in a folder."""
+"""What `latentdiff generate` does: prompts, or an earlier image, to images in a folder."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from PIL import Image
 
 from latentdiff.cli.record import (
     file_record,
-    picture_parameters,
-    picture_record,
+    image_parameters,
+    image_record,
     read_record,
     same_file,
     warn_of_changes,
 )
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
 from latentdiff.formats.png import LoraRecord, Record, save_png
-from latentdiff.pictures import picture_grid
+from latentdiff.images import image_grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
 
@@ -28,7 +28,7 @@ MAX_PIXELS = 64_000_000
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    """Draw, and write the pictures with how they were drawn; see `latentdiff generate --help`."""
+    """Draw, and write the images with how they were drawn; see `latentdiff generate --help`."""
     arguments.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be: before any work
     given = vars(arguments)
     device = _device(arguments.device)
@@ -53,8 +53,8 @@ def draw(arguments: argparse.Namespace) -> None:
         if arguments.no_metadata:
             save_png(image, path)
         else:
-            parameters = picture_parameters(pipeline, request, i, image.size, model=model)
-            whole = picture_record(
+            parameters = image_parameters(pipeline, request, i, image.size, model=model)
+            whole = image_record(
                 pipeline, request, i, model=model, model_sha256=digest, files=files, loras=loras
             )
             save_png(image, path, parameters=parameters, record=whole)
@@ -62,21 +62,21 @@ def draw(arguments: argparse.Namespace) -> None:
     if arguments.grid or (arguments.grid is None and len(paths) > 1):
         path = arguments.out / "grid.png"
         names = [path.name for path in paths]
-        picture_grid(output.images, request.prompts, plain=names).save(path)
+        image_grid(output.images, request.prompts, plain=names).save(path)
         print(path)
 
 
 def _recorded_model(record: Record | None) -> str:
     """The model of the drawing to repeat, if it is on this machine; else the embedded one.
 
-    A picture may come from anybody, and must not make anything be fetched from the hub.
+    An image may come from anybody, and must not make anything be fetched from the hub.
     """
     if record is None:
         return "emoji"
     model = record["model"]
     if model not in EMBEDDED_MODELS and not Path(model).exists():
         raise ValueError(
-            f"the picture was drawn with model {model!r}, which is not a file or folder here; "
+            f"the image was drawn with model {model!r}, which is not a file or folder here; "
             "name the one to draw with as --model"
         )
     return model
@@ -88,13 +88,13 @@ def _request(given: dict[str, Any], again: dict[str, Any], images: dict[str, Pat
     if not given.get("prompt"):
         options["prompt"] = again.get("prompt", "")
     if not options["prompt"] and not again:
-        raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from a picture')
+        raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from an image')
     options |= {name: _opened(name, path) for name, path in images.items()}
     return Request(**options)
 
 
 def _images(given: dict[str, Any], record: Record | None) -> dict[str, Path]:
-    """The picture to start from and its mask: those given, or those of the drawing to repeat."""
+    """The image to start from and its mask: those given, or those of the drawing to repeat."""
     images = {name: given[name] for name in ("image", "mask_image") if name in given}
     for name in ("image", "mask_image"):
         recorded = None if record is None else record.get(name)
@@ -116,7 +116,7 @@ def _opened(option: str, path: Path) -> Image.Image:
         image.load()
     except OSError as error:
         raise ValueError(
-            f"--{option}: {path} is not a whole picture of {', '.join(FORMATS)}"
+            f"--{option}: {path} is not a whole image of {', '.join(FORMATS)}"
         ) from error
     return image
 
@@ -175,7 +175,7 @@ def _quiet_transformers() -> None:
 
 
 def _free_paths(folder: Path, seeds: Sequence[int]) -> list[Path]:
-    """<index>-<seed>.png, counted on from the pictures that the folder holds already.
+    """<index>-<seed>.png, counted on from the images that the folder holds already.
 
     The prompt is no part of a name: it may hold any character, and too many of them.
     """

@@ -11,11 +11,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     """Add the command and its arguments.
 
     What the pipeline is asked for has no default here: only what is given is passed on, so that
-    the defaults are the pipeline's, or those of the picture that is drawn again.
+    the defaults are the pipeline's, or those of the image that is drawn again.
     """
     parser = commands.add_parser(
         "generate",
-        help="draw pictures",
+        help="draw images",
         usage="%(prog)s [options] PROMPT [PROMPT ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -32,12 +32,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--dtype", choices=DTYPES, help="what to compute in; default: float32")
     add("--device", default=None, help="such as cpu or cuda; default: an accelerator if any")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="may be given several times")
-    add("--out", type=Path, default=Path("outputs"), help="folder for the pictures")
+    add("--out", type=Path, default=Path("outputs"), help="folder for the images")
     add(
         "--grid",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="write grid.png, all pictures with their prompts; default: if there are several",
+        help="write grid.png, all images with their prompts; default: if there are several",
     )
     add("--no-metadata", action="store_true", default=False, help="write nothing but pixels")
     add("--from", dest="again", type=Path, metavar="PNG", default=None, help="draw it again")
@@ -55,14 +55,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--guidance_momentum", type=float, help="projected guidance: of earlier steps")
     add("--negative_prompt", help="what to stay away from")
     add("--prompt_weighting", action="store_true", help='let "(word:1.2)" weigh a word')
-    add("--num_images", type=int, help="pictures of each prompt; default: 1")
-    add("--seed", type=int, help="of the first picture; the others count up")
+    add("--num_images", type=int, help="images of each prompt; default: 1")
+    add("--seed", type=int, help="of the first image; the others count up")
     add("--variation_strength", type=float, help="0 to 1, towards the variation seed")
-    add("--variation_seed", type=int, help="of the first picture; the others count up")
+    add("--variation_seed", type=int, help="of the first image; the others count up")
     add("--height", type=int, help="in pixels; default: the model's")
     add("--width", type=int, help="in pixels; default: the model's")
 
-    editing = parser.add_argument_group("a picture to start from")
+    editing = parser.add_argument_group("an image to start from")
     add = editing.add_argument
     add("--image", type=Path, help="image-to-image: what to draw over")
     add("--strength", type=float, help="0 to 1: how much of it to give up; default: 0.8")

@@ -35,7 +35,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--device_memory", type=float, metavar="GIB", help="of each process; default: the GPU's")
     add("--processes", type=int, default=1, help="of the whole run, one a GPU; default: 1")
     add("--efficiency", type=float, default=0.4, help="share of the peak FLOP/s; default: 0.4")
-    add("--pictures", type=int, metavar="N", help="in the data set, for the latent cache")
+    add("--images", type=int, metavar="N", help="in the data set, for the latent cache")
     given = parser.add_argument_group("in place of what the configuration says")
     for name in COUNTS:
         given.add_argument(f"--{name}", type=int, metavar="N")
@@ -70,22 +70,22 @@ def _plan(arguments: argparse.Namespace) -> None:
     peak = device.flops[plan.precision] / 1e12
     print(
         f"{plan.kind}: batch_size {settings['batch_size']} on {arguments.processes} × {name}, "
-        f"{plan.parts} pictures at a time each, mixed precision {plan.precision}"
+        f"{plan.parts} images at a time each, mixed precision {plan.precision}"
         f"{_ways(plan.footprint.passes)}"
     )
     for title, value in (*_counts(plan), *_memory(plan, cpu=name == "cpu")):
         print(f"{title:<38}{value}".rstrip())
-    rate = plan.pictures_per_second
+    rate = plan.images_per_second
     share = f"{arguments.efficiency:.0%} of {peak:.4g} TFLOP/s"
-    print(f"{'pictures a second':<38}{_rate(rate)} at {share}")
+    print(f"{'images a second':<38}{_rate(rate)} at {share}")
     steps = settings.get("max_steps")
     if steps is not None:
         seconds = steps * settings["batch_size"] / rate
         print(f"{f'time of {steps:,} steps':<38}{_time(seconds)}")
     if plan.cache_bytes is not None:
-        count = 1_000_000 if arguments.pictures is None else arguments.pictures
+        count = 1_000_000 if arguments.images is None else arguments.images
         size = plan.cache_bytes * count / 1e9
-        print(f"{f'disk, latents of {count:,} pictures':<38}{size:,.2f} GB")
+        print(f"{f'disk, latents of {count:,} images':<38}{size:,.2f} GB")
     kept = settings.get("keep_checkpoints", 2)
     size = plan.checkpoint_bytes / 1e9
     # One more than are kept: a new one is whole before an old one goes.
@@ -107,8 +107,8 @@ def _ways(passes: "Passes") -> str:
 def _counts(plan: "Plan") -> list[tuple[str, str]]:
     return [
         ("parameters", f"{plan.footprint.parameters / 1e6:,.2f} M"),
-        ("FLOP a picture, forward", f"{plan.forward_flop / 1e9:,.2f} G"),
-        ("FLOP a picture, training", f"{plan.training_flop / 1e9:,.2f} G"),
+        ("FLOP an image, forward", f"{plan.forward_flop / 1e9:,.2f} G"),
+        ("FLOP an image, training", f"{plan.training_flop / 1e9:,.2f} G"),
     ]
 
 
@@ -126,9 +126,9 @@ def _memory(plan: "Plan", *, cpu: bool) -> list[tuple[str, str]]:
     if plan.limit is not None:
         verdict = "fits" if plan.peak <= plan.limit else "does NOT fit"
         most = (
-            "not even one picture does"
+            "not even one image does"
             if plan.largest == 0
-            else (f"the most at a time is {plan.largest} pictures")
+            else (f"the most at a time is {plan.largest} images")
         )
         lines.append(("  " + verdict, f"in {_size(plan.limit)}; {most}"))
     return lines

@@ -1,4 +1,4 @@
-"""How a picture was drawn: what `latentdiff generate` writes into it and reads from it."""
+"""How an image was drawn: what `latentdiff generate` writes into it and reads from it."""
 
 import hashlib
 import warnings
@@ -13,7 +13,7 @@ from latentdiff.formats.png import FileRecord, LoraRecord, Record, read_png
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
 
-PACKAGES = ("torch", "transformers")  # a release of which may change a picture
+PACKAGES = ("torch", "transformers")  # a release of which may change an image
 
 
 def file_record(path: Path) -> FileRecord:
@@ -22,7 +22,7 @@ def file_record(path: Path) -> FileRecord:
         return {"name": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def picture_record(
+def image_record(
     pipeline: Pipeline,
     request: Request,
     i: int,
@@ -32,7 +32,7 @@ def picture_record(
     files: dict[str, FileRecord],
     loras: Sequence[LoraRecord],
 ) -> Record:
-    """Everything that decides the pixels of picture i; `files` are `image` and `mask_image`."""
+    """Everything that decides the pixels of image i; `files` are `image` and `mask_image`."""
     record: dict[str, Any] = {
         "request": request.record(i),
         "model": model,
@@ -45,7 +45,7 @@ def picture_record(
     return {**record, **files}  # pyright: ignore[reportReturnType]
 
 
-def picture_parameters(
+def image_parameters(
     pipeline: Pipeline, request: Request, i: int, size: tuple[int, int], *, model: str
 ) -> str:
     """The same as AUTOMATIC1111's line, for other programs; `size` is (width, height)."""
@@ -72,9 +72,9 @@ def picture_parameters(
 
 
 def read_record(path: Path, given: Container[str]) -> tuple[dict[str, Any], Record | None]:
-    """The options of the picture at `path`, and the whole record if we drew it.
+    """The options of the image at `path`, and the whole record if we drew it.
 
-    What of another program's picture has no meaning here is named in a warning; what the options
+    What of another program's image has no meaning here is named in a warning; what the options
     `given` replace is not read. Raises ValueError for a file that says nothing, or nothing that
     can be understood.
     """
@@ -96,14 +96,14 @@ def same_file(record: FileRecord, option: str) -> Path:
     """The file that a record names; ValueError unless it is there and still the same."""
     path = Path(record["name"])
     if not path.is_file():
-        raise ValueError(f"{option}: {path}, which the picture was drawn from, is not there")
+        raise ValueError(f"{option}: {path}, which the image was drawn from, is not there")
     if file_record(path)["sha256"] != record["sha256"]:
-        raise ValueError(f"{option}: {path} is not the file that the picture was drawn from")
+        raise ValueError(f"{option}: {path} is not the file that the image was drawn from")
     return path
 
 
 def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> None:
-    """Warn, in one sentence, if this is not what the record's picture was drawn with."""
+    """Warn, in one sentence, if this is not what the record's image was drawn with."""
     dtype = str(pipeline.dtype).removeprefix("torch.")
     now: dict[str, Any] = {"dtype": dtype, "device": pipeline.device.type, **_packages()}
     then: dict[str, Any] = {"dtype": record["dtype"], "device": record["device"]}
@@ -117,7 +117,7 @@ def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> No
     ]
     if changed:
         warnings.warn(
-            f"the picture may come out differently: it was drawn with {', '.join(changed)}",
+            f"the image may come out differently: it was drawn with {', '.join(changed)}",
             stacklevel=2,
         )
 

@@ -1,1 +1,1 @@
-"""Captioned pictures: data sets that build themselves offline, and their way into tensors."""
+"""Captioned images: data sets that build themselves offline, and their way into tensors."""

@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: the few sizes that pictures of all shapes are brought to.
+"""Aspect-ratio buckets: the few sizes that images of all shapes are brought to.
 
-One batch holds pictures of one size, and squares of them all cut off heads and feet; NovelAI's
-improvements on Stable Diffusion (2022) gave pictures a size near their own shape. Sizes here are
+One batch holds images of one size, and squares of them all cut off heads and feet; NovelAI's
+improvements on Stable Diffusion (2022) gave images a size near their own shape. Sizes here are
 (width, height) in pixels.
 """
 
@@ -36,7 +36,7 @@ def bucket_sizes(image_size: int, step: int, max_aspect: float) -> tuple[Size, .
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> int:
-    """Which bucket a picture is cut least for; between two, the one with more pixels.
+    """Which bucket an image is cut least for; between two, the one with more pixels.
 
     Scaled to cover a bucket, it loses the share 1 - exp(-|log ratio - log ratio of the bucket|).
     """
@@ -50,7 +50,7 @@ def nearest(size: Size, buckets: Sequence[Size]) -> int:
 
 
 def check_scale(size: Size, bucket: Size, upscale_limit: float) -> None:
-    """Raise BadSample when a picture must be enlarged by more than the limit to cover a bucket."""
+    """Raise BadSample when an image must be enlarged by more than the limit to cover a bucket."""
     if any(side * upscale_limit < wanted for side, wanted in zip(size, bucket, strict=True)):
         raise BadSample(
             "too small",

@@ -1,9 +1,9 @@
-"""LatentCache: the posterior moments of every picture, encoded once, read one by one afterwards.
+"""LatentCache: the posterior moments of every image, encoded once, read one by one afterwards.
 
 Moments keep the VAE's randomness: each visit draws a new latent (LDM, section 3.1).
 
 A cache folder, which `cache_writer.py` makes, holds
-- `moments-00012-64x48.npy`: the pictures of chunk 12 of the data that became 64 x 48 pixels,
+- `moments-00012-64x48.npy`: the images of chunk 12 of the data that became 64 x 48 pixels,
   (m, V, 2C, h, w) in float16 for V views;
 - `index.npy`: for each sample its bucket, chunk and row, (N, 3) int32;
 - `samples.arrow`: for each sample its name and captions;
@@ -30,7 +30,7 @@ from latentdiff.formats.weights import load_json
 from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
 
-FORMAT = 3  # of a cache folder, and of how pictures are cut; other caches are refused
+FORMAT = 3  # of a cache folder, and of how images are cut; other caches are refused
 
 
 class LatentCache(Dataset[dict[str, Any]]):
@@ -68,7 +68,7 @@ class LatentCache(Dataset[dict[str, Any]]):
 
     @property
     def views(self) -> Views:
-        """The views of each picture."""
+        """The views of each image."""
         return Views(**self.header["views"])
 
     @property
@@ -151,7 +151,7 @@ def collate_moments(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def moments_path(folder: Path, chunk: int, size: Size) -> Path:
-    """The file of the moments of a chunk's pictures of one size."""
+    """The file of the moments of a chunk's images of one size."""
     return folder / f"moments-{chunk:05d}-{size[0]}x{size[1]}.npy"
 
 

@@ -29,9 +29,9 @@ from latentdiff.data.decode import BadSample
 from latentdiff.data.images import Sample, breakdown
 from latentdiff.data.views import Views
 from latentdiff.formats.weights import replacing, save_json
+from latentdiff.images import to_floats
 from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
-from latentdiff.pictures import to_floats
 
 CHUNK = 256  # samples of a file, which a killed process has to encode again
 RECORD = pa.schema(
@@ -83,7 +83,7 @@ def write_cache(
     unless the cache is finished, and may raise ValueError: see `gate.check_latents`.
 
     A finished cache of the same VAE, data, views and buckets is kept, and so are finished chunks.
-    `batch_size` pictures are encoded at a time, and threads (`num_workers` of the data) decode
+    `batch_size` images are encoded at a time, and threads (`num_workers` of the data) decode
     ahead. Bad samples are left out and counted. Raises ValueError when the folder holds the cache
     of something else, when another process writes it, when the sizes do not suit the VAE, when more
     than `max_bad` is bad, and for data without captions.
@@ -169,7 +169,7 @@ class _Encoder:
             min(size, known - i) for i in range(rank * size, known, world_size * size)
         )
         bad = Counter[str]()
-        with tqdm(total=share, desc="encoding", unit="picture", disable=rank > 0) as progress:
+        with tqdm(total=share, desc="encoding", unit="image", disable=rank > 0) as progress:
 
             def wanted(number: int) -> bool:
                 if number % world_size != rank:
@@ -201,7 +201,7 @@ class _Encoder:
         return len(record)
 
     def _shape(self, size: Size) -> tuple[int, int, int, int]:
-        """(V, 2C, h, w): the moments of one picture."""
+        """(V, 2C, h, w): the moments of one image."""
         f, C = self.vae.config.factor, self.vae.config.latent_channels
         return self.views.count, 2 * C, size[1] // f, size[0] // f
 
@@ -244,22 +244,22 @@ class _Encoder:
         return [row["reason"] for row in record if "reason" in row]
 
     def _look(self, sample: Sample | BadSample) -> BadSample | tuple[str, list[str], int, Tensor]:
-        """Name, captions, bucket and views (V, 3, H, W), without the large picture; or a fault."""
+        """Name, captions, bucket and views (V, 3, H, W), without the large image; or a fault."""
         if isinstance(sample, BadSample):
             return sample
-        size = sample.picture.size
+        size = sample.image.size
         bucket = nearest(size, self.config.buckets())
         wanted = self.config.buckets()[bucket]
         try:
             check_scale(size, wanted, self.config.upscale_limit)
         except BadSample as error:
             return BadSample(error.reason, f"{sample.name!r} {error.detail}")
-        views = self.views.of(sample.picture, sample.name, wanted)
+        views = self.views.of(sample.image, sample.name, wanted)
         return sample.name, sample.captions, bucket, views
 
     @torch.no_grad()
     def _encode(self, pixels: list[Tensor]) -> np.ndarray:
-        """Views of n pictures, (V, 3, H, W) each -> moments (n, V, 2C, h, w)."""
+        """Views of n images, (V, 3, H, W) each -> moments (n, V, 2C, h, w)."""
         device = next(self.vae.parameters()).device
         posterior = self.vae.encode(to_floats(torch.cat(pixels).to(device)))
         moments = torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu()
@@ -329,7 +329,7 @@ def _check_left_out(left_out: Counter[str], total: int, config: DataConfig) -> N
     """Raise ValueError when too many of `total` samples are bad, or none is good."""
     bad = left_out.total()
     if bad == total and config.max_bad == 1:
-        raise ValueError(f"data={config.data!r}: no picture is left of {total}")
+        raise ValueError(f"data={config.data!r}: no image is left of {total}")
     if bad > config.max_bad * total:
         raise ValueError(
             f"data={config.data!r}: {bad} of {total} samples cannot be encoded, more than "

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from latentdiff.data.decode import BadSample
 
-PLACES = 100  # for a picture's weighted captions, more only if there are more captions
+PLACES = 100  # for an image's weighted captions, more only if there are more captions
 WEIGHT_ERROR = 1e-3
 
 

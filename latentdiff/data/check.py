@@ -31,7 +31,7 @@ from latentdiff.data.sources import Source
 SUMMARY = "summary.json"
 ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
 EXAMPLES = 20  # names of extra files and duplicates that the summary lists
-AT_ONCE = 256  # pictures between the threads and the report
+AT_ONCE = 256  # images between the threads and the report
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Summary:
     duplicates: dict[str, int] = field(default_factory=dict)
     """Good samples whose file has the bytes of one before: these are trained on."""
     extra_files: dict[str, Any] = field(default_factory=dict)
-    """Pictures that no row of metadata names."""
+    """Images that no row of metadata names."""
 
 
 class _Good(NamedTuple):
@@ -138,7 +138,7 @@ def _checked(
             return error
         return _Good(image.size, notes, _number(data))
 
-    numbers = iter(tqdm(range(len(source.rows)), desc=config.split, unit="picture"))
+    numbers = iter(tqdm(range(len(source.rows)), desc=config.split, unit="image"))
     with ThreadPoolExecutor(max(1, config.num_workers)) as threads:
         while part := list(islice(numbers, AT_ONCE)):
             yield from zip(part, threads.map(look, part), strict=True)

@@ -1,4 +1,4 @@
-"""DataConfig: which pictures and captions a script works on, at what size, and what is bad."""
+"""DataConfig: which images and captions a script works on, at what size, and what is bad."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ from latentdiff.data.decode import Decoding
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.sources import splits
 
-SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its pictures, once
-MOST_ASPECT = 16.0  # beyond it a picture is a strip
+SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its images, once
+MOST_ASPECT = 16.0  # beyond it an image is a strip
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures and captions, at what size, and what is bad."""
+    """Which images and captions, at what size, and what is bad."""
 
     data: str = "shapes"
-    """A folder of pictures, .tar or .parquet files, a hub data set, or "shapes": a small set that
+    """A folder of images, .tar or .parquet files, a hub data set, or "shapes": a small set that
     is drawn on the spot."""
     split: str = "train"
     image_size: int = 64
     """Side in pixels: the shorter side is scaled to it and the middle cut out."""
     bucket_step: int = 0
-    """0: all latents are of squares; else of pictures that keep about their shape, with as many
+    """0: all latents are of squares; else of images that keep about their shape, with as many
     pixels as the square has at most, and sides that are multiples of this."""
     max_aspect: float = 2.0
     """With bucket_step: the longer side to the shorter one, at most."""
@@ -36,23 +36,23 @@ class DataConfig:
     caption_weights: Mapping[str, str] = field(default_factory=dict)
     """Column: the column with a number, or a list of them, for how often its captions are drawn."""
     allow_empty_caption: bool = False
-    """Train on pictures without a caption as on pictures with an empty one."""
+    """Train on images without a caption as on images with an empty one."""
     exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Column: values; rows that have one of the values are left out."""
     upscale_limit: float = 1.0
-    """Pictures that would have to be enlarged by more than this are bad."""
+    """Images that would have to be enlarged by more than this are bad."""
     max_megapixels: float = 64
-    """Larger pictures are bad, which their headers tell."""
+    """Larger images are bad, which their headers tell."""
     first_frame: bool = False
     """Take the first frame of an animation, which is bad otherwise."""
     background: str = "white"
-    """The colour behind transparent pictures, such as "white" or "#808080"."""
+    """The colour behind transparent images, such as "white" or "#808080"."""
     bad_samples: Path | None = None
     """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
     max_bad: float = 0.01
     """The share of bad samples above which the data is refused."""
     num_workers: int = 0
-    """Processes that read pictures ahead; threads where a set is gone through in order."""
+    """Processes that read images ahead; threads where a set is gone through in order."""
     stream: bool = False
     """Read the data shard by shard, without an index of all samples: for sets that are too large
     to open, or too far away to download."""
@@ -102,11 +102,11 @@ class DataConfig:
         return splits(self.place())
 
     def buckets(self) -> tuple[Size, ...]:
-        """The sizes (width, height) of the pictures that become latents."""
+        """The sizes (width, height) of the images that become latents."""
         return bucket_sizes(self.image_size, self.bucket_step, self.max_aspect)
 
     def decoding(self) -> Decoding:
-        """How files become pictures. Raises ValueError when that is impossible."""
+        """How files become images. Raises ValueError when that is impossible."""
         return Decoding(
             background=self.background,
             max_megapixels=self.max_megapixels,

@@ -1,4 +1,4 @@
-"""Bytes of a picture file to RGB in one place: whole and upright, or refused with a reason."""
+"""Bytes of an image file to RGB in one place: whole and upright, or refused with a reason."""
 
 import io
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
-from latentdiff.pictures import to_rgb
+from latentdiff.images import to_rgb
 
 # Only these decoders look at a file: Pillow has dozens, and the rare ones are where its holes are.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -32,7 +32,7 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How files become pictures.
+    """How files become images.
 
     Raises ValueError for an unknown colour, or a limit that Pillow would not get to.
     """
@@ -55,14 +55,14 @@ class Decoding:
             ) from error
 
 
-class Picture(NamedTuple):
+class Decoded(NamedTuple):
     """RGB, upright, and what had to be done for it."""
 
     image: Image.Image
     notes: tuple[str, ...]
 
 
-def decode(data: bytes, rules: Decoding) -> Picture:
+def decode(data: bytes, rules: Decoding) -> Decoded:
     """Decode a file to its last byte. Raises BadSample."""
     with _open(data, rules) as image:
         try:
@@ -82,7 +82,7 @@ def decode(data: bytes, rules: Decoding) -> Picture:
             notes.append("more than 8 bits")  # to_rgb scales them
         if image.has_transparency_data:
             notes.append("transparent")
-        return Picture(to_rgb(image, background=rules.background), tuple(notes))
+        return Decoded(to_rgb(image, background=rules.background), tuple(notes))
 
 
 def _open(data: bytes, rules: Decoding) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The emoji data set: every picture of a colour emoji font, captioned by its Unicode names."""
+"""The emoji data set: every image of a colour emoji font, captioned by its Unicode names."""
 
 import hashlib
 from collections import Counter
@@ -126,15 +126,15 @@ def build_emoji(
     counts = {name: Counter[str]() for name in (*SPLITS, "left out")}
 
     def examples() -> Iterator[Example]:
-        for sequence in tqdm(sequences, desc="emoji", unit="picture"):
+        for sequence in tqdm(sequences, desc="emoji", unit="image"):
             group, split = group_of(sequence), split_of(sequence)
-            picture = emoji_font.draw(sequence, size=size)
-            if picture is None:
+            image = emoji_font.draw(sequence, size=size)
+            if image is None:
                 counts["left out"][group] += 1
                 continue
             counts[split][group] += 1
             metadata = {**captions(sequence, languages=languages), "group": group}
-            yield Example(split, f"{code_points(sequence).lower()}.png", picture, metadata)
+            yield Example(split, f"{code_points(sequence).lower()}.png", image, metadata)
 
     write_image_folder(
         out, examples(), card=lambda: _card(emoji_font, languages, size=size, counts=counts)
@@ -180,7 +180,7 @@ language: [{", ".join(languages)}]
 ---
 # Emoji with captions
 
-{counts["train"].total() + counts["test"].total()} pictures of {size} x {size} pixels on white, \
+{counts["train"].total() + counts["test"].total()} images of {size} x {size} pixels on white, \
 made by `latentdiff data emoji`:
 
 ```python
@@ -188,8 +188,8 @@ datasets.load_dataset("imagefolder", data_dir="this folder")
 ```
 
 ## Source
-- Pictures: {font.describe()}. Noto Color Emoji is under the SIL Open Font License 1.1, which \
-leaves pictures drawn with it free.
+- Images: {font.describe()}. Noto Color Emoji is under the SIL Open Font License 1.1, which \
+leaves images drawn with it free.
 - Captions: the package `emoji` {version("emoji")} (names from Unicode CLDR), in \
 {", ".join(languages)}.
 - Drawn with Pillow {version("pillow")} at {FONT_SIZE} pixels, centred on a white square of \
@@ -212,6 +212,6 @@ plain: all others. For training without skin tones, keep the groups other than `
 as a whole number, leaves less than {TEST_PERCENT} when divided by 100.
 - Left out: what the font cannot draw as one glyph, being older than the emoji; and all that \
 Unicode does not call fully qualified.
-- A font may draw several emoji alike (flags of territories, some families): the same picture \
+- A font may draw several emoji alike (flags of territories, some families): the same image \
 then occurs more than once, each time with its own caption.
 """

@@ -18,7 +18,7 @@ FONT_SIZE = 109
 CANVAS = 144
 
 _ANY_EMOJI = "\N{GRINNING FACE}"
-_NO_EMOJI = "\U0010fffd"  # for private use: no font of this kind has a picture for it
+_NO_EMOJI = "\U0010fffd"  # for private use: no font of this kind has an image for it
 
 
 class EmojiFont:
@@ -27,7 +27,7 @@ class EmojiFont:
     `path` None looks in `FONT_PATHS`.
 
     Raises:
-        ValueError: no font there; a file that is no font with colour pictures for size 109; a
+        ValueError: no font there; a file that is no font with colour images for size 109; a
             Pillow without raqm, the library that joins sequences.
     """
 
@@ -49,19 +49,19 @@ class EmojiFont:
         """
         if self._font.getlength(sequence) != self._advance:
             return None
-        picture = self._draw(sequence)
-        if ImageChops.difference(picture, self._missing).getbbox() is None:
+        image = self._draw(sequence)
+        if ImageChops.difference(image, self._missing).getbbox() is None:
             return None
-        return picture.resize((size, size), Image.Resampling.LANCZOS)
+        return image.resize((size, size), Image.Resampling.LANCZOS)
 
     def _draw(self, sequence: str) -> Image.Image:
-        picture = Image.new("RGB", (CANVAS, CANVAS), "white")
+        image = Image.new("RGB", (CANVAS, CANVAS), "white")
         left, top, right, bottom = self._font.getbbox(_ANY_EMOJI)
         corner = ((CANVAS - right + left) // 2 - left, (CANVAS - bottom + top) // 2 - top)
-        ImageDraw.Draw(picture).text(
+        ImageDraw.Draw(image).text(
             corner, sequence, fill="black", font=self._font, embedded_color=True
         )
-        return picture
+        return image
 
     def describe(self) -> str:
         """Return the font's name, revision and SHA-256, for the data set's card."""

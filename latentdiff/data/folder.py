@@ -1,4 +1,4 @@
-"""Write captioned pictures as an image folder that `datasets` reads; whole, or not at all."""
+"""Write captioned images as an image folder that `datasets` reads; whole, or not at all."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class Example(NamedTuple):
-    """A picture (RGB), the split and the file name that it gets, and what is known about it."""
+    """An image (RGB), the split and the file name that it gets, and what is known about it."""
 
     split: Split
     file_name: str
@@ -62,7 +62,7 @@ def _write_examples(folder: Path, examples: Iterable[Example]) -> None:
     metadata: dict[Split, TextIO] = {}
     with ExitStack() as stack:
         for split, file_name, image, fields in examples:
-            if split not in metadata:  # `datasets` refuses a split that has no picture
+            if split not in metadata:  # `datasets` refuses a split that has no image
                 (folder / split).mkdir()
                 file = (folder / split / "metadata.jsonl").open("w", encoding="utf-8")
                 metadata[split] = stack.enter_context(file)

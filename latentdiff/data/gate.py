@@ -1,8 +1,8 @@
 """Whether the latents of a VAE are fit to train on: what is measured of them, and faults in words.
 
-Measured are the latents that a denoiser would see, on some pictures of its own data, and what the
+Measured are the latents that a denoiser would see, on some images of its own data, and what the
 training of the VAE noted of its discriminator. docs/vae.md has the reasons for each limit.
-Shapes: N pictures, C latent channels, h x w the latents' size.
+Shapes: N images, C latent channels, h x w the latents' size.
 """
 
 import warnings
@@ -21,11 +21,11 @@ from latentdiff.data.decode import BadSample
 from latentdiff.data.images import Sample
 from latentdiff.data.views import Views
 from latentdiff.formats.weights import load_json
+from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE
-from latentdiff.pictures import to_floats
 
 ACTIVE = 0.01
-"""Least share of a channel's variance that depends on the picture (Burda et al. 2016,
+"""Least share of a channel's variance that depends on the image (Burda et al. 2016,
 arXiv:1509.00519, where the unit is a variance of 1)."""
 DEVIATIONS = (0.25, 4.0)
 """Of all latents from 0: a factor of 4 in signal against noise, beyond which schedules are made
@@ -37,18 +37,18 @@ whose kurtosis is infinite, has 0.13 there."""
 HINGE = 0.1
 """Least mean of a discriminator's hinge loss, which is 1 when it cannot tell and 0 when all scores
 are beyond the margins, so that nothing is left to learn from (Lim & Ye 2017, eq. 9, halved)."""
-SAMPLE, TOGETHER = 256, 16  # pictures that are measured, and how many of them are neighbours
+SAMPLE, TOGETHER = 256, 16  # images that are measured, and how many of them are neighbours
 TRAINING = "training.json"  # beside a VAE, of train_vae.py
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What was measured on the latents of some pictures, around each channel's mean: (C,) each."""
+    """What was measured on the latents of some images, around each channel's mean: (C,) each."""
 
     active: Tensor
-    """Variance of the posterior's mean over the pictures, at each place, and then its mean."""
+    """Variance of the posterior's mean over the images, at each place, and then its mean."""
     variance: Tensor
-    """That of latents as they are drawn: of the mean over pictures and places, plus the noise's."""
+    """That of latents as they are drawn: of the mean over images and places, plus the noise's."""
     mean: Tensor
     far: Tensor
     """Share of the means' variance in values more than FAR deviations away."""
@@ -58,7 +58,7 @@ class LatentStatistics:
     @classmethod
     @torch.no_grad()
     def of(cls, vae: VAE, images: Iterable[Tensor], *, batch_size: int) -> Self:
-        """Encode pictures (3, S, S) uint8, two at least, so many at a time, as the cache does."""
+        """Encode images (3, S, S) uint8, two at least, so many at a time, as the cache does."""
         device = next(vae.parameters()).device
         source, means, noise = iter(images), list[Tensor](), list[Tensor]()
         while batch := list(islice(source, batch_size)):
@@ -94,12 +94,12 @@ def faults(
     shares = (latents.active / latents.variance).tolist()
     if dead := [c for c, share in enumerate(shares) if share < ACTIVE]:
         found.append(
-            "posterior collapse: too small a share of the variance depends on the picture in "
+            "posterior collapse: too small a share of the variance depends on the image in "
             f"{_channels(dead, shares)}, where {ACTIVE} is the least of a channel that is used; "
             + (
                 "train it with a lower kl_weight or fewer latent_channels"
                 if learned
-                else "it is the pictures that hardly differ there"
+                else "it is the images that hardly differ there"
             )
         )
     deviation = float((latents.variance + latents.mean.square()).mean().sqrt())
@@ -120,7 +120,7 @@ def faults(
             + (
                 "train it with a higher kl_weight"
                 if learned
-                else "it is the pictures in which a few places stand out"
+                else "it is the images in which a few places stand out"
             )
         )
     loss = training.get("disc_loss", 1.0)
@@ -128,7 +128,7 @@ def faults(
         scores = ""
         if training.keys() >= {"disc_real", "disc_fake"}:
             scores = (
-                f", with mean scores of {training['disc_real']:.2g} for pictures and "
+                f", with mean scores of {training['disc_real']:.2g} for images and "
                 f"{training['disc_fake']:.2g} for what the decoder makes of them"
             )
         found.append(
@@ -142,12 +142,12 @@ def faults(
 def check_latents(
     vae: VAE, dataset: Chunked, folder: Path, *, batch_size: int, refuse: bool
 ) -> None:
-    """Look at what the VAE in `folder` makes of up to 256 of the pictures, before all are encoded.
+    """Look at what the VAE in `folder` makes of up to 256 of the images, before all are encoded.
 
     Raises ValueError, in words, when something is wrong; warns instead unless told to `refuse`.
     """
     found = list[str]()
-    images = list(some_pictures(dataset))
+    images = list(some_images(dataset))
     if len(images) > 1:
         latents = LatentStatistics.of(vae, images, batch_size=batch_size)
         noted = folder / TRAINING
@@ -160,8 +160,8 @@ def check_latents(
         warnings.warn(sentence, stacklevel=2)
 
 
-def some_pictures(dataset: Chunked) -> Iterator[Tensor]:
-    """Up to 256 good pictures as squares (3, S, S) uint8: from all over a set, a stream's first."""
+def some_images(dataset: Chunked) -> Iterator[Tensor]:
+    """Up to 256 good images as squares (3, S, S) uint8: from all over a set, a stream's first."""
     size = next(size for size in dataset.config.buckets() if size[0] == size[1])
     parts = SAMPLE // TOGETHER
     number = -(-len(dataset) // TOGETHER) if isinstance(dataset, Sized) else parts
@@ -170,12 +170,12 @@ def some_pictures(dataset: Chunked) -> Iterator[Tensor]:
     for _, samples in islice(chunks, len(chosen)):
         for sample in samples:
             if isinstance(sample, Sample) and _is_large(sample, size, dataset.config.upscale_limit):
-                yield Views().of(sample.picture, sample.name, size)[0]
+                yield Views().of(sample.image, sample.name, size)[0]
 
 
 def _is_large(sample: Sample, size: tuple[int, int], limit: float) -> bool:
     try:
-        check_scale(sample.picture.size, size, limit)
+        check_scale(sample.image.size, size, limit)
     except BadSample:
         return False
     return True

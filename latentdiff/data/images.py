@@ -1,4 +1,4 @@
-"""Captioned pictures as uint8 tensors of one size, without what is bad."""
+"""Captioned images as uint8 tensors of one size, without what is bad."""
 
 import hashlib
 import json
@@ -21,20 +21,20 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.decode import BadSample, decode
 from latentdiff.data.sources import Source, check_columns, open_source
 from latentdiff.data.views import cut
-from latentdiff.pictures import to_rgb
+from latentdiff.images import to_rgb
 
-MEMORY_LIMIT = 1 << 30  # bytes of decoded pictures that are kept, so that small sets decode once
+MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are kept, so that small sets decode once
 BAD_SAMPLES = "bad_samples.jsonl"  # what `latentdiff data check` writes
 
-DUPLICATE = "duplicate name"  # the reason of a row whose picture an earlier row has
+DUPLICATE = "duplicate name"  # the reason of a row whose image an earlier row has
 
 
 class Sample(NamedTuple):
-    """One picture as it is in the data, RGB and upright, at its full size."""
+    """One image as it is in the data, RGB and upright, at its full size."""
 
     name: str
     """What it is called in messages, such as the file's name."""
-    picture: Image.Image
+    image: Image.Image
     captions: list[str]
 
 
@@ -71,7 +71,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
                 f"{self.source.name(first)!r} ({faults[first]})"
             )
         if not kept.any():
-            raise ValueError(f"data={config.data!r}: no picture is left in split {config.split!r}")
+            raise ValueError(f"data={config.data!r}: no image is left in split {config.split!r}")
         self._kept = None if kept.all() else np.flatnonzero(kept)
         self.rows = self.source.rows if self._kept is None else self.source.rows.select(self._kept)
         self.rows = self.rows.with_format(None)
@@ -87,7 +87,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of which samples there are, and of all that their pictures and captions are of.
+        """SHA-256 of which samples there are, and of all that their images and captions are of.
 
         The source's own fingerprint covers its rows with all their texts, and sizes and times of
         the files that they came from: nothing is read for it.
@@ -125,14 +125,14 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         number = self._number(index)
         name = self.source.name(number)
         try:
-            picture = decode(self.source.read(number, self.config.image_column), self.decoding)
+            image = decode(self.source.read(number, self.config.image_column), self.decoding)
             captions = self.captions[index] if self.captions else []
         except BadSample as error:
             return BadSample(error.reason, f"{name!r} {error.detail}".strip())
-        return Sample(name, picture.image, captions)
+        return Sample(name, image.image, captions)
 
     def image(self, index: int) -> Tensor:
-        """The picture as (3, S, S) uint8. Raises ValueError when it is bad."""
+        """The image as (3, S, S) uint8. Raises ValueError when it is bad."""
         if self._images is not None and index in self._images:
             return self._images[index]
         number = self._number(index)
@@ -142,9 +142,9 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         except BadSample as error:
             raise BadSample(
                 error.reason,
-                f"data={self.config.data!r}: the picture of row {index}, "
+                f"data={self.config.data!r}: the image of row {index}, "
                 f"{self.source.name(number)!r}, cannot be used: {error.detail}; "
-                "`latentdiff data check` finds all such pictures",
+                "`latentdiff data check` finds all such images",
             ) from error
         if self._images is not None:
             self._images[index] = pixels
@@ -191,26 +191,26 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def square_pixels(data: bytes, config: DataConfig) -> Tensor:
-    """A file's picture as a square, (3, S, S) uint8. Raises BadSample."""
-    picture = decode(data, config.decoding()).image
+    """A file's image as a square, (3, S, S) uint8. Raises BadSample."""
+    image = decode(data, config.decoding()).image
     side = config.image_size
-    check_scale(picture.size, (side, side), config.upscale_limit)
-    pixels = torch.from_numpy(np.array(square(picture, side)))
+    check_scale(image.size, (side, side), config.upscale_limit)
+    pixels = torch.from_numpy(np.array(square(image, side)))
     return pixels.permute(2, 0, 1).contiguous()
 
 
-def square(picture: Image.Image, size: int) -> Image.Image:
+def square(image: Image.Image, size: int) -> Image.Image:
     """Upright, on white where transparent, shorter side scaled to `size`, the middle cut out."""
-    return cut(to_rgb(picture), (size, size))
+    return cut(to_rgb(image), (size, size))
 
 
 def open_data(config: DataConfig) -> Source:
     """The source of a configuration, with all the columns that it names. Raises ValueError."""
     source = open_source(config.place(), config.split)
     check_columns(config.data, named_columns(config), source.columns)
-    if config.image_column not in source.pictures:
+    if config.image_column not in source.images:
         raise ValueError(
-            f"data={config.data!r}: the column {config.image_column!r} holds no pictures but "
+            f"data={config.data!r}: the column {config.image_column!r} holds no images but "
             f"{source.rows.features[config.image_column]}"
         )
     return source
@@ -244,7 +244,7 @@ def missing_captions(captions: Captions, config: DataConfig) -> np.ndarray:
 
 
 def check_size(size: Size, config: DataConfig) -> None:
-    """Raise BadSample when a picture (width, height) is too small for the configuration."""
+    """Raise BadSample when an image (width, height) is too small for the configuration."""
     check_scale(size, config.buckets()[nearest(size, config.buckets())], config.upscale_limit)
 
 

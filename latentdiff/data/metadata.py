@@ -1,4 +1,4 @@
-"""Captions beside pictures: metadata.jsonl, .csv or .parquet, or a .txt for each picture."""
+"""Captions beside images: metadata.jsonl, .csv or .parquet, or a .txt for each image."""
 
 import codecs
 import csv
@@ -46,7 +46,7 @@ def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
 
 
 def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:
-    """A row for each picture with the text of the file beside it, where there is one."""
+    """A row for each image with the text of the file beside it, where there is one."""
 
     def rows() -> Iterator[dict[str, Any]]:
         for name in names:
@@ -64,8 +64,8 @@ def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:
     return batched(rows())
 
 
-def pictures_in(folder: Path, root: Path) -> list[str]:
-    """The picture files below a folder, relative to the root, in the order of their names."""
+def images_in(folder: Path, root: Path) -> list[str]:
+    """The image files below a folder, relative to the root, in the order of their names."""
     inside = "" if folder == root else folder.relative_to(root).as_posix() + "/"
     found = walk(folder, lambda name: os.path.splitext(name)[1].lower() in SUFFIXES)
     return [inside + name for name in found]
@@ -126,7 +126,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _name_in(line: bytes) -> str | None:
-    """The picture that a damaged line is about, when it is not the name that is damaged."""
+    """The image that a damaged line is about, when it is not the name that is damaged."""
     try:
         name = json.loads(line.decode("utf-8", "replace"))["file_name"]
     except (ValueError, KeyError, TypeError, RecursionError):

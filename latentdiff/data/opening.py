@@ -1,4 +1,4 @@
-"""What training asks of its pictures, whether they have random access or come as a stream."""
+"""What training asks of its images, whether they have random access or come as a stream."""
 
 from collections.abc import Iterator
 from functools import partial

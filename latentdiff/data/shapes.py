@@ -30,7 +30,7 @@ SHAPES = {
     "star": "星形",
     "cross": "十字形",
 }
-# English word: Chinese word, half of the shape's extent as a share of the picture's side. Most
+# English word: Chinese word, half of the shape's extent as a share of the image's side. Most
 # shapes are of middle size, which a caption leaves unsaid.
 SIZES = {"small": ("小的", 0.10), "": ("", 0.15), "large": ("大的", 0.21)}
 # English words: Chinese word, the axis (0 is x, 1 is y), whether the first shape comes first on it.
@@ -48,14 +48,14 @@ HELD_OUT = frozenset(
 )
 
 _PAIRS = tuple((colour, kind) for colour in COLOURS for kind in SHAPES)
-_MARGIN = 0.04  # between the shapes and the picture's edge, and between two shapes
+_MARGIN = 0.04  # between the shapes and the image's edge, and between two shapes
 _SUPERSAMPLING = 4  # drawn this much larger, then averaged: antialiasing
 
 _T = TypeVar("_T")
 
 
 class Shape(NamedTuple):
-    """One shape of a scene: its words, and its centre as a share of the picture's side."""
+    """One shape of a scene: its words, and its centre as a share of the image's side."""
 
     size: str
     colour: str
@@ -65,7 +65,7 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture (RGB), its captions, and whether it belongs to `test` (see `HELD_OUT`)."""
+    """An image (RGB), its captions, and whether it belongs to `test` (see `HELD_OUT`)."""
 
     image: Image.Image
     caption: str
@@ -114,7 +114,7 @@ def build_shapes(
     counts: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
 
     def examples() -> Iterator[Example]:
-        for index in tqdm(range(count), desc="shapes", unit="picture"):
+        for index in tqdm(range(count), desc="shapes", unit="image"):
             scene = shape_scene(seed, index, size)
             split: Split = "test" if scene.held_out else "train"
             counts[split] += 1
@@ -248,7 +248,7 @@ datasets.load_dataset("imagefolder", data_dir="this folder")
 ```
 
 Columns: `image`, `text` (English: "a small red circle left of a blue square"), `text_zh` \
-(Chinese). A caption says all that is in the picture; a shape without a word for its size is of \
+(Chinese). A caption says all that is in the image; a shape without a word for its size is of \
 middle size.
 
 - Colours: {", ".join(COLOURS)}.

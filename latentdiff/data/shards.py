@@ -26,12 +26,12 @@ from latentdiff.data.sources import (
 )
 from latentdiff.data.tar import Tape, samples_of
 
-ROWS = 64  # of a parquet file, with their pictures, in memory at a time
+ROWS = 64  # of a parquet file, with their images, in memory at a time
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a picture are on disk: `size` of them from `offset` on, all if None."""
+    """Where the bytes of an image are on disk: `size` of them from `offset` on, all if None."""
 
     root: Path
     name: str
@@ -49,7 +49,7 @@ class Place:
                 file.seek(self.offset)
                 return file.read(-1 if self.size is None else self.size)
         except OSError as error:
-            raise BadSample("missing picture", str(error.strerror)) from error
+            raise BadSample("missing image", str(error.strerror)) from error
 
 
 class Raw(NamedTuple):
@@ -60,7 +60,7 @@ class Raw(NamedTuple):
     row: Mapping[str, Any]
     """Captions and other columns."""
     file: bytes | Place | None
-    """The picture's file, where it is, or None when it was not asked for."""
+    """The image's file, where it is, or None when it was not asked for."""
     fault: BadSample | None = None
 
 
@@ -68,12 +68,12 @@ class Shard(Protocol):
     """Samples in an order that never changes. A shard can go to another process."""
 
     places: bool
-    """Whether a picture that was not asked for has its place, to be read later."""
+    """Whether an image that was not asked for has its place, to be read later."""
 
-    def samples(self, pictures: Callable[[], bool]) -> Iterator[Raw]:
-        """The samples in order. `pictures` is asked whether the next sample's picture is wanted.
+    def samples(self, images: Callable[[], bool]) -> Iterator[Raw]:
+        """The samples in order. `images` is asked whether the next sample's image is wanted.
 
-        A shard without places asks once, for all its pictures. Raises ValueError when the shard is
+        A shard without places asks once, for all its images. Raises ValueError when the shard is
         broken.
         """
         ...
@@ -84,8 +84,8 @@ class Shards(NamedTuple):
 
     shards: Sequence[Shard]
     columns: Sequence[str] | None
-    """The columns, where they are known before the samples are read, and those with pictures."""
-    pictures: Sequence[str]
+    """The columns, where they are known before the samples are read, and those with images."""
+    images: Sequence[str]
     numbered: bool
     """Whether names are those that `latentdiff data check` writes."""
     fingerprint: str
@@ -95,7 +95,7 @@ class Shards(NamedTuple):
 def open_shards(data: str, split: str, *, image_column: str, columns: Sequence[str]) -> Shards:
     """The shards of a split: tars, row groups of parquet, metadata files, folders, or the hub's.
 
-    Of tables nothing is read but the pictures' column and `columns`. Raises ValueError when there
+    Of tables nothing is read but the images' column and `columns`. Raises ValueError when there
     is no such data or split.
     """
     datasets.disable_progress_bars()
@@ -131,10 +131,10 @@ class TarShard:
     file: str
     places = True
 
-    def samples(self, pictures: Callable[[], bool]) -> Iterator[Raw]:
+    def samples(self, images: Callable[[], bool]) -> Iterator[Raw]:
         """See Shard."""
         with (self.root / self.file).open("rb") as file:
-            for row in samples_of(Tape(file, str(self.root / self.file)), pictures=pictures):
+            for row in samples_of(Tape(file, str(self.root / self.file)), images=images):
                 data = row.pop("_file", None)
                 if data is None:
                     data = Place(self.root, self.file, row["_offset"], row["_bytes"])
@@ -143,31 +143,31 @@ class TarShard:
 
 @dataclass(frozen=True)
 class MetadataShard:
-    """The pictures that a metadata file names."""
+    """The images that a metadata file names."""
 
     root: Path
     file: str
     places = True
 
-    def samples(self, pictures: Callable[[], bool]) -> Iterator[Raw]:
-        """See Shard; the pictures are files, which are read when they are decoded."""
+    def samples(self, images: Callable[[], bool]) -> Iterator[Raw]:
+        """See Shard; the images are files, which are read when they are decoded."""
         tables = metadata_tables(self.root / self.file, self.file.rpartition("/")[0])
         return _rows_of(tables, self.root)
 
 
 @dataclass(frozen=True)
 class FolderShard:
-    """The pictures of one folder, without those of folders in it, and the texts beside them."""
+    """The images of one folder, without those of folders in it, and the texts beside them."""
 
     root: Path
     folder: str
     places = True
 
-    def samples(self, pictures: Callable[[], bool]) -> Iterator[Raw]:
-        """See Shard; the pictures are files, which are read when they are decoded."""
+    def samples(self, images: Callable[[], bool]) -> Iterator[Raw]:
+        """See Shard; the images are files, which are read when they are decoded."""
         inside = f"{self.folder}/" if self.folder else ""
         with os.scandir(self.root / self.folder) as entries:
-            names = sorted(e.name for e in entries if _is_picture(e.name) and not e.is_dir())
+            names = sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir())
         return _rows_of(text_tables(self.root, (inside + name for name in names)), self.root)
 
 
@@ -184,9 +184,9 @@ class ParquetShard:
     columns: Sequence[str]
     places = False
 
-    def samples(self, pictures: Callable[[], bool]) -> Iterator[Raw]:
+    def samples(self, images: Callable[[], bool]) -> Iterator[Raw]:
         """See Shard."""
-        wanted = pictures()
+        wanted = images()
         columns = list(dict.fromkeys((*self.columns, *([self.image_column] if wanted else ()))))
         try:
             with pq.ParquetFile(self.path, pre_buffer=False) as file:
@@ -219,9 +219,9 @@ class TableShard:
     image_column: str
     places = False
 
-    def samples(self, pictures: Callable[[], bool]) -> Iterator[Raw]:
+    def samples(self, images: Callable[[], bool]) -> Iterator[Raw]:
         """See Shard."""
-        wanted = pictures()
+        wanted = images()
         for number, row in enumerate(self.rows):
             data, fault = None, None
             if wanted:
@@ -243,8 +243,8 @@ def _hub_shards(data: str, split: str, image_column: str, columns: Sequence[str]
         rows = rows._resolve_features()
     features = rows.features
     assert features is not None
-    pictures = [name for name, kind in features.items() if holds_files(kind)]
-    for name in pictures:
+    images = [name for name, kind in features.items() if holds_files(kind)]
+    for name in images:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     known = list(features)
     wanted = dict.fromkeys((image_column, *columns))
@@ -258,7 +258,7 @@ def _hub_shards(data: str, split: str, image_column: str, columns: Sequence[str]
     shards = [
         TableShard(rows.shard(count, i), f"{split}:{i}", home, image_column) for i in range(count)
     ]
-    return Shards(shards, known, pictures, False, _digest(key))
+    return Shards(shards, known, images, False, _digest(key))
 
 
 def _parquet_shards(
@@ -279,9 +279,9 @@ def _parquet_shards(
                 first += file.metadata.row_group(group).num_rows
     assert schema is not None
     features = datasets.Features.from_arrow_schema(schema)
-    pictures = [name for name, kind in features.items() if holds_files(kind)]
+    images = [name for name, kind in features.items() if holds_files(kind)]
     fingerprint = _digest(["parquet", split, _looked_at(root, files)])
-    return Shards(shards, schema.names, pictures, True, fingerprint)
+    return Shards(shards, schema.names, images, True, fingerprint)
 
 
 def _rows_of(tables: Iterator[pa.Table], root: Path) -> Iterator[Raw]:
@@ -307,7 +307,7 @@ def _embedded(
     """
     file = row.pop(column)
     if file is None or (file["bytes"] is None and file["path"] is None):
-        return None, BadSample("missing picture")
+        return None, BadSample("missing image")
     if file["bytes"] is not None:
         return file["bytes"], None
     *archive, address = file["path"].split("::")
@@ -317,22 +317,22 @@ def _embedded(
         with xopen(file["path"], "rb") as opened:
             return opened.read(), None
     except FileNotFoundError:
-        return None, BadSample("missing picture", file["path"])
+        return None, BadSample("missing image", file["path"])
 
 
 def _folders(place: Path, root: Path) -> list[str]:
-    """The folders that have pictures, relative to the root, sorted; "" is the root itself."""
+    """The folders that have images, relative to the root, sorted; "" is the root itself."""
     found = []
     for folder, inner, names in os.walk(place):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        if any(map(_is_picture, names)):
+        if any(map(_is_image, names)):
             found.append(Path(folder).relative_to(root).as_posix().removeprefix("."))
     if not found:
-        raise ValueError(f"data={str(root)!r} holds no pictures")
+        raise ValueError(f"data={str(root)!r} holds no images")
     return sorted(found)
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 

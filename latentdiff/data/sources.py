@@ -16,7 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from latentdiff.data.decode import BadSample
 from latentdiff.data.index import batched, open_index
-from latentdiff.data.metadata import NAMES, metadata_tables, pictures_in, text_tables, walk
+from latentdiff.data.metadata import NAMES, images_in, metadata_tables, text_tables, walk
 from latentdiff.data.tar import samples
 
 SPLITS = ("train", "validation", "test")  # folders, or beginnings of file names
@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Samples 0 … len(rows) - 1: a memory-mapped table, and pictures read one at a time."""
+    """Samples 0 … len(rows) - 1: a memory-mapped table, and images read one at a time."""
 
     rows: datasets.Dataset
-    """Captions and other columns; `_fingerprint` is of the pictures as well."""
+    """Captions and other columns; `_fingerprint` is of the images as well."""
     columns: list[str]
     """Those of the columns that are a user's business."""
-    pictures: list[str]
-    """Those that hold pictures."""
+    images: list[str]
+    """Those that hold images."""
     faults: dict[int, BadSample]
-    """Samples that are bad without a look at their pictures, by number."""
+    """Samples that are bad without a look at their images, by number."""
 
     def name(self, index: int) -> str:
         """What a sample is called in messages and in bad_samples.jsonl."""
@@ -46,11 +46,11 @@ class Source(Protocol):
         ...
 
     def read(self, index: int, column: str) -> bytes:
-        """The file of a picture. Raises BadSample when there is none."""
+        """The file of an image. Raises BadSample when there is none."""
         ...
 
     def extra(self) -> list[str]:
-        """Picture files that no row names."""
+        """Image files that no row names."""
         ...
 
 
@@ -88,7 +88,7 @@ def check_columns(data: str, asked: Iterable[str], columns: Sequence[str], where
         if name not in columns:
             raise ValueError(
                 f"data={data!r} has no column {name!r}{where}, only {list(columns)}; captions are "
-                "in metadata.jsonl beside the pictures, with rows such as "
+                "in metadata.jsonl beside the images, with rows such as "
                 '{"file_name": "1.png", "text": "a cat"}, or in a .txt file for each'
             )
 
@@ -122,7 +122,7 @@ def _parts(data: str) -> dict[str, Any]:
 
 
 class LocalForm(NamedTuple):
-    """What is at a place on disk: `kind` is "tar", "parquet" or "folder" (of pictures)."""
+    """What is at a place on disk: `kind` is "tar", "parquet" or "folder" (of images)."""
 
     kind: str
     root: Path
@@ -169,16 +169,16 @@ def _tables(loaded: Any) -> dict[str, Any]:
 
 
 class _TableSource:
-    """Rows that hold the pictures' files themselves: parquet, and what the hub has."""
+    """Rows that hold the images' files themselves: parquet, and what the hub has."""
 
     def __init__(self, rows: datasets.Dataset, split: str) -> None:
-        self.pictures = [name for name, kind in rows.features.items() if holds_files(kind)]
-        for name in self.pictures:
+        self.images = [name for name, kind in rows.features.items() if holds_files(kind)]
+        for name in self.images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         self.rows, self.split = rows, split
         self.columns = list(rows.column_names)
         self.faults: dict[int, BadSample] = {}
-        self._files = {name: rows.select_columns([name]) for name in self.pictures}
+        self._files = {name: rows.select_columns([name]) for name in self.images}
 
     def name(self, index: int) -> str:
         return f"{self.split}:{index}"
@@ -189,7 +189,7 @@ class _TableSource:
     def read(self, index: int, column: str) -> bytes:
         file = self._files[column][index][column]
         if file is None or (file["bytes"] is None and file["path"] is None):
-            raise BadSample("missing picture")
+            raise BadSample("missing image")
         if file["bytes"] is not None:
             return file["bytes"]
         # The hub's image folders name files of the cache; a row that names another one is a trap.
@@ -204,14 +204,14 @@ class _TableSource:
 
 
 def holds_files(kind: Any) -> bool:
-    """Whether a feature is of pictures, as `datasets` writes them to parquet."""
+    """Whether a feature is of images, as `datasets` writes them to parquet."""
     if isinstance(kind, datasets.Image):
         return True
     return isinstance(kind, Mapping) and set(kind) == {"bytes", "path"}
 
 
 class _FolderSource:
-    """Pictures beside metadata files or .txt files, or alone."""
+    """Images beside metadata files or .txt files, or alone."""
 
     def __init__(self, root: Path, split: str, files: list[str]) -> None:
         self.root, self.split = root, split
@@ -230,21 +230,21 @@ class _FolderSource:
                     yield from metadata_tables(root / name, name.rpartition("/")[0])
 
         else:
-            pictures = pictures_in(root / split, root)
+            images = images_in(root / split, root)
             key = hashlib.sha256()
-            for name in pictures:
+            for name in images:
                 text = (root / name).with_suffix(".txt")
                 key.update(f"{name}/{file_times(text) if text.is_file() else None}".encode())
             key = key.hexdigest()
-            if not pictures:
-                raise ValueError(f"data={str(root)!r} holds no pictures")
+            if not images:
+                raise ValueError(f"data={str(root)!r} holds no images")
 
             def tables() -> Iterator[pa.Table]:
-                return text_tables(root, pictures)
+                return text_tables(root, images)
 
         self.described = bool(metadata)
         index = open_index(str(root.resolve()), [split, key], tables)
-        self.pictures = ["image"]
+        self.images = ["image"]
         self.columns = ["image", *(name for name in index.column_names if visible(name))]
         self.faults = _written_faults(index)
         digest = self._look(index)
@@ -252,7 +252,7 @@ class _FolderSource:
         self._files = self.rows.select_columns(["file_name"])
 
     def _look(self, index: datasets.Dataset) -> str:
-        """Note pictures that are missing; a hash of the index and all pictures' sizes and times."""
+        """Note images that are missing; a hash of the index and all images' sizes and times."""
         digest = hashlib.sha256(index._fingerprint.encode())
         root, number = f"{self.root}/", 0
         inside = {"": True}  # folders, which may be links
@@ -269,11 +269,11 @@ class _FolderSource:
                         found = os.stat(root + name)
                         within = is_inside(self.root / name, self.root)
                     if not within or not stat.S_ISREG(found.st_mode):
-                        reason = "missing picture" if within else "leads outside"
+                        reason = "missing image" if within else "leads outside"
                         self.faults.setdefault(number, BadSample(reason))
                     seen.extend((found.st_size, found.st_mtime_ns))
                 except OSError:
-                    self.faults.setdefault(number, BadSample("missing picture"))
+                    self.faults.setdefault(number, BadSample("missing image"))
                 number += 1
             digest.update(seen.tobytes())
         return digest.hexdigest()[:16]
@@ -291,7 +291,7 @@ class _FolderSource:
     def extra(self) -> list[str]:
         if not self.described:
             return []
-        return sorted(set(pictures_in(self.root / self.split, self.root)) - set(self.names()))
+        return sorted(set(images_in(self.root / self.split, self.root)) - set(self.names()))
 
 
 class _TarSource:
@@ -307,7 +307,7 @@ class _TarSource:
 
         key = [(shard, *file_times(root / shard)) for shard in shards]
         self.rows = open_index(str(root.resolve()), key, lambda: batched(rows()))
-        self.pictures = ["image"]
+        self.images = ["image"]
         self.columns = ["image", *(name for name in self.rows.column_names if visible(name))]
         self.faults = _written_faults(self.rows)
         self._files = self.rows.select_columns(["file_name", "_shard", "_offset", "_bytes"])
@@ -359,7 +359,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BadSample("missing picture", str(error.strerror)) from error
+        raise BadSample("missing image", str(error.strerror)) from error
 
 
 def file_times(path: Path) -> tuple[int, int]:

@@ -40,7 +40,7 @@ NOT_DATA = {"num_workers", "max_bad", "bad_samples", "bucket_step", "max_aspect"
 
 
 class Kept(NamedTuple):
-    """A sample that is trained on unless its picture turns out to be bad."""
+    """A sample that is trained on unless its image turns out to be bad."""
 
     name: str
     file: bytes | Place | None
@@ -91,7 +91,7 @@ class StreamedImages:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the files, by size and time, and of how they become pictures and captions."""
+        """SHA-256 of the files, by size and time, and of how they become images and captions."""
         names = [one.name for one in fields(DataConfig) if one.name not in NOT_DATA]
         options = {name: getattr(self.config, name) for name in names}
         text = json.dumps([self._files, options, self.known], sort_keys=True)
@@ -137,7 +137,7 @@ class StreamedImages:
                 yield example
 
     def captions(self) -> Iterator[list[str]]:
-        """One epoch of captions in the order of the files; pictures are not read."""
+        """One epoch of captions in the order of the files; images are not read."""
         for kept in self._kept(self.shards, None):
             yield kept.captions
 
@@ -156,7 +156,7 @@ class StreamedImages:
 
         An epoch goes through the shards in an order of its own; each sample takes the place of one
         that is drawn from a buffer of `shuffle_buffer`. Batches run on across the end of an epoch.
-        A bad picture is replaced by the next good sample of that order.
+        A bad image is replaced by the next good sample of that order.
 
         The numbers of processes and workers do not change what is in a batch. With workers, one
         process reads and `num_workers` threads of it decode. Raises ValueError when too much is
@@ -180,7 +180,7 @@ class StreamedImages:
     def shuffled(self, start: int, *, seed: int, batch_size: int = 1) -> Iterator[Kept]:
         """The samples from position `start` on, of one epoch after the other.
 
-        What comes before is read without its pictures where they can be found again, else with
+        What comes before is read without its images where they can be found again, else with
         them; nothing is decoded. Raises ValueError when an epoch has fewer than `batch_size`.
         """
         epoch, skip = 0, start
@@ -222,18 +222,16 @@ class StreamedImages:
             passed += 1
         return passed
 
-    def _kept(self, shards: Sequence[Shard], pictures: Callable[[], bool] | None) -> Iterator[Kept]:
+    def _kept(self, shards: Sequence[Shard], images: Callable[[], bool] | None) -> Iterator[Kept]:
         """The samples of the shards, in order, without those that are bad by what is known.
 
-        `pictures` is asked whether the next sample's picture is wanted now, if it can be fetched
-        later; what cannot be is read, unless `pictures` is None: then none is.
+        `images` is asked whether the next sample's image is wanted now, if it can be fetched
+        later; what cannot be is read, unless `images` is None: then none is.
         """
         self.left_out = left_out = Counter[str]()
         kept = 0
         for part in shards:
-            asked = (
-                pictures if part.places and pictures is not None else lambda: pictures is not None
-            )
+            asked = images if part.places and images is not None else lambda: images is not None
             seen = set[str]()
             for raw in part.samples(asked):
                 if any(raw.row.get(name) in out for name, out in self.config.exclude.items()):
@@ -252,7 +250,7 @@ class StreamedImages:
         self._check(left_out, total, whole=True, last="")
         if kept == 0:
             raise ValueError(
-                f"data={self.config.data!r}: no picture is left in split {self.config.split!r}"
+                f"data={self.config.data!r}: no image is left in split {self.config.split!r}"
             )
         self.num_samples = kept
         self._check_replaced()
@@ -281,10 +279,10 @@ class StreamedImages:
 
     def _sample(self, kept: Kept) -> Sample | BadSample:
         try:
-            picture = decode(_bytes(kept), self.config.decoding()).image
+            image = decode(_bytes(kept), self.config.decoding()).image
         except BadSample as error:
             return BadSample(error.reason, f"{kept.name!r} {error.detail}".strip())
-        return Sample(kept.name, picture, kept.captions)
+        return Sample(kept.name, image, kept.captions)
 
     def _made(
         self,
@@ -320,7 +318,7 @@ class StreamedImages:
                 waiting.popleft()
 
     def _pass_over(self, name: str, error: BadSample) -> None:
-        """Note a picture that turned out to be bad. Raises ValueError when there are too many."""
+        """Note an image that turned out to be bad. Raises ValueError when there are too many."""
         if not self.replaced:
             warnings.warn(f"a sample is replaced by the next: {name!r} ({error})", stacklevel=3)
         self.replaced[name] = error
@@ -359,10 +357,10 @@ class StreamedImages:
             names = dict.fromkeys(name for row in rows for name in row if visible(name))
             columns, where = ["image", *names], f" in its first {len(rows)} samples"
         check_columns(self.config.data, named_columns(self.config), columns, where)
-        if self.config.image_column not in found.pictures:
+        if self.config.image_column not in found.images:
             raise ValueError(
                 f"data={self.config.data!r}: the column {self.config.image_column!r} holds no "
-                f"pictures; those that do are {list(found.pictures)}"
+                f"images; those that do are {list(found.images)}"
             )
 
 

@@ -21,7 +21,7 @@ EXAMPLES = 8
 def images_summary(
     dataset: CaptionedImages | StreamedImages, *, held_out: int | None = None
 ) -> dict[str, Any]:
-    """What `fit(summary=...)` can be told of pictures; see `cache_summary`.
+    """What `fit(summary=...)` can be told of images; see `cache_summary`.
 
     Nothing is said of `held_out` where that is None, as in a training that holds nothing out.
 

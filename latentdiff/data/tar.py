@@ -15,7 +15,7 @@ from latentdiff.data.decode import BadSample
 
 BLOCK = 512
 PIECE = 1 << 20  # bytes of what is passed over, in memory at a time
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 MOST_DIGITS = 18  # of a size in bytes
 TEXT_LIMIT = 1 << 20  # bytes of a caption, a JSON object or a name; beyond it is no caption
 
@@ -70,7 +70,7 @@ def members_of(tape: Tape) -> Iterator[Member]:
     """Every regular file with a safe name and a wanted suffix, in order; the tape is at its bytes.
 
     Links, devices, folders, absolute names, `..` and backslashes are passed over, and so is
-    everything but pictures, `.txt` and `.json`. Raises ValueError for what is no tar, or a tar
+    everything but images, `.txt` and `.json`. Raises ValueError for what is no tar, or a tar
     that ends early.
     """
     override = dict[str, str]()
@@ -103,12 +103,12 @@ def samples(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def samples_of(
-    tape: Tape, *, pictures: Callable[[], bool] = lambda: False
+    tape: Tape, *, images: Callable[[], bool] = lambda: False
 ) -> Iterator[dict[str, Any]]:
-    """A row for each sample with a picture: `file_name`, `_offset`, `_bytes`, captions and fields.
+    """A row for each sample with an image: `file_name`, `_offset`, `_bytes`, captions and fields.
 
     `text` is the `.txt` member; the keys of the `.json` member's object are columns. What is wrong
-    with a sample is in `_fault` and `_detail`. `pictures` is asked before each picture, after all
+    with a sample is in `_fault` and `_detail`. `images` is asked before each image, after all
     samples before it were handed out, whether to read it into `_file`. Raises ValueError as
     `members_of` does.
     """
@@ -118,20 +118,20 @@ def samples_of(
             if "_offset" in row:
                 yield row
             key, row = _key(member.name), {}
-        _add(row, member, tape, pictures)
+        _add(row, member, tape, images)
     if "_offset" in row:
         yield row
 
 
-def _add(row: dict[str, Any], member: Member, tape: Tape, pictures: Callable[[], bool]) -> None:
+def _add(row: dict[str, Any], member: Member, tape: Tape, images: Callable[[], bool]) -> None:
     suffix = PurePosixPath(member.name).suffix.lower()
-    if suffix in PICTURES:
+    if suffix in IMAGES:
         if "_offset" in row:
-            row |= {"_fault": "two pictures of one name", "_detail": member.name}
+            row |= {"_fault": "two images of one name", "_detail": member.name}
             return
         row |= {"file_name": member.name, "_offset": member.offset}
         row["_bytes"] = member.size
-        if pictures():
+        if images():
             row["_file"] = tape.take(member.size)
         return
     try:
@@ -221,7 +221,7 @@ def _wanted(name: str) -> bool:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         return False
-    return path.suffix.lower() in PICTURES | {".txt", ".json"}
+    return path.suffix.lower() in IMAGES | {".txt", ".json"}
 
 
 def _key(name: str) -> str:

@@ -1,1 +1,1 @@
-"""How good drawn pictures are."""
+"""How good drawn images are."""

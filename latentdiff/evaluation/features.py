@@ -1,6 +1,6 @@
-"""Pictures as vectors of a CLIP's image tower, and how far two sets of pictures are apart.
+"""Images as vectors of a CLIP's image tower, and how far two sets of images are apart.
 
-N pictures, D numbers each: the tower's projected state, not scaled to length 1, as in "FID with
+N images, D numbers each: the tower's projected state, not scaled to length 1, as in "FID with
 CLIP features" (Kynkäänniemi et al. 2023, arXiv:2203.06026), which agrees better with people than
 Inception's features of ImageNet classes. Distances are of one tower: those of two say nothing of
 each other.
@@ -22,14 +22,14 @@ from latentdiff.data.decode import SUFFIXES, BadSample, Decoding, decode
 from latentdiff.data.views import cut
 from latentdiff.evaluation.frechet import Moments, frechet_distance
 from latentdiff.evaluation.kernel import kernel_distance
+from latentdiff.images import from_pil
 from latentdiff.models.clip_start import Pixels, load_clip
-from latentdiff.pictures import from_pil
 
-GRID = "grid.png"  # which `latentdiff generate` writes beside its pictures
+GRID = "grid.png"  # which `latentdiff generate` writes beside its images
 
 
 class Features:
-    """An image tower that makes vectors (N, D) of pictures of any size."""
+    """An image tower that makes vectors (N, D) of images of any size."""
 
     def __init__(self, clip: CLIPModel, pixels: Pixels, *, batch_size: int = 64) -> None:
         self.clip: Any = clip.requires_grad_(False).eval()  # whose methods' types say nothing
@@ -53,30 +53,30 @@ class Features:
         return self.clip.config.projection_dim
 
     @torch.no_grad()
-    def __call__(self, pictures: Iterable[Image.Image]) -> Tensor:
-        """Vectors (N, D) of RGB pictures, on the CPU; read as they are needed.
+    def __call__(self, images: Iterable[Image.Image]) -> Tensor:
+        """Vectors (N, D) of RGB images, on the CPU; read as they are needed.
 
         Of each the largest square in the middle is scaled to the tower's size, as in training.
         """
         side = self.clip.config.vision_config.image_size
         found = [torch.empty(0, self.width)]
-        rest = iter(pictures)
+        rest = iter(images)
         while part := list(islice(rest, self.batch_size)):
-            squares = [cut(picture, (side, side)) for picture in part]
-            images = torch.stack([from_pil(square, (side, side)) for square in squares])
-            values = self.pixels(images.to(self.clip.device))
+            squares = [cut(image, (side, side)) for image in part]
+            batch = torch.stack([from_pil(square, (side, side)) for square in squares])
+            values = self.pixels(batch.to(self.clip.device))
             found.append(self.clip.get_image_features(pixel_values=values).pooler_output.cpu())
         return torch.cat(found)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a set of drawn pictures is from a set of true ones."""
+    """How far a set of drawn images is from a set of true ones."""
 
     frechet: float
-    """As FID: 0 for the same Gaussian; too large by a bias for few pictures."""
+    """As FID: 0 for the same Gaussian; too large by a bias for few images."""
     kernel: float
-    """As KID: on average 0 for the same distribution, however few the pictures are."""
+    """As KID: on average 0 for the same distribution, however few the images are."""
     num_drawn: int
     num_true: int
 
@@ -89,7 +89,7 @@ def compare(drawn: Tensor, true: Tensor) -> Comparison:
     least, width = min(len(drawn), len(true)), drawn.shape[1]
     if 1 < least <= width:
         warnings.warn(
-            f"{least} pictures are too few for the Fréchet distance of {width} features: their "
+            f"{least} images are too few for the Fréchet distance of {width} features: their "
             f"covariance has {width - least + 1} directions in which it is 0, and the distance is "
             "mostly that; read the kernel distance",
             stacklevel=2,
@@ -107,21 +107,21 @@ def compare(drawn: Tensor, true: Tensor) -> Comparison:
     )
 
 
-def pictures_of(folder: Path) -> Iterator[Image.Image]:
-    """The pictures in a folder and the folders in it, RGB, in the order of their names.
+def images_of(folder: Path) -> Iterator[Image.Image]:
+    """The images in a folder and the folders in it, RGB, in the order of their names.
 
     `grid.png` is passed over. Raises ValueError when there are none, and, when its turn comes, for
     one that cannot be decoded.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of pictures")
+        raise ValueError(f"{folder} is not a folder of images")
     paths = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.name != GRID and path.is_file()
     )
     if not paths:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return map(_read, paths)
 
 

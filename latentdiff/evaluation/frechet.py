@@ -1,4 +1,4 @@
-"""The Fréchet distance of two Gaussians; of features of pictures, FID (Heusel et al. 2017).
+"""The Fréchet distance of two Gaussians; of features of images, FID (Heusel et al. 2017).
 
 arXiv:1706.08500. N vectors, D numbers each; all is computed in float64.
 """
@@ -38,7 +38,7 @@ class Moments:
     def covariance(self) -> Tensor:
         """(D, D), unbiased: over N - 1. Raises ValueError for fewer than two vectors."""
         if self.count < 2:
-            raise ValueError(f"{self.count} pictures have no covariance; at least 2 are needed")
+            raise ValueError(f"{self.count} images have no covariance; at least 2 are needed")
         return self._scatter / (self.count - 1)
 
 

@@ -1,4 +1,4 @@
-"""A kernel's distance of two sets of vectors; of features of pictures, KID (Bińkowski et al. 2018).
+"""A kernel's distance of two sets of vectors; of features of images, KID (Bińkowski et al. 2018).
 
 arXiv:1801.01401. N vectors, D numbers each; all is computed in float64.
 """
@@ -19,7 +19,7 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> float:
     a, b = (x.detach().to("cpu", torch.float64) for x in (features_a, features_b))
     for one in (a, b):
         if len(one) < 2:
-            raise ValueError(f"{len(one)} pictures have no kernel distance; at least 2 are needed")
+            raise ValueError(f"{len(one)} images have no kernel distance; at least 2 are needed")
     within = sum((_kernel_sum(x, x) - _own(x)) / (len(x) * (len(x) - 1)) for x in (a, b))
     return float(within - 2 * _kernel_sum(a, b) / (len(a) * len(b)))
 

@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 def read_scene(image: Image.Image, *, asked: str | None = None) -> Seen:
-    """The shapes in a square RGB picture and the caption that says them.
+    """The shapes in a square RGB image and the caption that says them.
 
     The relation of two shapes is that of `asked` where both would be right ("a left of b" is "b
     right of a"). The caption is None unless there are one or two shapes.
@@ -49,7 +49,7 @@ def read_scene(image: Image.Image, *, asked: str | None = None) -> Seen:
 def count_shapes(
     image: Image.Image, caption: str, *, colours_alone: bool = False
 ) -> tuple[int, int]:
-    """How many shapes a caption asks for, and how many of them a square RGB picture has.
+    """How many shapes a caption asks for, and how many of them a square RGB image has.
 
     A shape is there if one of its size, colour and kind is, or of its colour alone.
     """

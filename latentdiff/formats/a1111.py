@@ -1,4 +1,4 @@
-"""The `parameters` line of AUTOMATIC1111's web UI: how a picture was drawn, as people share it.
+"""The `parameters` line of AUTOMATIC1111's web UI: how an image was drawn, as people share it.
 
 The rules are those of its modules/processing.py (create_infotext), infotext_utils.py and
 sd_samplers.py, version 1.10. A prompt that has a line "Negative prompt: ...", or whose last line
@@ -68,7 +68,7 @@ def format_parameters(
     variation_seed: int | None = None,
     variation_strength: float = 0.0,
 ) -> str:
-    """The text of one picture: its prompts, and a line of settings.
+    """The text of one image: its prompts, and a line of settings.
 
     `level_spacing` is the one that was used; None leaves it out. `model_hash` is the first ten
     digits of the SHA-256 of the weights, `version` ours. `RNG: CPU` is there because the web UI

@@ -34,7 +34,7 @@ _PIPELINE_CLASSES = (
 # either, and a UNet that is told of the text as diffusers' UNet is of a class.
 _OWN_PIPELINE = "LatentDiffPipeline"
 _DIT = ["latentdiff.models.dit", "DiT"]
-# A decoder that enlarges small pictures, by where its class is: diffusers has none, and says so.
+# A decoder that enlarges small images, by where its class is: diffusers has none, and says so.
 ENLARGING_VAE = ["latentdiff.models.vae", "VAE"]
 _DENOISER_CLASSES = {"unet": ["diffusers", "UNet2DConditionModel"], "transformer": _DIT}
 _COMPONENT_CLASSES = {
@@ -181,7 +181,7 @@ def save_model_index(folder: Path, *, scheduler_class: str, denoiser: str = "une
     folder = Path(folder)
     configs = {name: load_json(folder / name / "config.json") for name in (denoiser, "vae")}
     network = configs[denoiser]
-    # 4 of latents, 1 of the mask and 4 of the masked picture's latents (runwayml's inpainting).
+    # 4 of latents, 1 of the mask and 4 of the masked image's latents (runwayml's inpainting).
     inpaints = network["in_channels"] == 2 * configs["vae"]["latent_channels"] + 1
     pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
     if denoiser != "unet" or network["class_embed_type"] is not None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-# A full SD 2.1 has 1,700 tensors in a header of 200 kB; metadata may hold a tokenizer or a picture.
+# A full SD 2.1 has 1,700 tensors in a header of 200 kB; metadata may hold a tokenizer or an image.
 MAX_HEADER_BYTES = 16_000_000
 MAX_TENSORS = 50_000
 MAX_DIMENSIONS = 8

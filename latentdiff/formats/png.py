@@ -1,7 +1,7 @@
-"""How a picture was drawn, kept in its PNG file: a line for people, a record to draw it again.
+"""How an image was drawn, kept in its PNG file: a line for people, a record to draw it again.
 
 `parameters` is the text that AUTOMATIC1111's web UI writes (formats/a1111.py), which many programs
-show. `latentdiff` is JSON of ours, the only thing here that is read to draw a picture again.
+show. `latentdiff` is JSON of ours, the only thing here that is read to draw an image again.
 """
 
 import json
@@ -34,7 +34,7 @@ MAX_BYTES = 2**28  # of a file; Pillow reads a text chunk whole before it asks h
 
 
 class FileRecord(TypedDict):
-    """A file that a picture was drawn from: its name, and what has to be in it."""
+    """A file that an image was drawn from: its name, and what has to be in it."""
 
     name: str
     sha256: str
@@ -47,7 +47,7 @@ class LoraRecord(FileRecord):
 
 
 class RequestRecord(TypedDict, total=False):
-    """The options of `pipe(...)` that draw the picture alone; those left out have their default."""
+    """The options of `pipe(...)` that draw the image alone; those left out have their default."""
 
     prompt: Required[str]
     seed: Required[int]
@@ -70,7 +70,7 @@ class RequestRecord(TypedDict, total=False):
 
 
 class Record(TypedDict):
-    """Everything that decides the pixels of one picture."""
+    """Everything that decides the pixels of one image."""
 
     request: RequestRecord
     image: NotRequired[FileRecord]
@@ -131,7 +131,7 @@ def read_png(path: str | Path) -> Metadata:
         parameters = None
     if not isinstance(content, str):
         if parameters is None:
-            raise ValueError(f"{path}: has no metadata that says how the picture was drawn")
+            raise ValueError(f"{path}: has no metadata that says how the image was drawn")
         return Metadata(parameters, None)
     try:
         return Metadata(parameters, _record(content))
@@ -141,19 +141,19 @@ def read_png(path: str | Path) -> Metadata:
 
 def _info(path: Path) -> dict[Any, Any]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a PNG picture")
+        raise ValueError(f"{path}: no such file; expected a PNG image")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, too large to be read")
     try:
         with warnings.catch_warnings():
-            # Nothing is decoded, so that a huge picture does no harm.
+            # Nothing is decoded, so that a huge image does no harm.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=["PNG"]) as image:
                 return dict(image.info)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{path}: is not a PNG picture, or is damaged") from error
+        raise ValueError(f"{path}: is not a PNG image, or is damaged") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a PNG picture ({error})") from error
+        raise ValueError(f"{path}: cannot be read as a PNG image ({error})") from error
 
 
 def _record(content: str) -> Record:

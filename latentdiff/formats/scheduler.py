@@ -110,7 +110,7 @@ def to_config(
     latents, and DDIM splits nothing. Every key is written, since the classes' defaults are rarely
     what is meant. Three pairs have no word in diffusers: `score`, `flow_prediction` on beta
     schedules, `v_prediction` on `flow`. They are written in words of ours, at which diffusers stops
-    in the first step rather than draw a wrong picture.
+    in the first step rather than draw a wrong image.
     """
     config: dict[str, Any] = {
         "_class_name": "DDIMScheduler",

@@ -1,6 +1,6 @@
 """The timesteps at which diffusers' schedulers sample, down to their rounding.
 
-Equal pictures need equal timesteps, and diffusers' schedulers choose them in different ways.
+Equal images need equal timesteps, and diffusers' schedulers choose them in different ways.
 """
 
 import math

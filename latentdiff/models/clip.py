@@ -17,7 +17,7 @@ class CLIPSize:
     image_heads: int = 4
     patch_size: int = 8
     projection_dim: int = 128
-    """Width of the space in which captions and pictures are compared."""
+    """Width of the space in which captions and images are compared."""
 
 
 def new_clip(
@@ -27,10 +27,10 @@ def new_clip(
     image_size: int,
     text: CLIPTextConfig | None = None,
 ) -> CLIPModel:
-    """Randomly initialised towers for the tokenizer's vocabulary and pictures of `image_size`.
+    """Randomly initialised towers for the tokenizer's vocabulary and images of `image_size`.
 
     text: what the text tower is, in place of what `size` says of it. Raises ValueError when the
-    patches do not tile the picture.
+    patches do not tile the image.
     """
     if image_size % size.patch_size:
         raise ValueError(

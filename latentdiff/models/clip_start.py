@@ -1,6 +1,6 @@
 """CLIPs that were trained before: both towers of a folder, or a text tower for a new CLIP.
 
-B pictures, H x W their size.
+B images, H x W their size.
 """
 
 from dataclasses import dataclass, replace
@@ -27,16 +27,16 @@ MOST_PROJECTED = 2**15  # far above every published CLIP
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an image tower wants its pictures, each channel: (value - mean) / std, values in [0, 1].
+    """How an image tower wants its images, each channel: (value - mean) / std, values in [0, 1].
 
-    Called with pictures (B, 3, H, W) in [-1, 1], which the defaults leave as they are.
+    Called with images (B, 3, H, W) in [-1, 1], which the defaults leave as they are.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Pictures as the tower wants them, (B, 3, H, W)."""
+        """Images as the tower wants them, (B, 3, H, W)."""
         if self == Pixels():
             return images
         mean, std = (images.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
@@ -79,7 +79,7 @@ class Start(NamedTuple):
 
 
 def load_clip(folder: Path) -> Towers:
-    """Both towers of a folder as transformers' CLIPModel writes it, and how they want pictures.
+    """Both towers of a folder as transformers' CLIPModel writes it, and how they want images.
 
     Of `config.json` only what the towers compute with is read, and `logit_bias`. Raises ValueError
     when a file is missing or damaged, is of another kind of model, or does not fit the rest.
@@ -114,7 +114,7 @@ def load_start(init: str, size: CLIPSize, *, image_size: int) -> Start:
     gives both towers. The text tower alone comes from a folder with `text_encoder/` and
     `tokenizer/`, "emoji", or "open_clip:NAME:WEIGHTS" (see `TextEncoder.from_open_clip`); the
     projections are new then. Other words are ids on the Hugging Face Hub of either kind of folder.
-    Raises ValueError when there is no such model, when it cannot be read, and for pictures that
+    Raises ValueError when there is no such model, when it cannot be read, and for images that
     its image tower is not made for.
     """
     folder = None if init.startswith(OPEN_CLIP) else _find(init)

@@ -1,14 +1,14 @@
-"""PatchGAN: whether a picture's patches look real; trained beside a VAE and thrown away with it."""
+"""PatchGAN: whether an image's patches look real; trained beside a VAE and thrown away with it."""
 
 from torch import Tensor, nn
 
 
 class Discriminator(nn.Module):
-    """Pictures (B, 3, H, W) -> a score of each patch, (B, 1, H / 2^layers - 2, W / 2^layers - 2).
+    """Images (B, 3, H, W) -> a score of each patch, (B, 1, H / 2^layers - 2, W / 2^layers - 2).
 
     pix2pix's (Isola et al. 2017, arXiv:1611.07004, section 3.2.2), which LDM took for its
     autoencoders: three layers judge patches of 70 x 70. With group norm in place of batch norm, so
-    that a picture's score does not depend on the pictures beside it, nor on how a batch is cut.
+    that an image's score does not depend on the images beside it, nor on how a batch is cut.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:

@@ -45,7 +45,7 @@ class DiTConfig:
     """The shape of a DiT; names are diffusers' where its transformers have one."""
 
     sample_size: int | None = 64
-    """Side of the latents that it was trained on; a pipeline's default picture size follows."""
+    """Side of the latents that it was trained on; a pipeline's default image size follows."""
     in_channels: int = 4
     out_channels: int = 4
     patch_size: int = 2

@@ -1,4 +1,4 @@
-"""What weights are, in 64 letters: caches and pictures name the networks they were made with."""
+"""What weights are, in 64 letters: caches and images name the networks they were made with."""
 
 import hashlib
 import json

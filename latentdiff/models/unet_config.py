@@ -25,7 +25,7 @@ class UNetConfig:
     """What a `UNet2DConditionModel` configuration says; the defaults are those of SD 1.5."""
 
     sample_size: int | None = 64
-    """Side of the latents that it was trained on; a pipeline's default picture size follows."""
+    """Side of the latents that it was trained on; a pipeline's default image size follows."""
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: Sequence[str] = (

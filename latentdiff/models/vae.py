@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents: a KL-regularised VAE (LDM, Rombach et al. 2022).
+"""The autoencoder between images and latents: a KL-regularised VAE (LDM, Rombach et al. 2022).
 
 Configuration keys and parameter names are those of diffusers' `AutoencoderKL`. With the encoder
 "downsample", which diffusers does not have, nothing is learned but the decoder: it enlarges.
@@ -47,7 +47,7 @@ class VAEConfig:
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int = 512
-    """Side of the pictures that it was trained on, in pixels."""
+    """Side of the images that it was trained on, in pixels."""
     scaling_factor: float = 0.18215
     """Multiplies latents so that they have unit variance."""
     mid_block_add_attention: bool = True
@@ -57,7 +57,7 @@ class VAEConfig:
     force_upcast: bool = True
     """Tells diffusers' half-precision users to decode in float32; our own code ignores it."""
     encoder: Literal["kl", "downsample"] = "kl"
-    """kl is learned, and gives a Gaussian; downsample makes the picture small, by area averages: as
+    """kl is learned, and gives a Gaussian; downsample makes the image small, by area averages: as
     many latent_channels as in_channels, and only the decoder, which enlarges, is learned."""
 
     def __post_init__(self) -> None:
@@ -70,12 +70,12 @@ class VAEConfig:
         if self.encoder == "downsample" and self.latent_channels != self.in_channels:
             raise ValueError(
                 f"latent_channels={self.latent_channels} must be {self.in_channels}, the "
-                "in_channels, with encoder='downsample': the latent is the picture made small"
+                "in_channels, with encoder='downsample': the latent is the image made small"
             )
 
     @property
     def factor(self) -> int:
-        """How many times smaller a latent's side is than its picture's."""
+        """How many times smaller a latent's side is than its image's."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def check_folds(self) -> None:
@@ -238,7 +238,7 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures (B, 3, fH, fW) -> moments before `quant_conv` (B, 2C, H, W)."""
+    """Images (B, 3, fH, fW) -> moments before `quant_conv` (B, 2C, H, W)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -260,10 +260,10 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
-class SmallPicture(nn.Module):
-    """Pictures (B, 3, fH, fW) -> moments (B, 2·3, H, W) of a point: areas' means, standardised.
+class SmallImage(nn.Module):
+    """Images (B, 3, fH, fW) -> moments (B, 2·3, H, W) of a point: areas' means, standardised.
 
-    `mean` and `std`, (3,) each, are subtracted from the small picture and divide it: statistics of
+    `mean` and `std`, (3,) each, are subtracted from the small image and divide it: statistics of
     the data, not parameters.
     """
 
@@ -284,7 +284,7 @@ class SmallPicture(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after `post_quant_conv` (B, C, H, W) -> pictures (B, 3, fH, fW)."""
+    """Latents after `post_quant_conv` (B, C, H, W) -> images (B, 3, fH, fW)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -306,14 +306,14 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Pictures in [-1, 1] <-> latents of unit variance; it alone knows the scaling factor."""
+    """Images in [-1, 1] <-> latents of unit variance; it alone knows the scaling factor."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         C = config.latent_channels
         learned = config.encoder == "kl"
-        self.encoder = Encoder(config) if learned else SmallPicture(config)
+        self.encoder = Encoder(config) if learned else SmallImage(config)
         self.decoder = Decoder(config)
         quantised = learned and config.use_quant_conv
         self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if quantised else nn.Identity()
@@ -330,14 +330,14 @@ class VAE(nn.Module):
         return Posterior.from_moments(self.quant_conv(self.encoder(images)))
 
     def encode(self, images: Tensor) -> Posterior:
-        """Pictures (B, 3, fH, fW) in [-1, 1] -> the distribution of latents (B, C, H, W).
+        """Images (B, 3, fH, fW) in [-1, 1] -> the distribution of latents (B, C, H, W).
 
         Raises ValueError when the size is not divisible by f.
         """
         return self.posterior(images).scaled(self.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) of unit variance -> pictures (B, 3, fH, fW), about [-1, 1]."""
+        """Latents (B, C, H, W) of unit variance -> images (B, 3, fH, fW), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
@@ -360,7 +360,7 @@ class VAE(nn.Module):
         assert isinstance(out_bias, Tensor)
         raw_mean, std = mean.to(out_weight) / self.config.scaling_factor, std.to(out_weight)
         # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std, that of a point not.
-        if isinstance(self.encoder, SmallPicture):
+        if isinstance(self.encoder, SmallImage):
             self.encoder.mean += self.encoder.std * raw_mean
             self.encoder.std *= std
         else:

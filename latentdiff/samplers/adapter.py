@@ -280,7 +280,7 @@ def _step_with(noise: Noise, scheduler: type) -> Callable[..., Any]:
     """The class's `step`, with its noise from `noise`.
 
     Each scheduler's step calls randn_tensor by that name in its module. A generator cannot do: ours
-    draws each picture from a seed of its own. So `step` is run in a copy of its module's names, in
+    draws each image from a seed of its own. So `step` is run in a copy of its module's names, in
     which that one is ours; the module itself is not touched.
     """
     step: Any = getattr(scheduler, "step")  # noqa: B009 (no type has it)

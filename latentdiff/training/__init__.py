@@ -1,1 +1,1 @@
-"""Training: one loop, learners, checkpoints, losses; it knows nothing of drawing pictures."""
+"""Training: one loop, learners, checkpoints, losses; it knows nothing of drawing images."""

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, Posterior
-from latentdiff.pictures import to_floats
 from latentdiff.training.losses import hinge_loss
 
-TOGETHER = 16  # pictures that are measured at a time, in float32
+TOGETHER = 16  # images that are measured at a time, in float32
 
 
 def given_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
     """The VAE of a folder, to be trained on; with `decoder_only` its encoder needs no gradient.
 
-    `image_size` is the side of the pictures in pixels. Raises ValueError for a folder that holds no
+    `image_size` is the side of the images in pixels. Raises ValueError for a folder that holds no
     VAE, and for one without the 1×1 convolutions in which the scale of its latents is undone.
     """
     vae = VAE.from_pretrained(folder)
@@ -33,9 +33,9 @@ def given_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
     return vae
 
 
-def latent_statistics(vae: VAE, pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel of the latents of pictures (3, H, W) uint8: (C,), (C,)."""
-    posteriors = [vae.encode(images) for images in _parts(vae, pictures)]
+def latent_statistics(vae: VAE, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of the latents of images (3, H, W) uint8: (C,), (C,)."""
+    posteriors = [vae.encode(images) for images in _parts(vae, images)]
     whole = Posterior(
         torch.cat([p.mean for p in posteriors]), torch.cat([p.logvar for p in posteriors])
     )
@@ -46,15 +46,15 @@ def latent_statistics(vae: VAE, pictures: Iterable[Tensor]) -> tuple[Tensor, Ten
 
 
 def discriminator_scores(
-    vae: VAE, discriminator: nn.Module, pictures: Iterable[Tensor]
+    vae: VAE, discriminator: nn.Module, images: Iterable[Tensor]
 ) -> dict[str, float]:
-    """Mean scores of pictures (3, H, W) uint8 and of their reconstructions, and the hinge loss.
+    """Mean scores of images (3, H, W) uint8 and of their reconstructions, and the hinge loss.
 
     The loss is 1 where the discriminator tells nothing and 0 where it is always sure.
     """
     scores = [
         (discriminator(images), discriminator(vae.decode(vae.encode(images).mean)))
-        for images in _parts(vae, pictures)
+        for images in _parts(vae, images)
     ]
     real, fake = (torch.cat(part) for part in zip(*scores, strict=True))
     return {
@@ -64,9 +64,9 @@ def discriminator_scores(
     }
 
 
-def _parts(vae: VAE, pictures: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Pictures (3, H, W) uint8, some at a time as the VAE takes them: (B, 3, H, W) in [-1, 1]."""
+def _parts(vae: VAE, images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Images (3, H, W) uint8, some at a time as the VAE takes them: (B, 3, H, W) in [-1, 1]."""
     device = next(vae.parameters()).device
-    left = iter(pictures)
+    left = iter(images)
     while part := list(islice(left, TOGETHER)):
         yield to_floats(torch.stack(part).to(device))

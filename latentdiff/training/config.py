@@ -93,7 +93,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what its user got wrong ends in one sentence and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:  # OSError: a damaged picture, a full disk
+    except (ValueError, OSError) as error:  # OSError: a damaged image, a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from latentdiff.training.randomness import Share
 from latentdiff.training.report import write_data, write_report
 from latentdiff.training.run_folder import RunFolder
 from latentdiff.training.setup import LoopConfig
-from latentdiff.training.trackers import finishing, start_trackers, track_picture
+from latentdiff.training.trackers import finishing, start_trackers, track_image
 
 STOPPED = 143
 """Exit code of a run that a signal stopped: 128 + 15, as shells and batch systems know SIGTERM."""
@@ -45,7 +45,7 @@ def fit(
 
     `step(batch, number, share)` works on one part of the global batch, hands its loss to the
     learners and returns scalar tensors, `loss` among them. `data(number)` gives this process's
-    parts from that step on. `save(folder)` writes the trained model and `preview(path)` a picture
+    parts from that step on. `save(folder)` writes the trained model and `preview(path)` an image
     grid; both are called on the main process alone. `validate()` is called in every process and
     returns scalar tensors for the log; like the others it finds each learner's `ema` up to date.
     `fingerprints` say what the data and frozen networks are: a checkpoint made with others is
@@ -107,7 +107,7 @@ def fit(
             path = folder / "previews" / f"step-{done:07d}.png"
             path.parent.mkdir(exist_ok=True)
             preview(path)
-            track_picture(accelerator, path, done)
+            track_image(accelerator, path, done)
 
         gather()
         processes.on_first(draw)
@@ -211,7 +211,7 @@ def _shown(record: Mapping[str, float]) -> str:
     parts = [f"loss={record['loss']:.4f}"]
     if "grad_norm" in record:
         parts.append(f"grad_norm={record['grad_norm']:.2g}")
-    parts.append(f"{record['samples_per_second']:.1f} pictures/s")
+    parts.append(f"{record['samples_per_second']:.1f} images/s")
     if record["data_wait"] > NOTABLE_WAIT:
         parts.append(f"{record['data_wait']:.0%} waiting for data")
     parts.append(f"{record['memory'] / 2**30:.1f} GiB")

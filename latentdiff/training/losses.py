@@ -25,7 +25,7 @@ def vae_loss(
     """The negative ELBO of a VAE up to scale (Kingma & Welling 2014, eq. 7): loss, distance, KL.
 
     Distance and KL are means over the batch and per pixel value (3·H·W of them), in nats for the
-    KL, so that `kl_weight` means the same at every picture size. All three are scalars.
+    KL, so that `kl_weight` means the same at every image size. All three are scalars.
     With `logvar` () the distance counts by its `pixel_nats`, and at a kl_weight of 1 the loss is
     the negative ELBO itself, in nats per pixel value.
     """
@@ -39,7 +39,7 @@ def vae_loss(
 
 
 def pixel_nats(distance: Tensor, logvar: Tensor, *, norm: Reconstruction) -> Tensor:
-    """-log p(x | z) in nats per pixel value, (), from the mean distance () of pictures in [-1, 1].
+    """-log p(x | z) in nats per pixel value, (), from the mean distance () of images in [-1, 1].
 
     Each pixel value has a density of its own around the reconstruction, of one width for all:
     - l2: the Gaussian of variance s = exp(logvar): (d / s + logvar + log 2π) / 2 nats for the mean

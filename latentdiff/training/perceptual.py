@@ -1,4 +1,4 @@
-"""LPIPS as a loss: how unlike two pictures look to a network that has learned from photographs.
+"""LPIPS as a loss: how unlike two images look to a network that has learned from photographs.
 
 Zhang et al. 2018 (arXiv:1801.03924), eq. 1, as torchmetrics computes it. Nothing is downloaded:
 the backbone's weights come from a file, those of LPIPS' own linear layers are in torchmetrics.
@@ -18,13 +18,13 @@ FIRST = "features.0.weight"
 BACKBONES: dict[tuple[int, ...], Backbone] = {(64, 3, 3, 3): "vgg", (64, 3, 11, 11): "alex"}
 """By the shape of the first weight: torchvision's VGG16 and AlexNet."""
 SMALLEST: dict[Backbone, int] = {"vgg": 16, "alex": 31}
-"""Side of the smallest pictures, in pixels, of which the last features still have one place."""
+"""Side of the smallest images, in pixels, of which the last features still have one place."""
 
 
 class Perceptual(nn.Module):
-    """Pictures and what they should look like, (B, 3, H, W) in [-1, 1] -> LPIPS distances (B,).
+    """Images and what they should look like, (B, 3, H, W) in [-1, 1] -> LPIPS distances (B,).
 
-    Frozen and in eval mode; gradients go through it to the pictures.
+    Frozen and in eval mode; gradients go through it to the images.
     """
 
     def __init__(self, path: Path, *, image_size: int) -> None:
@@ -50,11 +50,11 @@ class Perceptual(nn.Module):
         except ValueError as error:
             raise ValueError(f"perceptual_weights: {error}") from error
 
-    def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """(B, 3, H, W), (B, 3, H, W) -> (B,)."""
         # In float32: of two features that are nearly the same, bfloat16 has no difference left.
-        with torch.autocast(pictures.device.type, enabled=False):
-            return self.network(pictures.float(), targets.float()).flatten()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(images.float(), targets.float()).flatten()
 
 
 def _load(path: Path, backbone: Backbone) -> nn.Module:

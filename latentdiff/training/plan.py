@@ -75,13 +75,13 @@ class Plan:
     largest: int | None
     """The largest part that stays under the limit, 0 if none does, None without a limit."""
     forward_flop: float
-    """Of the model, a picture."""
+    """Of the model, an image."""
     training_flop: float
-    """A picture in training: forward, backward, frozen networks."""
-    pictures_per_second: float
+    """An image in training: forward, backward, frozen networks."""
+    images_per_second: float
     """Of all processes together."""
     cache_bytes: int | None
-    """At most, of all views of a picture's latent moments in float16; None if none are cached."""
+    """At most, of all views of an image's latent moments in float16; None if none are cached."""
     checkpoint_bytes: int
     """Weights, averages and both moments of AdamW of one checkpoint, of all processes together."""
     snapshot_bytes: int
@@ -156,7 +156,7 @@ def make_plan(
         largest=None if limit is None else _largest(lambda n: look(n)[2], part, peak, limit),
         forward_flop=found.forward_flop / part,
         training_flop=training,
-        pictures_per_second=processes * efficiency * device.flops[precision] / training,
+        images_per_second=processes * efficiency * device.flops[precision] / training,
         cache_bytes=cache_bytes,
         checkpoint_bytes=found.weights + 4 * found.parameters * (1 + lengths + 2),
         snapshot_bytes=2 * found.parameters * lengths,
@@ -190,7 +190,7 @@ def _passes(settings: Mapping[str, Any], *, device: Device, gpu: bool, processes
 def work_of(
     settings: Mapping[str, Any], *, processes: int = 1, gpu: bool = False
 ) -> tuple[str, Work, int | None]:
-    """Which network is trained, how, and the bytes at most of a picture in a latent cache, if any.
+    """Which network is trained, how, and the bytes at most of an image in a latent cache, if any.
 
     Raises ValueError, naming the key, for settings that are missing or do not fit together.
     """
@@ -247,7 +247,7 @@ def _count(settings: Mapping[str, Any], key: str, default: int | None = None) ->
 
 
 def _denoiser(settings: Mapping[str, Any], config: UNetConfig | DiTConfig) -> tuple[Work, int]:
-    """A UNet's or DiT's training, and the bytes of a picture in its latent cache."""
+    """A UNet's or DiT's training, and the bytes of an image in its latent cache."""
     vae, text = _frozen(settings)
     size = _count(settings, "image_size")
     if size % vae.factor:
@@ -279,7 +279,7 @@ def _denoiser(settings: Mapping[str, Any], config: UNetConfig | DiTConfig) -> tu
     def frozen() -> list[nn.Module]:
         return [net.requires_grad_(False).eval() for net in (CLIPTextModel(text), VAE(vae))]
 
-    # Those of a picture that keeps its shape, in a bucket, are as many at most.
+    # Those of an image that keeps its shape, in a bucket, are as many at most.
     views = _count(settings, "crops", 1) * (2 if settings.get("flip", False) else 1)
 
     def network() -> nn.Module:
@@ -349,9 +349,9 @@ def _clip(settings: Mapping[str, Any], size: CLIPSize, *, processes: int, eager:
         output = model(input_ids=ids, pixel_values=torch.rand(n, 3, side, side))
         image, text = output.image_embeds.float(), output.text_embeds.float()
         own = torch.arange(n)
-        # Each process compares its own pictures and captions with those of all (open_clip).
-        pictures, captions = image.repeat(processes, 1), text.repeat(processes, 1)
-        losses = (100 * image @ captions.T, 100 * text @ pictures.T)
+        # Each process compares its own images and captions with those of all (open_clip).
+        images, captions = image.repeat(processes, 1), text.repeat(processes, 1)
+        losses = (100 * image @ captions.T, 100 * text @ images.T)
         return (F.cross_entropy(losses[0], own) + F.cross_entropy(losses[1], own)) / 2
 
     return Work(model, loss)

@@ -1,4 +1,4 @@
-"""The loss curve of a run folder as a picture."""
+"""The loss curve of a run folder as an image."""
 
 import json
 from pathlib import Path

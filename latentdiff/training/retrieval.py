@@ -1,7 +1,7 @@
-"""Zero-shot retrieval: among held-out pictures and captions, how often a CLIP finds the right one.
+"""Zero-shot retrieval: among held-out images and captions, how often a CLIP finds the right one.
 
 Recall at K as in CLIP (Radford et al. 2021, section 3.1.4), over a fixed pool, so that two values
-differ by the weights alone. P pictures and T captions, each once; D numbers an embedding.
+differ by the weights alone. P images and T captions, each once; D numbers an embedding.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ RANKS = (1, 5)
 
 @dataclass(frozen=True)
 class Pool:
-    """Different pictures and different captions, and which caption is right for which picture."""
+    """Different images and different captions, and which caption is right for which image."""
 
     images: Tensor
     """(P, 3, S, S) uint8."""
@@ -30,13 +30,13 @@ class Pool:
 
     @classmethod
     def of(cls, images: Tensor, asked: Sequence[str], captions: Sequence[Sequence[str]]) -> Self:
-        """The pool of examples: their pictures (N, 3, S, S), a caption of each, and all of each.
+        """The pool of examples: their images (N, 3, S, S), a caption of each, and all of each.
 
-        Equal pictures are one, and so are equal captions: copies would fill the first places of
-        every answer. A caption is right for a picture if any example has both.
+        Equal images are one, and so are equal captions: copies would fill the first places of
+        every answer. A caption is right for an image if any example has both.
         """
-        pictures = dict.fromkeys(image.numpy().tobytes() for image in images)
-        numbers = {content: number for number, content in enumerate(pictures)}
+        contents = dict.fromkeys(image.numpy().tobytes() for image in images)
+        numbers = {content: number for number, content in enumerate(contents)}
         places = [numbers[image.numpy().tobytes()] for image in images]
         texts = {text: number for number, text in enumerate(dict.fromkeys(asked))}
         right = torch.zeros(len(numbers), len(texts), dtype=torch.bool)
@@ -48,10 +48,10 @@ class Pool:
         return cls(images[first], list(texts), right)
 
     def recall(self, image_embeds: Tensor, text_embeds: Tensor) -> Metrics:
-        """Shares of the pictures and captions with a right one among the K nearest, for each K.
+        """Shares of the images and captions with a right one among the K nearest, for each K.
 
-        `retrieval_text@K` asks a picture for a caption, `retrieval_image@K` a caption for a
-        picture. The embeddings are (P, D) and (T, D), of any length.
+        `retrieval_text@K` asks an image for a caption, `retrieval_image@K` a caption for a
+        image. The embeddings are (P, D) and (T, D), of any length.
         """
         image, text = (F.normalize(x.float().cpu(), dim=1) for x in (image_embeds, text_embeds))
         similarity = image @ text.T  # (P, T)

@@ -73,8 +73,8 @@ class Tracker(GeneralTracker):
             with self._guarded():
                 self._inner.log(dict(values), step=step, **kwargs)
 
-    def log_picture(self, path: Path, step: int) -> None:
-        """Log a picture file."""
+    def log_image(self, path: Path, step: int) -> None:
+        """Log an image file."""
         if self._inner is None:
             return
         with self._guarded():
@@ -83,8 +83,8 @@ class Tracker(GeneralTracker):
 
                 self._inner.log({"preview": TrackedImage(path)}, step=step)
             else:
-                with Image.open(path) as picture:
-                    pixels = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, 3)
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
                 layout = {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
                 self._inner.log_images({"preview": pixels}, step=step, **layout)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -140,11 +140,11 @@ def start_trackers(accelerator: Accelerator, configuration: Mapping[str, Any], s
     accelerator.init_trackers(PROJECT, config=dict(configuration))
 
 
-def track_picture(accelerator: Accelerator, path: Path, step: int) -> None:
-    """Log a picture with all trackers; the first process has them, the others none."""
+def track_image(accelerator: Accelerator, path: Path, step: int) -> None:
+    """Log an image with all trackers; the first process has them, the others none."""
     for tracker in accelerator.trackers:
         if isinstance(tracker, Tracker):
-            tracker.log_picture(path, step)
+            tracker.log_image(path, step)
 
 
 def _tensorboard(folder: Path, resumed_at: int) -> GeneralTracker:

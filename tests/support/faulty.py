@@ -2,7 +2,7 @@
 
 Every process notes, at each step, what it drew and what its networks were: two runs whose notes are
 equal were the same run. As a script it is started as users start theirs:
-`torchrun --nproc-per-node 2 tests/support/faulty.py --folder FOLDER --fault.kind raise --fault.step 4`.
+`torchrun --nproc-per-node 2 tests/support/faulty.py --folder F --fault.kind raise --fault.step 4`.
 """
 
 import hashlib
@@ -92,8 +92,8 @@ class Toy:
     resume_from: Path | None = None
     notes: Path | None = None
     """Where the notes and the output of processes go, if not into the folder."""
-    pictures: Path | None = None
-    """A folder of captioned pictures to train on, in place of made-up samples."""
+    images: Path | None = None
+    """A folder of captioned images to train on, in place of made-up samples."""
     disturbed: int = 0
     """The seed of the global generators, and how often they are used in each step."""
     fault: Fault = Fault()
@@ -113,8 +113,8 @@ class Samples(Dataset[dict[str, Any]]):
         return {"x": self.x[index], "id": index, "captions": captions}
 
 
-class Pictures(Dataset[dict[str, Any]]):
-    """Such examples of real pictures, whose captions are their numbers."""
+class Images(Dataset[dict[str, Any]]):
+    """Such examples of real images, whose captions are their numbers."""
 
     def __init__(self, folder: Path) -> None:
         datasets_config.HF_DATASETS_CACHE = folder.parent / "cache"
@@ -165,8 +165,8 @@ def train(toy: Toy) -> None:
     settings = yaml.safe_dump({"seed": toy.seed, "max_steps": toy.steps, "workers": "any"})
     processes = Processes(accelerator, timeout=toy.timeout)
     run = RunFolder(toy.folder, settings, processes)
-    pictures = toy.pictures
-    dataset = processes.in_turn(lambda: Samples() if pictures is None else Pictures(pictures))
+    images = toy.images
+    dataset = processes.in_turn(lambda: Samples() if images is None else Images(images))
     torch.manual_seed(toy.disturbed)  # of the first weights, which a checkpoint replaces
     learners = {
         name: Learner(

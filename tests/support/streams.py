@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_sources import (
     COUNT,
-    PICTURES,
+    IMAGES,
     parquets,
     tars,
     with_csv,
@@ -40,7 +40,7 @@ def opened(data: Path, **fields: object) -> StreamedImages:
     builder = datasets.load_dataset_builder("parquet", data_files=files)
     with pytest.MonkeyPatch.context() as patch:  # the way to the hub alone is not the real one
         patch.setattr(datasets, "load_dataset_builder", lambda name: builder)
-        return StreamedImages(replace(config, data="somebody/pictures", **fields))
+        return StreamedImages(replace(config, data="somebody/images", **fields))
 
 
 def together(folder: Path) -> None:
@@ -49,7 +49,7 @@ def together(folder: Path) -> None:
     for number in range(4):
         files: dict[str, bytes] = {}
         for i in range(number, 23, 4):
-            files |= {f"{i}.png": PICTURES[i % COUNT], f"{i}.txt": str(i).encode()}
+            files |= {f"{i}.png": IMAGES[i % COUNT], f"{i}.txt": str(i).encode()}
         pack(folder / f"{number}.tar", files)
 
 
@@ -71,4 +71,4 @@ def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
 
 
 def bad_tar(path: Path, name: str = "bad") -> None:
-    pack(path, {f"{name}.png": PICTURES[0][:40], f"{name}.txt": name.encode()})
+    pack(path, {f"{name}.png": IMAGES[0][:40], f"{name}.txt": name.encode()})

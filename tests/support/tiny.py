@@ -97,7 +97,7 @@ def randomise(network: torch.nn.Module) -> None:
 
 
 class Recording(Pipeline):
-    """Keeps the latents that it decodes, which pictures have rounded away."""
+    """Keeps the latents that it decodes, which images have rounded away."""
 
     latents: Tensor
 

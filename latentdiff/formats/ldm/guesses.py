@@ -1,6 +1,6 @@
 """What neither names nor shapes of a checkpoint say, by what tools leave in it and by SD's custom.
 
-That is the number of heads and of norm groups, the size of pictures, noise schedule, prediction,
+That is the number of heads and of norm groups, the size of images, noise schedule, prediction,
 latent scale, and the text tower's activation.
 """
 
@@ -169,7 +169,7 @@ def _prediction(evidence: Evidence) -> tuple[str, bool]:
 
 
 def _side(metadata: Mapping[str, str], default: int) -> int:
-    """Side of the pictures in pixels, by `modelspec.resolution` if it is a square."""
+    """Side of the images in pixels, by `modelspec.resolution` if it is a square."""
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get("modelspec.resolution", ""))
     return int(match[1]) if match and match[1] == match[2] and int(match[1]) >= 8 else default
 

@@ -1,4 +1,4 @@
-"""Pictures: tensors in [-1, 1] to PIL and back, and grids of them with labels."""
+"""Images: tensors in [-1, 1] to PIL and back, and grids of them with labels."""
 
 import math
 import textwrap
@@ -37,17 +37,17 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB. Raises ValueError for a picture that is not finite."""
+    """(3, H, W) in [-1, 1] -> RGB. Raises ValueError for an image that is not finite."""
     if not image.isfinite().all():
         raise ValueError(
-            "the picture has values that are not finite: half precision overflows in some VAEs; "
+            "the image has values that are not finite: half precision overflows in some VAEs; "
             "load with dtype=torch.float32 or torch.bfloat16"
         )
     return Image.fromarray(rearrange(to_pixels(image.detach()), "c h w -> h w c").cpu().numpy())
 
 
 def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A picture as (3, H, W) in [-1, 1], resized to `size` = (H, W); transparent becomes white."""
+    """An image as (3, H, W) in [-1, 1], resized to `size` = (H, W); transparent becomes white."""
     image = _resized(to_rgb(image), size)
     return to_floats(rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w"))
 
@@ -74,14 +74,14 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
 
 
-def picture_grid(
+def image_grid(
     images: Sequence[Image.Image],
     labels: Sequence[str] | None = None,
     *,
     columns: int | None = None,
     plain: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Lay pictures out row by row, about as many columns as rows, with a label under each.
+    """Lay images out row by row, about as many columns as rows, with a label under each.
 
     `plain` are ASCII labels for those that no font of this machine can draw; without them such a
     label is left out.

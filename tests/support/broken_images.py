@@ -105,7 +105,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], str | None]] = {
 }
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated.jpg": (truncated, "cannot be decoded"),
-    "corrupt.png": (lambda: b"no picture", "cannot be decoded"),
+    "corrupt.png": (lambda: b"no image", "cannot be decoded"),
     "empty.png": (lambda: b"", "cannot be decoded"),
     "svg.png": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot be decoded"),
     "huge.png": (lambda: forged(8_200), "too large"),
