@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a test's child
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
 
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import torch
 from support.table import Measured, Row, write
 
 torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
+gc.disable()  # the million objects that imports make stay: walking them takes half of collection
 
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -32,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # so that neither a test nor the end of the process walks them
+    gc.enable()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
