@@ -1,7 +1,6 @@
 """Every kind of denoiser from training to images: a DiT, and UNets whose text joins the time."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from support.parity import fill, same_weights
-from support.scripts import script
+from support.scripts import run_here
 from support.tiny import CONTEXT_DIM, UNET, tiny_pipeline, tiny_text_encoder
 from test_cache import vae, write_images
 from test_end_to_end import TWO, launch
@@ -23,7 +22,6 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
 
 # The networks of the trainings here have learned nothing, and the gate before a cache says so.
 pytestmark = pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")
@@ -206,8 +204,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(sys, "argv", ["cache_latents", *cache_options(folder).split()])
-        run_script(script("cache_latents").main)
+        run_here("cache_latents", *cache_options(folder).split())
         yield folder
 
 
@@ -225,9 +222,7 @@ def options(home: Path, name: str, run: str) -> list[str]:
 
 def train(home: Path, name: str, run: str, *more: str) -> Path:
     """Run the script in this process; the run's folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_unet", *options(home, name, run), *more])
-        run_script(script("train_unet").main)
+    run_here("train_unet", *options(home, name, run), *more)
     return home / run
 
 

@@ -347,7 +347,7 @@ def measured(settings: dict[str, Any], count: int) -> list[int]:
     """What processes of their own take for it, with the heap as every user has it."""
     tiny = {**settings, **TINY[kind_of(settings)], "accumulation": 1}
     tiny["mixed_precision"] = settings["mixed_precision"]
-    script = Path(__file__).parent / "planning.py"
+    script = Path(__file__).parent / "support" / "planning.py"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     if count > 1:
         environment |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}

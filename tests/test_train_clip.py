@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.clips import SIDE, tiny_clip
-from support.scripts import ROOT, script
+from support.scripts import ROOT, run_here, script
 from support.small_run import logged
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +22,6 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors, save_safetensors
-from latentdiff.training.config import run_script
 from latentdiff.training.randomness import Share
 from latentdiff.training.validation import held_out
 
@@ -160,11 +159,7 @@ def command(shapes: Path, folder: Path, *args: str) -> list[str]:
 
 def train(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(shapes, folder, *args))
-        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
-        patch.setattr("latentdiff.training.loop.plot_log", lambda log, out: None)
-        run_script(script("train_clip").main)
+    run_here("train_clip", *command(shapes, folder, *args)[1:])
 
 
 def found(folder: Path) -> list[dict[str, float]]:

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.backbones import write_backbone
-from support.scripts import ROOT, script
+from support.scripts import ROOT, run_here, script
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_json
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.checkpoint import Stored
-from latentdiff.training.config import run_script
 from latentdiff.training.randomness import Share, generator
 
 
@@ -50,10 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(images: Path, run: Path, *more: str) -> list[dict[str, float]]:
     """Run the script in this process; its log."""
-    args = ["train_vae.py", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", args)
-        run_script(script("train_vae").main)
+    run_here("train_vae", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more)
     return log(run)
 
 

@@ -12,14 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scripts import ROOT, script
+from support.scripts import ROOT, run_here
 from support.small_run import logged, small_run
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.weights import load_safetensors
-from latentdiff.training.config import run_script
 from latentdiff.training.ema import find_snapshots
 from latentdiff.training.learner import Learner
 from latentdiff.training.meter import Metrics
@@ -187,10 +186,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_unet(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(shapes, folder, *args)[1:])
-        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
-        run_script(script("train_unet").main)
+    run_here("train_unet", *command(shapes, folder, *args)[2:])
 
 
 def command(shapes: Path, folder: Path, *args: str) -> list[str]:

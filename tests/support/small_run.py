@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -18,6 +17,7 @@ from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share, generator
 from latentdiff.training.run_folder import RunFolder
 from latentdiff.training.setup import LoopConfig, make_accelerator
+from support.scripts import without_curves
 
 STEPS = 6
 
@@ -52,9 +52,7 @@ def small_run(
         for number in range(start, STEPS):
             yield torch.randn(2, 3, generator=generator(0, number, "data"))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_log", lambda log, out: None)  # these take longer than the rest
-        patch.setattr(loop, "write_report", lambda folder: None)
+    with without_curves():
         loop.fit(
             step,
             data,
