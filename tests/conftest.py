@@ -29,7 +29,7 @@ ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--interchange-table", type=Path, help="write what was measured into FILE")
+    parser.addoption("--interchange_table", type=Path, help="write what was measured into FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +42,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--interchange-table")
+    path = session.config.getoption("--interchange_table")
     if path is not None:
         write(session.config.stash[ROWS], path)
 

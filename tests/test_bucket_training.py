@@ -17,7 +17,7 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
 
 # The networks have learned nothing, and the gate before a cache says so.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
+pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
 
 SHAPES = "--image_size=16 --bucket_step=8 --max_aspect=4 --flip=true --crops=2"
 TINY = (

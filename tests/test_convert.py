@@ -21,8 +21,6 @@ from latentdiff.formats.pickle import read_pickle
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[1]
 PARTS = {
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),

@@ -237,7 +237,7 @@ def ema(run: Path, name: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @each
 def test_trained_resumed_saved_and_drawn(
     home: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -265,7 +265,7 @@ def test_trained_resumed_saved_and_drawn(
     draw(Pipeline.from_pretrained(out))
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_train_a_dit_as_one(home: Path, sharding: str) -> None:
     """DDP waits for every parameter's gradient, and FSDP splits every block.
@@ -278,7 +278,7 @@ def test_two_processes_train_a_dit_as_one(home: Path, sharding: str) -> None:
     assert losses(home / run) == pytest.approx(losses(alone), rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_patch_that_does_not_divide_the_latents_is_refused_before_training(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,7 +288,7 @@ def test_a_patch_that_does_not_divide_the_latents_is_refused_before_training(
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_plan_counts_the_dit_that_is_trained(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,8 +19,6 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.noise import slerp
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
-
 EPSILON = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading", set_alpha_to_one=False)
 FLOW = Diffusion("flow", "flow_prediction")
 

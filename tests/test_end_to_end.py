@@ -22,7 +22,7 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.vae import VAE
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.training
 
 # Networks that train a step in milliseconds.
 TINY = {
@@ -202,6 +202,7 @@ def test_the_trained_folder_draws_with_ours_and_with_diffusers(runs: Path) -> No
     assert [image.size for image in drawn] == [(32, 32)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", NETWORKS)
 def test_two_processes_train_as_one(home: Path, runs: Path, tmp_path: Path, name: str) -> None:
     """The same global batch, captions, noise and crops; only sums are in another order."""
@@ -341,6 +342,7 @@ def test_what_is_wrong_is_said_in_one_sentence(
         assert yaml.safe_load(config)["vae"]["block_out_channels"] == [8, 8, 16]
 
 
+@pytest.mark.processes
 def test_a_wrong_command_line_ends_with_code_2_and_no_traceback(home: Path) -> None:
     command = [sys.executable, str(ROOT / "train" / "train_vae.py"), "--batchsize=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

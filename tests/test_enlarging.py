@@ -183,7 +183,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ENLARGER = ("--vae.encoder=downsample", "--vae.latent_channels=3")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_the_decoder_as_one_does(shapes: Path, tmp_path: Path) -> None:
     """On the distance alone: `kl_weight` finds no KL."""
     records = train(shapes, tmp_path / "one", *ENLARGER, "--kl_weight=100")
@@ -193,7 +193,7 @@ def test_two_processes_train_the_decoder_as_one_does(shapes: Path, tmp_path: Pat
     assert not any("kl" in record for record in records)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_four_scripts_make_a_pipeline_of_it(shapes: Path, tmp_path: Path) -> None:
     """Through the gate, which does not ask whether a decoder has learned."""
     train(shapes, tmp_path / "vae", *ENLARGER, "--disc_weight=0")

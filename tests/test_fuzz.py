@@ -43,7 +43,6 @@ from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.pipeline import Pipeline
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the watch needs Linux"),
 ]
 
@@ -317,7 +316,7 @@ def test_a_broken_file_is_loaded_right_or_refused(
     assert counts["refused"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_ten_thousand_broken_files_are_loaded_right_or_refused(
     model: Path, places: tuple[Path, Path]

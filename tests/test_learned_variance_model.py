@@ -110,7 +110,6 @@ def test_an_inpainting_network_learns_variances_too(tmp_path: Path) -> None:
     assert (pixels(drawn)[:, 8:] == pixels(image)[:, 8:]).all()
 
 
-@pytest.mark.slow
 def test_diffusers_opens_the_folder_and_draws_our_image(folder: Path) -> None:
     """Without guidance: StableDiffusionPipeline guides the variances like the noise."""
     with no_warning_logged():
@@ -145,7 +144,7 @@ SHORT = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.filterwarnings("ignore:the VAE in .* is not fit to train on")  # it is random
 @pytest.mark.parametrize(("name", "network"), [("unet", UNET), ("transformer", DIT)])
 def test_the_script_trains_both_halves_and_leaves_a_model_that_draws(

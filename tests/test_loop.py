@@ -171,10 +171,7 @@ def newest(folder: Path) -> dict[str, Tensor]:
     return load_safetensors(folder / "checkpoints" / "step-8" / "net.safetensors")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [unet, pytest.param(vae, marks=pytest.mark.slow), pytest.param(clip, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("make", [unet, vae, clip])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, make: Any) -> None:
     """Weights, average, moments and log; step 6 is neither at a checkpoint nor at a log."""
     run(tmp_path / "straight", make)

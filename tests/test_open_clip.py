@@ -25,8 +25,6 @@ from latentdiff.formats.weights import save_safetensors
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower
 from latentdiff.models.text_config import tower_config
 
-pytestmark = pytest.mark.slow
-
 SIMPLE = SimpleTokenizer()
 PROMPTS = ["", "a photo of a cat!", "red & blue; it's 12 o'clock", "三个 苹果 🌕", "word " * 90]
 TINY = {
@@ -133,7 +131,7 @@ def test_states_and_logits_are_open_clips(name: str, tmp_path: Path, measured: M
     check_parity(name, tmp_path, measured)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,7 +152,7 @@ def test_states_and_logits_of_published_shapes_are_open_clips(
     check_parity(name, tmp_path, measured)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize("layers", [None, 2])
 def test_vit_h_of_fewer_layers_is_open_clips(
     layers: int | None, tmp_path: Path, measured: Measured

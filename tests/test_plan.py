@@ -107,7 +107,7 @@ def test_arithmetic_is_what_torch_counts_on_real_tensors(settings: dict[str, Any
     assert footprint(work, batch).step_flop == counter.get_total_flops()
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_the_parameters_of_sd_15_are_859_520_964() -> None:
     """The number of the published weights, and 803 GFLOP a forward pass of 64×64 latents."""
     plan = make_plan(sd15(), device=DEVICES["a100-80gb"], gpu=True, processes=8)
@@ -188,7 +188,7 @@ def test_gradient_checkpointing_keeps_less_and_runs_the_blocks_again(
     assert again.step < 0.8 * plain.step
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_split_network_is_divided_by_the_processes() -> None:
     work = work_of(unet(32, 4, 32))[1]
     one, two, eight = (
@@ -245,7 +245,7 @@ def test_accumulation_changes_no_arithmetic() -> None:
     assert whole.forward_flop == parts.forward_flop
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     def peak(batch: int) -> float:
         return make_plan(vae(16, batch, 32), device=ANY, gpu=False).peak
@@ -385,14 +385,14 @@ def compare(settings: dict[str, Any], count: int = 1) -> None:
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @ON_LINUX
 @pytest.mark.parametrize("settings", SIZES, ids=title)
 def test_the_peak_is_within_15_percent_of_what_training_takes(settings: dict[str, Any]) -> None:
     compare(settings)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @ON_LINUX
 @pytest.mark.parametrize("settings", SHARED, ids=title)
 def test_so_it_is_where_two_processes_share_a_network(settings: dict[str, Any]) -> None:

@@ -12,8 +12,6 @@ from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.png import read_png
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -20,7 +20,6 @@ from latentdiff.samplers import find_sampler, pndm
 from latentdiff.samplers.adapter import SCHEDULERS
 
 pytestmark = [
-    pytest.mark.slow,
     # diffusers hands tensors to numpy in ways that numpy 2 deprecates.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -36,9 +35,12 @@ ON_FLOWS = (
 )
 
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
 def case(name: str, *values: str) -> Any:
     # KDPM2's classes take half a second to be constructed.
-    return pytest.param(name, *values, marks=[pytest.mark.slow] * name.startswith("KDPM2"))
+    return pytest.param(name, *values, marks=[EXHAUSTIVE] * name.startswith("KDPM2"))
 
 
 NAMES = [case(name) for name in SCHEDULERS]
@@ -103,7 +105,7 @@ def assert_same(ours: Tensor, theirs: Tensor, within: float = 1e-12) -> None:
     assert float((ours - theirs).abs().max()) < within * largest
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", [pytest.param(n, marks=[EXHAUSTIVE] * (n != 5)) for n in STEPS])
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
 def test_a_scheduler_gives_the_samples_of_its_own_loop(name, schedule, prediction, steps):
     diffusion, sampler = Diffusion(schedule, prediction), find_sampler(name)
@@ -121,6 +123,7 @@ def test_a_scheduler_gives_the_samples_of_its_own_loop(name, schedule, predictio
     assert all(map(torch.equal, previews, again))  # nothing is remembered from run to run
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
 def test_the_last_steps_are_those_of_diffusers_image_to_image(name, schedule, prediction):
     """Noise is added to an image as add_noise does it, in the scheduler's coordinates."""

@@ -24,7 +24,7 @@ from latentdiff.training.learner import Learner, OptimizerConfig
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import Share
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 
 BATCH, STEPS = 4, 4
 deepspeed = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from test_tar import add
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture(scope="module")

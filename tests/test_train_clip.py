@@ -114,7 +114,7 @@ def test_sigmoid_asks_of_each_pair_whether_it_is_one() -> None:
         torch.testing.assert_close(gradient, leaf.grad)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
     """Means over the processes, as DDP takes them."""
     torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
@@ -174,7 +174,7 @@ def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_sigmoids_bias_is_learned_and_lies_beside_a_plain_clip(whole: Path) -> None:
     state = load_safetensors(whole / "checkpoints" / "step-4" / "clip.safetensors")
     bias = state["ema.logit_bias"]
@@ -186,7 +186,7 @@ def test_the_sigmoids_bias_is_learned_and_lies_beside_a_plain_clip(whole: Path) 
     assert CLIPProcessor.from_pretrained(whole / "model" / "clip").tokenizer.model_max_length == 24
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -215,7 +215,7 @@ def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     shapes: Path, tmp_path: Path
 ) -> None:
@@ -257,7 +257,7 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     }
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_of_a_stream_nothing_is_held_out_which_is_said(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

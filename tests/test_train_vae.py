@@ -73,7 +73,7 @@ def gradients_of(run: Path, name: str) -> dict[str, Tensor]:
     return {key.removesuffix(ending): 10 * t for key, t in found.items() if key.endswith(ending)}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path: Path) -> None:
     records = train(images, tmp_path / "whole", "--learn_logvar=true")
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
@@ -98,7 +98,7 @@ def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path
     assert facts.keys() >= {"disc_real", "disc_fake", "disc_loss"}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_neither_step_takes_the_others_gradients(images: Path, tmp_path: Path) -> None:
     """As both do in diffusers' script for autoencoders once its discriminator has started.
 
@@ -122,7 +122,7 @@ def test_neither_step_takes_the_others_gradients(images: Path, tmp_path: Path) -
     assert not same("vae", "0", "0.5")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_both_as_one_does(images: Path, tmp_path: Path) -> None:
     alone = train(images, tmp_path / "one", "--learn_logvar=true")
     train_in_two(images, tmp_path / "two", "--learn_logvar=true")
@@ -160,7 +160,7 @@ def train_in_two(images: Path, run: Path, *more: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_perceptual_gradient_reaches_every_layer(images: Path, tmp_path: Path) -> None:
     """In diffusers' script LPIPS is computed without gradients: it is logged and changes nothing.
 
@@ -192,7 +192,7 @@ def test_the_perceptual_gradient_reaches_every_layer(images: Path, tmp_path: Pat
 DECODER_ONLY = ["--decoder_only=true", "--disc_weight=0", "--init"]
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_new_decoder_leaves_the_latents_as_they_were(images: Path, tmp_path: Path) -> None:
     train(images, tmp_path / "start", "--disc_weight=0")
     start = tmp_path / "start" / "model"
@@ -214,7 +214,7 @@ def test_a_new_decoder_leaves_the_latents_as_they_were(images: Path, tmp_path: P
     assert all("kl" not in record and record["loss"] == record["l1"] for record in records)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_is_resumed_with_the_vae_that_it_began_with_alone(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +233,7 @@ def test_a_run_is_resumed_with_the_vae_that_it_began_with_alone(
     assert "was made with another init than this run's" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_a_decoder_as_one_does(images: Path, tmp_path: Path) -> None:
     runs = {name: tmp_path / name for name in ("start", "one", "two")}
     train(images, runs["start"], "--disc_weight=0", "--max_steps=1")

@@ -110,7 +110,7 @@ QUICK = ("sd1", "sd2", "odd widths", *POOLED)
 each_config = pytest.mark.parametrize(
     "config",
     [
-        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.exhaustive)
         for name, config in CONFIGS.items()
     ],
 )

@@ -77,7 +77,7 @@ QUICK = ("sd", "odd widths")
 each_config = pytest.mark.parametrize(
     "config",
     [
-        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.exhaustive)
         for name, config in CONFIGS.items()
     ],
 )

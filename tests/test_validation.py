@@ -207,7 +207,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
     rows = validated(whole)
     assert [row["step"] for row in rows] == [2, 4]
@@ -219,7 +219,7 @@ def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_it_scores_the_average_and_leaves_the_weights(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -233,7 +233,7 @@ def test_it_scores_the_average_and_leaves_the_weights(
     assert others[-1]["held_out_loss"] != rows[-1]["held_out_loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_and_a_resumed_run_find_the_same(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
