@@ -26,13 +26,15 @@ ANY = Device({"no": 1e12, "bf16": 2e12})
 ROOT = Path(__file__).parents[1]
 
 
-def unet(width: int, batch: int, size: int, precision: str = "no") -> dict[str, Any]:
+def unet(
+    width: int, batch: int, size: int, precision: str = "no", *, stages: int = 2
+) -> dict[str, Any]:
     network = {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [width, 2 * width, 4 * width],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (stages - 1),
+        "up_block_types": ["CrossAttnUpBlock2D"] * (stages - 1) + ["UpBlock2D"],
+        "block_out_channels": [width * 2**i for i in range(stages)],
         "layers_per_block": 1,
-        "attention_head_dim": [1, 2, 4],
+        "attention_head_dim": [2**i for i in range(stages)],
         "use_linear_projection": True,
     }
     shared = {"batch_size": batch, "image_size": size, "mixed_precision": precision}
@@ -46,9 +48,11 @@ def dit(batch: int, attention: str = "cross") -> dict[str, Any]:
     return {**unet(32, batch, 32), "dit": {**network, "attention": attention}, **shared}
 
 
-def vae(width: int, batch: int, size: int, precision: str = "no") -> dict[str, Any]:
+def vae(
+    width: int, batch: int, size: int, precision: str = "no", *, stages: int = 2
+) -> dict[str, Any]:
     network = {
-        "block_out_channels": [width, 2 * width, 4 * width],
+        "block_out_channels": [width * 2**i for i in range(stages)],
         "layers_per_block": 1,
         "norm_num_groups": 16,
         "mid_block_add_attention": False,
@@ -229,7 +233,7 @@ def test_each_average_is_one_more_in_memory_and_on_disk() -> None:
     assert three.snapshot_bytes == weights  # two of them in half precision
 
 
-def test_each_view_of_a_image_is_cached() -> None:
+def test_each_view_of_an_image_is_cached() -> None:
     settings = {**unet(32, 2, 32), "crops": 3, "flip": True}
     one, six = (work_of(s)[2] for s in (unet(32, 2, 32), settings))
     assert one is not None
@@ -283,7 +287,7 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"image_size": 31}, "image_size=31 must be divisible by 4"),
+        ({"image_size": 31}, "image_size=31 must be divisible by 2"),
         ({"image_size": None}, "image_size is missing"),
         ({"batch_size": 3}, "batch_size=3 must be divisible by 2"),
         ({"batch_size": "many"}, "batch_size='many' must be a whole number"),
@@ -313,22 +317,22 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
             read_settings(path, {})
 
 
-TINY = {"unet": unet(32, 4, 32), "vae": vae(16, 4, 16)}
+TINY = {"unet": unet(32, 4, 32, stages=3), "vae": vae(16, 4, 16, stages=3)}
 CHECKPOINTING = {"gradient_checkpointing": True}
 AVERAGES = {"ema_lengths": [0.05, 0.1]}
 SIZES = [
-    unet(64, 16, 64),
-    unet(64, 64, 64),
-    unet(64, 16, 128, "bf16"),
-    vae(32, 8, 64),
-    vae(32, 16, 64),
-    vae(32, 8, 128, "bf16"),
-    {**unet(64, 16, 64), **CHECKPOINTING, **AVERAGES},
-    {**unet(64, 16, 64), **AVERAGES, "accumulation": 2},
+    unet(64, 16, 64, stages=3),
+    unet(64, 64, 64, stages=3),
+    unet(64, 16, 128, "bf16", stages=3),
+    vae(32, 8, 64, stages=3),
+    vae(32, 16, 64, stages=3),
+    vae(32, 8, 128, "bf16", stages=3),
+    {**unet(64, 16, 64, stages=3), **CHECKPOINTING, **AVERAGES},
+    {**unet(64, 16, 64, stages=3), **AVERAGES, "accumulation": 2},
 ]
 SHARED = [
-    {**unet(64, 16, 64), "sharding": "full"},
-    {**unet(64, 16, 64), "sharding": "full", **CHECKPOINTING, **AVERAGES},
+    {**unet(64, 16, 64, stages=3), "sharding": "full"},
+    {**unet(64, 16, 64, stages=3), "sharding": "full", **CHECKPOINTING, **AVERAGES},
 ]
 
 
