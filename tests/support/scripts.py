@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from latentdiff.training import loop
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -20,6 +20,7 @@ CONFIGS = {
     "cache_latents": "CacheLatents",
     "train_unet": "TrainUNet",
 }
+"""The scripts, and the configuration that each imports or defines."""
 
 
 def script(name: str) -> ModuleType:
