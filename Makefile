@@ -11,7 +11,8 @@ unexport PYTHONDONTWRITEBYTECODE # pytest keeps the assertions that it rewrites:
 
 # A worker takes a file's tests in a row, for the fixtures that they share; an idle one, of another's.
 TWO := --numprocesses=2 --dist=worksteal
-QUICK := not full_size and not processes and not training and not exhaustive
+QUICK := not full_size and not processes and not training \
+    and not interchange and not exhaustive
 
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 

@@ -22,6 +22,7 @@ import torch
 from support.table import Measured, Row, write
 
 torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
+os.fsync = lambda _: None  # a test's files need not survive the machine; a flush takes 4 ms
 gc.disable()  # the million objects that imports make stay: walking them takes half of collection
 
 

@@ -118,6 +118,7 @@ def test_a_learner_trains_the_same_with_recomputed_blocks() -> None:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled_blocks_give_the_same_numbers_up_to_rounding() -> None:
     plain = unet().train()

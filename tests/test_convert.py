@@ -99,6 +99,7 @@ def test_nothing_is_overwritten_and_no_pickle_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.interchange
 def test_a_folder_of_pickles_becomes_the_model_that_it_was(
     model: Path,
     pickled: Path,

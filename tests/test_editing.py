@@ -76,6 +76,7 @@ def draw_in_diffusers(cls: Any, folder: Path, **options: Any) -> torch.Tensor:
     return torch.cat(latents)
 
 
+@pytest.mark.interchange
 @pytest.mark.parametrize("folder", [False], ids=["any"], indirect=True)
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
@@ -88,6 +89,7 @@ def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Me
     assert difference < 1e-5
 
 
+@pytest.mark.interchange
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
     """Where alpha_1 is the last level, diffusers puts the kept latents in without their noise."""

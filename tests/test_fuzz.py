@@ -306,6 +306,7 @@ def fuzz(name: str, count: int, model: Path, places: tuple[Path, Path]) -> dict[
     return counts
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # warnings of what is assumed about a file
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_broken_file_is_loaded_right_or_refused(
@@ -355,6 +356,7 @@ def test_a_pickle_is_never_opened_whatever_it_is_called(
     assert not canary.exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize(
     "ending", [".safetensors", ".bin", ".fp16.safetensors", ".pt", ".SafeTensors"]

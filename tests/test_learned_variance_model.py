@@ -110,6 +110,7 @@ def test_an_inpainting_network_learns_variances_too(tmp_path: Path) -> None:
     assert (pixels(drawn)[:, 8:] == pixels(image)[:, 8:]).all()
 
 
+@pytest.mark.interchange
 def test_diffusers_opens_the_folder_and_draws_our_image(folder: Path) -> None:
     """Without guidance: StableDiffusionPipeline guides the variances like the noise."""
     with no_warning_logged():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cases import mostly_exhaustive
 from support.runs import options
 from support.scripts import without_curves
 from torch import Tensor
@@ -176,7 +177,7 @@ def newest(folder: Path) -> dict[str, Tensor]:
     return load_safetensors(folder / "checkpoints" / "step-8" / "net.safetensors")
 
 
-@pytest.mark.parametrize("make", [unet, vae, clip])
+@pytest.mark.parametrize("make", mostly_exhaustive([unet, vae, clip]))
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, make: Any) -> None:
     """Weights, average, moments and log; step 6 is neither at a checkpoint nor at a log."""
     run(tmp_path / "straight", make)

@@ -29,6 +29,8 @@ from latentdiff.formats.lora import check_without_loras
 from latentdiff.models.lora import LoRAs
 from latentdiff.pipeline import Pipeline
 
+pytestmark = pytest.mark.interchange
+
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Pipeline:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.cases import mostly_exhaustive
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -97,7 +98,8 @@ def test_arithmetic_is_that_of_the_formulas(side: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [unet(32, 2, 32), dit(2), dit(2, "joint"), vae(16, 2, 16), clip(3)]
+    "settings",
+    mostly_exhaustive([unet(32, 2, 32), dit(2), dit(2, "joint"), vae(16, 2, 16), clip(3)]),
 )
 def test_arithmetic_is_what_torch_counts_on_real_tensors(settings: dict[str, Any]) -> None:
     work = work_of(settings)[1]
@@ -172,7 +174,9 @@ def test_half_precision_and_smaller_parts_need_less() -> None:
     assert step("no", accumulation=4) < 0.5 * step("no")
 
 
-@pytest.mark.parametrize(("precision", "gpu"), [("no", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize(
+    ("precision", "gpu"), mostly_exhaustive([("no", False), ("bf16", False), ("bf16", True)])
+)
 def test_gradient_checkpointing_keeps_less_and_runs_the_blocks_again(
     precision: str, gpu: bool
 ) -> None:
