@@ -92,7 +92,7 @@ def test_no_file_is_longer_than_400_lines() -> None:
 def test_weights_are_never_unpickled() -> None:
     """Unpickling runs the file's code; safetensors cannot. Training state is no exception.
 
-    One file may, torch's restricted unpickler for `latentdiff convert --unsafe-pickle`.
+    One file may, torch's restricted unpickler for `latentdiff convert --unsafe_pickle`.
     """
     found = []
     for path in SHIPPED:

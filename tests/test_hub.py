@@ -165,7 +165,7 @@ def test_a_repository_of_pickles_is_refused_with_the_command_that_converts_them(
     for path in snapshot.rglob("*.safetensors"):
         path.unlink()
     (snapshot / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"as pickles.*`latentdiff convert --unsafe-pickle`"):
+    with pytest.raises(ValueError, match=r"as pickles.*`latentdiff convert --unsafe_pickle`"):
         find_model(HUB_ID)
 
 

@@ -341,7 +341,7 @@ def test_unknown_models_and_weights_of_others_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"ln_final\.bias holds NaN"):
         TextEncoder.from_open_clip("tiny", tmp_path / "nan.safetensors")
     torch.save(tower.state_dict(), tmp_path / "tower.pt")
-    with pytest.raises(ValueError, match="latentdiff convert --unsafe-pickle"):
+    with pytest.raises(ValueError, match="latentdiff convert --unsafe_pickle"):
         TextEncoder.from_open_clip("tiny", tmp_path / "tower.pt")
 
 
@@ -386,7 +386,7 @@ def test_tags_that_give_no_weights_of_this_tower_are_refused(hub: Path) -> None:
     for tag, message in {
         "absent": "nobody/tiny .* is out of reach, and open_clip_model.safetensors is not in the",
         "quick": "trained with quick_gelu, which tiny has not; the model with it is tiny-quickgelu",
-        "pickled": r"tiny\.pt: is a pickled .* `latentdiff convert --unsafe-pickle`",
+        "pickled": r"tiny\.pt: is a pickled .* `latentdiff convert --unsafe_pickle`",
         "unknown": "'unknown' is no file and no tag of tiny; its tags: cached, named, absent",
     }.items():
         with pytest.raises(ValueError, match=message):

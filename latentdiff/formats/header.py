@@ -72,7 +72,7 @@ def refuse_pickle(path: Path) -> str:
     """The sentence that refuses a pickled checkpoint."""
     return (
         f"{path}: is a pickled checkpoint, which can run code when it is opened; only safetensors "
-        "files are read, and `latentdiff convert --unsafe-pickle` makes one of it"
+        "files are read, and `latentdiff convert --unsafe_pickle` makes one of it"
     )
 
 

@@ -99,7 +99,7 @@ def _refusal(names: Iterable[str], stems: Mapping[str, str], variant: str | None
     if any(name.endswith(PICKLES) for part in stems for name in inside[part]):
         return (
             "has its weights as pickles, which can run code when they are opened; fetch it with "
-            "`hf download` and give that to `latentdiff convert --unsafe-pickle`"
+            "`hf download` and give that to `latentdiff convert --unsafe_pickle`"
         )
     return f"has no weights of a pipeline, in folders named {', '.join(stems)}"
 
