@@ -1,11 +1,6 @@
-"""The preflight: counted arithmetic against formulas, memory against what training really takes."""
+"""The preflight: counted arithmetic against formulas, and what a plan says of a training."""
 
 import argparse
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +8,18 @@ import pytest
 import torch
 import yaml
 from support.cases import mostly_exhaustive
+from support.settings import ANY, clip, dit, unet, vae
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from latentdiff.cli import plan as command
 from latentdiff.models.layers import Attention
 from latentdiff.models.unet import UNet
-from latentdiff.planning.devices import DEVICES, Device
+from latentdiff.planning.devices import DEVICES
 from latentdiff.planning.footprint import Passes, Work, footprint, nbytes
 from latentdiff.planning.plan import make_plan, read_settings, work_of
 
-ANY = Device({"no": 1e12, "bf16": 2e12})
 ROOT = Path(__file__).parents[1]
-
-
-def unet(
-    width: int, batch: int, size: int, precision: str = "no", *, stages: int = 2
-) -> dict[str, Any]:
-    network = {
-        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (stages - 1),
-        "up_block_types": ["CrossAttnUpBlock2D"] * (stages - 1) + ["UpBlock2D"],
-        "block_out_channels": [width * 2**i for i in range(stages)],
-        "layers_per_block": 1,
-        "attention_head_dim": [2**i for i in range(stages)],
-        "use_linear_projection": True,
-    }
-    shared = {"batch_size": batch, "image_size": size, "mixed_precision": precision}
-    return {"unet": network, **shared}
-
-
-def dit(batch: int, attention: str = "cross") -> dict[str, Any]:
-    """The UNet's keys beside it, as the script writes them."""
-    network = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-    shared = {"batch_size": batch, "image_size": 32, "mixed_precision": "no"}
-    return {**unet(32, batch, 32), "dit": {**network, "attention": attention}, **shared}
-
-
-def vae(
-    width: int, batch: int, size: int, precision: str = "no", *, stages: int = 2
-) -> dict[str, Any]:
-    network = {
-        "block_out_channels": [width * 2**i for i in range(stages)],
-        "layers_per_block": 1,
-        "norm_num_groups": 16,
-        "mid_block_add_attention": False,
-    }
-    shared = {"batch_size": batch, "image_size": size, "mixed_precision": precision}
-    return {"vae": network, **shared}
-
-
-def clip(batch: int) -> dict[str, Any]:
-    towers = {"text_width": 32, "text_layers": 2, "text_heads": 2, "image_width": 48}
-    towers |= {"image_layers": 2, "image_heads": 2, "patch_size": 8, "projection_dim": 16}
-    shared = {"batch_size": batch, "image_size": 32, "vocab_size": 600, "max_tokens": 12}
-    return {"clip": towers, "mixed_precision": "no", **shared}
 
 
 class Small(nn.Module):
@@ -317,92 +270,3 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             read_settings(path, {})
-
-
-TINY = {"unet": unet(32, 4, 32, stages=3), "vae": vae(16, 4, 16, stages=3)}
-CHECKPOINTING = {"gradient_checkpointing": True}
-AVERAGES = {"ema_lengths": [0.05, 0.1]}
-SIZES = [
-    unet(64, 16, 64),
-    unet(64, 64, 64),
-    unet(64, 16, 128, "bf16"),
-    vae(32, 8, 64),
-    vae(32, 16, 64),
-    vae(32, 8, 128, "bf16"),
-    {**unet(64, 16, 64), **CHECKPOINTING, **AVERAGES},
-    {**unet(64, 16, 64), **AVERAGES, "gradient_accumulation_steps": 2},
-]
-SHARED = [
-    {**unet(64, 16, 64, stages=3), "sharding": "full"},
-    {**unet(64, 16, 64, stages=3), "sharding": "full", **CHECKPOINTING, **AVERAGES},
-]
-
-
-def title(settings: dict[str, Any]) -> str:
-    """What a test of these settings is called."""
-    kind = kind_of(settings)
-    shown = [str(settings[key]) for key in ("batch_size", "image_size", "mixed_precision")]
-    return "-".join([kind, *shown, *(key for key in settings if key not in (*TINY[kind], kind))])
-
-
-def kind_of(settings: dict[str, Any]) -> str:
-    return "unet" if "unet" in settings else "vae"
-
-
-def measured(settings: dict[str, Any], count: int) -> list[int]:
-    """What processes of their own take for it, with the heap as every user has it."""
-    tiny = {**settings, **TINY[kind_of(settings)], "gradient_accumulation_steps": 1}
-    tiny["mixed_precision"] = settings["mixed_precision"]
-    tests = Path(__file__).parent
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    environment["PYTHONPATH"] = f"{tests}:{tests.parent}"
-    if count > 1:
-        environment |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": str(free_port())}
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(tests / "support" / "planning.py"),
-                json.dumps(settings),
-                json.dumps(tiny),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment | ({"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}),
-        )
-        for rank in map(str, range(count))
-    ]
-    printed = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0] * count
-    return [int(text) for text in printed]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def compare(settings: dict[str, Any], count: int = 1) -> None:
-    found = max(measured(settings, count))
-    plan = make_plan(settings, device=ANY, gpu=False, processes=count)
-    print(f"measured {found}, planned {plan.peak}; planned / measured {plan.peak / found:.3f}")
-    assert plan.peak == pytest.approx(found, rel=0.15)
-
-
-ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
-
-
-@pytest.mark.processes
-@ON_LINUX
-@pytest.mark.parametrize("settings", SIZES, ids=title)
-def test_the_peak_is_within_15_percent_of_what_training_takes(settings: dict[str, Any]) -> None:
-    compare(settings)
-
-
-@pytest.mark.processes
-@ON_LINUX
-@pytest.mark.parametrize("settings", SHARED, ids=title)
-def test_so_it_is_where_two_processes_share_a_network(settings: dict[str, Any]) -> None:
-    compare(settings, 2)
