@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from support.cases import mostly_exhaustive
 from support.parity import fill, same_weights
 from support.scripts import run_here
 from support.tiny import CONTEXT_DIM, UNET, tiny_pipeline, tiny_text_encoder
@@ -64,7 +65,7 @@ def draw(pipe: Pipeline, prompt: str = "a cat", **options: int) -> bytes:
     return drawn.images[0].tobytes()
 
 
-@each
+@pytest.mark.parametrize("name", mostly_exhaustive(DENOISERS, quick=2))
 def test_a_folder_draws_what_the_model_drew_before_it_was_saved(tmp_path: Path, name: str) -> None:
     before = pipeline(name, tmp_path / "scratch")
     before.save_pretrained(tmp_path / "model")

@@ -16,6 +16,8 @@ from latentdiff.formats.diffusers import STEMS, check_pipeline_folder, find_mode
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.pipeline import Pipeline
 
+pytestmark = pytest.mark.interchange
+
 HUB_ID = "somebody/tiny-diffusion"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 

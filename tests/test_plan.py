@@ -115,6 +115,7 @@ def test_what_autograd_keeps_is_counted() -> None:
     assert footprint(work, 4).activations == pytest.approx(sum(kept.values()), rel=0.03)
 
 
+@pytest.mark.exhaustive
 def test_half_precision_and_smaller_parts_need_less() -> None:
     work = work_of(vae(16, 8, 32))[1]
 
