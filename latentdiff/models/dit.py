@@ -10,7 +10,6 @@ E width.
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -18,15 +17,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.config import (
-    MAX_TRANSFORMERS,
-    MAX_WIDTH,
-    check_range,
-    check_types,
-    config_from_dict,
-    load_network,
-    save_network,
-)
 from latentdiff.models.layers import (
     Attention,
     FeedForward,
@@ -34,6 +24,14 @@ from latentdiff.models.layers import (
     attend,
     timestep_embedding,
 )
+from latentdiff.models.network_config import (
+    MAX_TRANSFORMERS,
+    MAX_WIDTH,
+    check_range,
+    check_types,
+    config_from_dict,
+)
+from latentdiff.models.network_folder import load_network, save_network
 
 FREQUENCIES = 256  # of the timestep's sinusoids, as in DiT
 MAX_PATCH = 64
@@ -195,6 +193,10 @@ class JointBlock(nn.Module):
 class DiT(nn.Module):
     """ε, v, x0 or velocity from noisy latents, the timestep and the text."""
 
+    config_class = DiTConfig
+    from_pretrained = classmethod(load_network)
+    save_pretrained = save_network
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -263,21 +265,6 @@ class DiT(nn.Module):
         scale, shift = self.norm_out(time)
         tokens = self.proj_out(modulated(tokens, shift, scale))  # (B, N, p·p·C)
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: Path | str,
-        *,
-        variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """Read `config.json` and the weights beside it; ValueError if they do not fit."""
-        return load_network(cls, DiTConfig, Path(folder), variant=variant, dtype=dtype)
-
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write the two files that `from_pretrained` reads."""
-        save_network(self, self.config.to_dict(), Path(folder), dtype=dtype)
 
 
 def positions(height: int, width: int, dim: int, *, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from latentdiff.formats.header import shown
-from latentdiff.models.config import (
+from latentdiff.models.network_config import (
     MAX_LAYERS,
     MAX_WIDTH,
     check_levels,

@@ -1,18 +1,14 @@
-"""A network and its folder: configuration dataclass <-> `config.json`, weights <-> safetensors."""
+"""Checks that the configuration dataclasses of UNet, VAE and DiT share, and reading one from JSON.
+
+What the keys of each mean stands beside its network; files are network_folder.py's.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
-from torch import nn
-
-from latentdiff.formats.diffusers import DIFFUSERS_VERSION
 from latentdiff.formats.header import named, shown
-from latentdiff.formats.shards import load_weights
-from latentdiff.formats.weights import load_json, save_json, save_safetensors
 
 T = TypeVar("T")
 # Far from any model; building the most layers that are allowed takes three seconds.
@@ -20,7 +16,6 @@ MAX_WIDTH = 2**16
 MAX_LEVELS = 8
 MAX_LAYERS = 12
 MAX_TRANSFORMERS = 256
-STEM = "diffusion_pytorch_model"  # of the names of weights
 
 
 def config_from_dict(
@@ -125,46 +120,3 @@ _WORDS = {
     str: "a text",
     type(None): "null",
 }
-
-
-def load_network(
-    cls: type[Any],
-    config_cls: type[Any],
-    folder: Path,
-    *,
-    variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    rename: Callable[[str], str] | None = None,
-) -> Any:
-    """Build a network from its folder, in eval mode; weights of any precision become `dtype`.
-
-    `rename` gives our name for a name of the file. Raises ValueError when a file is missing or the
-    weights are not those of the configuration.
-    """
-    path = folder / "config.json"
-    values = load_json(path)
-    try:
-        config = config_cls.from_dict(values)
-        with torch.device("meta"):
-            network = cls(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    expected = network.state_dict()
-    tensors = load_weights(
-        folder, STEM, variant=variant, expected=expected, rename=rename, dtype=dtype
-    )
-    network.load_state_dict(tensors, assign=True)
-    return network.eval()
-
-
-def save_network(
-    network: nn.Module, config: dict[str, Any], folder: Path, *, dtype: torch.dtype | None
-) -> None:
-    """Write `config.json` and the weights, converted to `dtype` if one is given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_json({**config, "_diffusers_version": DIFFUSERS_VERSION}, folder / "config.json")
-    tensors = {
-        name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        for name, tensor in network.state_dict().items()
-    }
-    save_safetensors(tensors, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
