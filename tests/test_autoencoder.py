@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.scripts import config_class, script
 
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats
 from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import VAE, VAEConfig
@@ -15,7 +15,7 @@ from latentdiff.training.losses import hinge_loss
 
 
 def emoji() -> Path:
-    return find_part("emoji", "vae")
+    return find_component("emoji", "vae")
 
 
 def test_a_given_vae_draws_as_it_did_from_latents_as_the_kl_wants_them() -> None:

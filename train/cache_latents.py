@@ -14,7 +14,7 @@ from latentdiff.data.gate import check_latents
 from latentdiff.data.images import breakdown
 from latentdiff.data.opening import open_images
 from latentdiff.data.views import Views
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.models.vae import VAE
 from latentdiff.training.config import parse_config, run_script, write_config
 from latentdiff.training.processes import Processes
@@ -51,7 +51,7 @@ def main() -> None:
     # The first to have encoded its share waits for the last, which is no sign of a fault.
     processes = Processes(accelerator, timeout=WEEK)
     dataset = processes.in_turn(lambda: open_images(config))
-    folder = find_part(config.vae, "vae")
+    folder = find_component(config.vae, "vae")
     vae = VAE.from_pretrained(folder).to(accelerator.device)
     size = config.batch_size
     write_cache(

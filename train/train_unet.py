@@ -22,7 +22,7 @@ from latentdiff.data.opening import open_images
 from latentdiff.data.summary import cache_summary
 from latentdiff.data.views import Views
 from latentdiff.diffusion import Diffusion
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.images import image_grid
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.fingerprint import fingerprint
@@ -104,7 +104,7 @@ def main() -> None:
     held = held_out(len(cache), config.held_out, seed=config.seed)
     examples = Rest(cache, held)
     check_batch(config.batch_size, len(examples))
-    text_encoder = TextEncoder.from_pretrained(find_part(config.text_encoder, "text_encoder"))
+    text_encoder = TextEncoder.from_pretrained(find_component(config.text_encoder, "text_encoder"))
     text_encoder.to(accelerator.device)
     C = vae.config.latent_channels
     network = replace(
@@ -266,7 +266,7 @@ def open_cache(
     """
 
     def load_vae() -> VAE:
-        return VAE.from_pretrained(find_part(config.vae, "vae")).to(accelerator.device)
+        return VAE.from_pretrained(find_component(config.vae, "vae")).to(accelerator.device)
 
     if config.cache is not None:
         cache = LatentCache(config.cache)
@@ -277,7 +277,7 @@ def open_cache(
     dataset = processes.in_turn(lambda: open_images(config))
     if isinstance(dataset, CaptionedImages):  # how much a stream holds is known when it is cached
         check_batch(config.batch_size, len(dataset))
-    vae, folder = load_vae(), find_part(config.vae, "vae")
+    vae, folder = load_vae(), find_component(config.vae, "vae")
     write_cache(
         config.output_dir / "cache",
         dataset,

@@ -89,7 +89,7 @@ def _stored(source: Path, variant: str | None) -> "torch.dtype":
     """The dtype of most tensors of the denoiser, or of the single file that it is in."""
     from latentdiff.formats.diffusers import STEMS, check_pipeline_folder
     from latentdiff.formats.header import read_header
-    from latentdiff.formats.shards import read_headers
+    from latentdiff.formats.sharded_weights import read_headers
 
     if source.is_file():
         headers = [read_header(source)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from latentdiff.formats.header import Header, parse_json, read_header, shown
+from latentdiff.formats.header import Header, parse_json, read_header, short_repr
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 from latentdiff.formats.weights import load_safetensors
 
@@ -71,8 +71,8 @@ def read_lora(path: Path, *, layers_per_block: int) -> LoRAFile:
     for (_, layer), kinds in names.items():
         if not {"down", "up"} <= kinds.keys():
             raise ValueError(
-                f"{path}: of the LoRA's layer {shown(layer)} there is only "
-                f"{shown(sorted(kinds.values()))}; each has two weights, down and up"
+                f"{path}: of the LoRA's layer {short_repr(layer)} there is only "
+                f"{short_repr(sorted(kinds.values()))}; each has two weights, down and up"
             )
     configs = {part: _adapter_config(path, header, part) for part in PARTS}
     tensors = load_safetensors(path)
@@ -83,13 +83,16 @@ def read_lora(path: Path, *, layers_per_block: int) -> LoRAFile:
         if "alpha" in kinds:
             alpha = tensors[kinds["alpha"]]
             if alpha.numel() != 1:
-                raise ValueError(f"{path}: {shown(kinds['alpha'])} holds {alpha.numel()} numbers")
+                raise ValueError(
+                    f"{path}: {short_repr(kinds['alpha'])} holds {alpha.numel()} numbers"
+                )
             alpha = float(alpha)
         else:
             alpha = _configured_alpha(configs[part], layer, rank=len(down))
         if not abs(alpha) <= MAX_ALPHA:
             raise ValueError(
-                f"{path}: alpha={alpha} of {shown(layer)} must be a number within ±{MAX_ALPHA:g}"
+                f"{path}: alpha={alpha} of {short_repr(layer)} must be a number within "
+                f"±{MAX_ALPHA:g}"
             )
         layers[part][layer] = LoRALayer(down, up, alpha)
     return LoRAFile(unet=layers["unet"], text_encoder=layers["text_encoder"])
@@ -113,7 +116,7 @@ def _names_by_layer(
     if second:
         raise ValueError(
             f"{path}: is a LoRA for SDXL, which has a second text encoder ({len(second)} tensors, "
-            f"first {shown(second[0])}); LoRAs for SD 1.x and 2.x are read"
+            f"first {short_repr(second[0])}); LoRAs for SD 1.x and 2.x are read"
         )
     found: dict[Layer, dict[str, str]] = {}
     unknown = []
@@ -125,14 +128,15 @@ def _names_by_layer(
         layer, kind = place
         if kind in found.setdefault(layer, {}):
             raise ValueError(
-                f"{path}: {shown(found[layer][kind])} and {shown(name)} are the same weight"
+                f"{path}: {short_repr(found[layer][kind])} and {short_repr(name)} are the "
+                "same weight"
             )
         found[layer][kind] = name
     if unknown:
         raise ValueError(
-            f"{path}: {len(unknown)} of its {len(names)} tensors, first {shown(unknown[0])}, are "
-            "no part of a LoRA; one has an up and a down weight for each layer, and perhaps alpha "
-            "(DoRA, LoHa, LoKr and biases are not read)"
+            f"{path}: {len(unknown)} of its {len(names)} tensors, first {short_repr(unknown[0])}, "
+            "are no part of a LoRA; one has an up and a down weight for each layer, and perhaps "
+            "alpha (DoRA, LoHa, LoKr and biases are not read)"
         )
     if not found:
         raise ValueError(f"{path}: holds no LoRA, no tensor at all")
@@ -201,7 +205,7 @@ def _adapter_config(path: Path, header: Header, part: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: lora_adapter_metadata is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: lora_adapter_metadata is {shown(content)}, not an object")
+        raise ValueError(f"{path}: lora_adapter_metadata is {short_repr(content)}, not an object")
     config = {
         key.removeprefix(f"{part}."): value
         for key, value in content.items()
@@ -209,19 +213,21 @@ def _adapter_config(path: Path, header: Header, part: str) -> dict[str, Any]:
     }
     for key in ("use_dora", "lora_bias"):
         if config.get(key):
-            raise ValueError(f"{path}: {part}.{key}={shown(config[key])} is not read, only false")
+            raise ValueError(
+                f"{path}: {part}.{key}={short_repr(config[key])} is not read, only false"
+            )
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"{path}: {part}.alpha_pattern is {shown(patterns)}, not an object")
+        raise ValueError(f"{path}: {part}.alpha_pattern is {short_repr(patterns)}, not an object")
     for key in patterns:
         # peft takes them for regular expressions, of which a file could hold an endless one.
         if re.fullmatch(r"\^?[\w.]+", key) is None:
-            raise ValueError(f"{path}: {part}.alpha_pattern names {shown(key)}, not a layer")
+            raise ValueError(f"{path}: {part}.alpha_pattern names {short_repr(key)}, not a layer")
     for alpha in (config.get("lora_alpha", 1), *patterns.values()):
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not (number and abs(alpha) <= MAX_ALPHA):
             raise ValueError(
-                f"{path}: {part} has alpha {shown(alpha)}, not a number within ±{MAX_ALPHA:g}"
+                f"{path}: {part} has alpha {short_repr(alpha)}, not a number within ±{MAX_ALPHA:g}"
             )
     return config
 
@@ -241,14 +247,15 @@ def _configured_alpha(config: dict[str, Any], layer: str, *, rank: int) -> float
 def _check_pair(path: Path, layer: str, down: Tensor, up: Tensor) -> None:
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(
-            f"{path}: {shown(layer)} holds {down.dtype} and {up.dtype}, expected floating point"
+            f"{path}: {short_repr(layer)} holds {down.dtype} and {up.dtype}, expected "
+            "floating point"
         )
     if down.ndim not in (2, 4) or down.ndim != up.ndim or down.shape[0] != up.shape[1]:
         raise ValueError(
-            f"{path}: {shown(layer)} has down {tuple(down.shape)} and up {tuple(up.shape)}, "
+            f"{path}: {short_repr(layer)} has down {tuple(down.shape)} and up {tuple(up.shape)}, "
             "expected (r, in) and (out, r), or (r, in, h, w) and (out, r, 1, 1)"
         )
     if not 1 <= down.shape[0] <= MAX_RANK:
         raise ValueError(
-            f"{path}: rank {down.shape[0]} of {shown(layer)} must be from 1 to {MAX_RANK}"
+            f"{path}: rank {down.shape[0]} of {short_repr(layer)} must be from 1 to {MAX_RANK}"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from latentdiff.formats.header import refuse_pickle
+from latentdiff.formats.header import pickle_message
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 
 VOCAB_SIZE = 49408
@@ -227,7 +227,7 @@ def find_weights(name: str, weights: Path | str) -> Path:
         )
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if not repository:
-        raise ValueError(refuse_pickle(Path(tag["url"])))
+        raise ValueError(pickle_message(Path(tag["url"])))
     safe = Path(file).with_suffix(".safetensors").name if file else "open_clip_model.safetensors"
     try:
         return Path(hf_hub_download(repository, safe, library_name="latentdiff"))
@@ -237,7 +237,7 @@ def find_weights(name: str, weights: Path | str) -> Path:
         ) from error
     except EntryNotFoundError as error:
         raise ValueError(
-            refuse_pickle(Path(repository) / (file or "open_clip_pytorch_model.bin"))
+            pickle_message(Path(repository) / (file or "open_clip_pytorch_model.bin"))
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"{repository}: the Hugging Face Hub refuses it ({error})") from error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.formats.header import Header, read_header, shown
+from latentdiff.formats.header import Header, read_header, short_repr
 from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm import keys as ldm_keys
 from latentdiff.formats.ldm.inferred_config import (
@@ -214,7 +214,7 @@ def _names(shapes: Shapes, *, ema: bool) -> dict[str, str]:
     read = [name for name in shapes if not _IGNORED.fullmatch(name)]
     unknown = [name for name in read if not name.startswith(prefixes)]
     if unknown:
-        raise ValueError(f"tensor {shown(min(unknown))} is nothing that SD 1.x and 2.x have")
+        raise ValueError(f"tensor {short_repr(min(unknown))} is nothing that SD 1.x and 2.x have")
     names = {name: f"buffer {name}" for name in ("betas", "scale_factor") if name in shapes}
     for component, prefix, rename in (
         ("unet", ldm_keys.UNET, ldm_keys.unet_from_ldm),
@@ -229,7 +229,7 @@ def _names(shapes: Shapes, *, ema: bool) -> dict[str, str]:
         names = {_ema_name(name): ours for name, ours in names.items()}
         missing = [name for name in names if name not in shapes]
         if missing:
-            raise ValueError(f"ema=True, but it holds no {shown(missing[0])}")
+            raise ValueError(f"ema=True, but it holds no {short_repr(missing[0])}")
     return names
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
-from latentdiff.formats.header import shown
-from latentdiff.formats.hub import fetch_towers
+from latentdiff.formats.header import short_repr
+from latentdiff.formats.hub import fetch_clip
 from latentdiff.formats.ldm.keys import TEXT_MODEL
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text import TextEncoder
@@ -49,13 +49,16 @@ class Pixels:
         values = load_json(path)
         for key in ("do_rescale", "do_normalize"):
             if values.get(key, True) is not True:
-                raise ValueError(f"{path}: {key} is {shown(values[key])}; only true is supported")
+                raise ValueError(
+                    f"{path}: {key} is {short_repr(values[key])}; only true is supported"
+                )
         for key, least in (("image_mean", -10), ("image_std", 1e-3)):
             three: Any = values.get(key)
             numbers = isinstance(three, list) and all(type(x) in (int, float) for x in three)
             if not (numbers and len(three) == 3 and all(least <= x <= 10 for x in three)):
                 raise ValueError(
-                    f"{path}: {key} is {shown(three)}; allowed are three numbers from {least} to 10"
+                    f"{path}: {key} is {short_repr(three)}; allowed are three numbers from "
+                    f"{least} to 10"
                 )
         return cls(tuple(values["image_mean"]), tuple(values["image_std"]))
 
@@ -156,7 +159,7 @@ def _find(init: str) -> Path:
             "open_clip:NAME:WEIGHTS and ids on the Hugging Face Hub"
         )
     try:
-        return fetch_towers(init)
+        return fetch_clip(init)
     except ValueError as error:
         raise ValueError(f"init={init!r} {error}") from error
 
@@ -171,7 +174,9 @@ def _open_clip_text(init: str) -> TextEncoder:
 def _clip_config(values: dict[str, Any]) -> CLIPConfig:
     """The configuration of both towers, from a `config.json`."""
     if values.get("model_type") != "clip":
-        raise ValueError(f"model_type is {shown(values.get('model_type'))}; only clip is supported")
+        raise ValueError(
+            f"model_type is {short_repr(values.get('model_type'))}; only clip is supported"
+        )
     parts = [values.get(key) for key in ("text_config", "vision_config")]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError("text_config and vision_config must both be there")
@@ -179,7 +184,7 @@ def _clip_config(values: dict[str, Any]) -> CLIPConfig:
     width = values.get("projection_dim")
     if not (type(width) is int and 1 <= width <= MOST_PROJECTED):
         raise ValueError(
-            f"projection_dim={shown(width)} must be a whole number from 1 to {MOST_PROJECTED}"
+            f"projection_dim={short_repr(width)} must be a whole number from 1 to {MOST_PROJECTED}"
         )
     # Each tower has the width of the common space too, which in old files is another.
     return CLIPConfig(
@@ -192,7 +197,7 @@ def _clip_config(values: dict[str, Any]) -> CLIPConfig:
 def _bias(values: dict[str, Any]) -> float | None:
     bias = values.get("logit_bias")
     if not (bias is None or (type(bias) is float and abs(bias) <= 1000)):
-        raise ValueError(f"logit_bias={shown(bias)} must be a number from -1000 to 1000")
+        raise ValueError(f"logit_bias={short_repr(bias)} must be a number from -1000 to 1000")
     return bias
 
 

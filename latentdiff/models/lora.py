@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.lora import LoRALayer, read_lora
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
@@ -159,7 +159,7 @@ def _check_layers(
     if absent:
         raise ValueError(
             f"{path}: {len(absent)} of its {len(layers)} layers for the {title}, first "
-            f"{shown(absent[0])}, are not in this model: the LoRA is for another architecture"
+            f"{short_repr(absent[0])}, are not in this model: the LoRA is for another architecture"
         )
     wrong = [name for name, layer in layers.items() if not _fits(layer, weights[name])]
     if wrong:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from latentdiff.formats.header import named, shown
+from latentdiff.formats.header import name_repr, short_repr
 
 T = TypeVar("T")
 # Far from any model; building the most layers that are allowed takes three seconds.
@@ -34,9 +34,11 @@ def config_from_dict(
             known[key] = value
         elif key in fixed:
             if _plain(value) != _plain(fixed[key]):
-                raise ValueError(f"{key}={shown(value)} is not supported, only {shown(fixed[key])}")
+                raise ValueError(
+                    f"{key}={short_repr(value)} is not supported, only {short_repr(fixed[key])}"
+                )
         elif not key.startswith("_"):
-            raise ValueError(f"unknown configuration key {named(key)}={shown(value)}")
+            raise ValueError(f"unknown configuration key {name_repr(key)}={short_repr(value)}")
     return cls(**known)
 
 
@@ -54,7 +56,7 @@ def check_types(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _fits(value, hint):
-            raise ValueError(f"{name}={shown(value)} must be {_words(hint)}")
+            raise ValueError(f"{name}={short_repr(value)} must be {_words(hint)}")
 
 
 def check_range(config: Any, least: float, most: float, *names: str) -> None:
@@ -67,7 +69,7 @@ def check_range(config: Any, least: float, most: float, *names: str) -> None:
         value = getattr(config, name)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if not all(number is None or least <= number <= most for number in numbers):
-            raise ValueError(f"{name}={shown(value)} must be from {least} to {most}")
+            raise ValueError(f"{name}={short_repr(value)} must be from {least} to {most}")
 
 
 def check_levels(config: Any, *, transformer_layers: int = 1) -> None:
@@ -76,7 +78,9 @@ def check_levels(config: Any, *, transformer_layers: int = 1) -> None:
     check_range(config, 1, MAX_LAYERS, "layers_per_block")
     channels, groups = config.block_out_channels, config.norm_num_groups
     if not 1 <= len(channels) <= MAX_LEVELS:
-        raise ValueError(f"block_out_channels={shown(channels)} must be 1 to {MAX_LEVELS} numbers")
+        raise ValueError(
+            f"block_out_channels={short_repr(channels)} must be 1 to {MAX_LEVELS} numbers"
+        )
     if any(width % groups for width in channels):
         raise ValueError(
             f"block_out_channels={list(channels)}: each must be a multiple of "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from latentdiff.formats.diffusers import DIFFUSERS_VERSION, STEMS
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json, save_json, save_safetensors
 
 N = TypeVar("N", bound=nn.Module)

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.formats import open_clip
 from latentdiff.formats.ldm.keys import TEXT_MODEL
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
 from latentdiff.models.prompts import cut, parse_weights, weigh
 from latentdiff.models.text_config import load_tokenizer, tower_config

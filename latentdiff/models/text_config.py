@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.activations import ACT2FN
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 
 # Far above every published tower; under these even an absurd one is built, empty, in a second.
 _MOST = {
@@ -49,7 +49,7 @@ def tower_config(values: Mapping[str, Any]) -> CLIPTextConfig:
         values = values["text_config"]
     elif kind != "clip_text_model":
         raise ValueError(
-            f"the text encoder has model_type={shown(kind)}; only clip_text_model is supported"
+            f"the text encoder has model_type={short_repr(kind)}; only clip_text_model is supported"
         )
     for key in _TOKENS:
         value = values.get(key, 0)
@@ -83,11 +83,11 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers has no class of its own for what it cannot read
-        raise ValueError(f"{folder} holds no CLIP tokenizer ({shown(str(error))})") from error
+        raise ValueError(f"{folder} holds no CLIP tokenizer ({short_repr(str(error))})") from error
     length, places = tokenizer.model_max_length, config.max_position_embeddings
     if type(length) is not int or not 3 <= length <= places:
         raise ValueError(
-            f"{folder}: model_max_length={shown(length)} must be from 3 to the text encoder's "
+            f"{folder}: model_max_length={short_repr(length)} must be from 3 to the text encoder's "
             f"max_position_embeddings={places}"
         )
     words = tokenizer.get_vocab()
@@ -101,7 +101,7 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
             raise ValueError(f"{folder}: the tokenizer has no {name.removesuffix('_id')}")
     unknown = tokenizer.backend_tokenizer.model.unk_token  # which text would stop at
     if unknown is not None and unknown not in words:
-        raise ValueError(f"{folder}: unk_token={shown(unknown)} is not in the vocabulary")
+        raise ValueError(f"{folder}: unk_token={short_repr(unknown)} is not in the vocabulary")
     return tokenizer
 
 
@@ -132,4 +132,4 @@ def _known(
 
 
 def _refused(key: str, value: object, allowed: str, *, of: Tower = "text") -> ValueError:
-    return ValueError(f"{key}={shown(value)} of the {of} encoder must be {allowed}")
+    return ValueError(f"{key}={short_repr(value)} of the {of} encoder must be {allowed}")

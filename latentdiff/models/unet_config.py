@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 from latentdiff.models.network_config import (
     MAX_LAYERS,
     MAX_WIDTH,
@@ -85,14 +85,14 @@ class UNetConfig:
             blocks = getattr(self, name)
             if len(blocks) != levels or any(block not in allowed for block in blocks):
                 raise ValueError(
-                    f"{name}={shown(list(blocks))} must be {levels} of {sorted(allowed)}, "
+                    f"{name}={short_repr(list(blocks))} must be {levels} of {sorted(allowed)}, "
                     f"one for each of block_out_channels={list(self.block_out_channels)}"
                 )
         if self.mid_block_type not in MID_BLOCKS:
-            given = shown(self.mid_block_type)
+            given = short_repr(self.mid_block_type)
             raise ValueError(f"mid_block_type={given} must be one of {MID_BLOCKS}")
         if len(self.heads) != levels:
-            given = shown(self.attention_head_dim)
+            given = short_repr(self.attention_head_dim)
             raise ValueError(f"attention_head_dim={given} must be one number or {levels}")
 
         self._check_pooled_text()
@@ -136,7 +136,7 @@ class UNetConfig:
         config = config_from_dict(cls, values, fixed=FIXED, absent=ABSENT)
         if width != config.to_dict()[PROJECTED]:
             raise ValueError(
-                f"{PROJECTED}={shown(width)} must be {config.to_dict()[PROJECTED]!r}: "
+                f"{PROJECTED}={short_repr(width)} must be {config.to_dict()[PROJECTED]!r}: "
                 "cross_attention_dim where class_embed_type is given, and else null"
             )
         return config

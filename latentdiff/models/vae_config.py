@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 from latentdiff.models.network_config import (
     MAX_LEVELS,
     MAX_WIDTH,
@@ -85,7 +85,8 @@ class VAEConfig:
         channels = values.get("block_out_channels", ABSENT["block_out_channels"])
         if not isinstance(channels, (list, tuple)) or len(channels) > MAX_LEVELS:
             raise ValueError(
-                f"block_out_channels={shown(channels)} must be a list of 1 to {MAX_LEVELS} numbers"
+                f"block_out_channels={short_repr(channels)} must be a list of 1 to "
+                f"{MAX_LEVELS} numbers"
             )
         encoder = "downsample" if values.get("encoder") == "downsample" else "kl"
         fixed = _fixed(encoder, len(channels))

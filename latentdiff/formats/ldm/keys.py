@@ -8,7 +8,7 @@ model.py. "Names" are without the prefix that says which network of the file the
 import re
 from collections.abc import Iterable, Mapping
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -192,7 +192,7 @@ def _few(number: int) -> int:
 
 
 def _unknown(name: str) -> ValueError:
-    return ValueError(f"{shown(name)} is no tensor of Stable Diffusion 1.x or 2.x")
+    return ValueError(f"{short_repr(name)} is no tensor of Stable Diffusion 1.x or 2.x")
 
 
 def _swap(modules: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.ldm.keys import CLIP, OPEN_CLIP, TEXT_MODEL, UNET, VAE, count, has
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -55,7 +55,7 @@ def refuse_other_checkpoints(path: Path, shapes: Shapes) -> None:
             raise ValueError(f"{path} is no checkpoint of SD 1.x or 2.x but seems to be {model}")
     missing = [name for name, present in components.items() if not present]
     if len(missing) == len(components):
-        first = shown(min(shapes)) if shapes else "nothing"
+        first = short_repr(min(shapes)) if shapes else "nothing"
         raise ValueError(f"{path} is no checkpoint of SD 1.x or 2.x; it holds {first}")
     if missing:
         raise ValueError(
