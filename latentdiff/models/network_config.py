@@ -1,6 +1,6 @@
-"""Checks that the configuration dataclasses of UNet, VAE and DiT share, and reading one from JSON.
+"""Read and check configurations: what the dataclasses of UNet, VAE and DiT have in common.
 
-What the keys of each mean stands beside its network; files are network_folder.py's.
+network_folder.py reads and writes the files.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ def config_from_dict(
 ) -> T:
     """Build the dataclass `cls` from a diffusers configuration.
 
-    `fixed` holds the keys that have one supported value, `absent` what diffusers takes for keys
-    that are missing, where that differs from our default. Raises ValueError naming key and value
-    for a fixed key with another value and for keys that nobody knows.
+    `fixed` holds the keys that have one supported value, `absent` diffusers' defaults of missing
+    keys where they differ from ours. Raises ValueError naming key and value
+    for a fixed key with another value and for unknown keys.
     """
     names = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     known = {name: value for name, value in absent.items() if name not in values}
@@ -49,7 +49,7 @@ def _plain(value: Any) -> Any:
 def check_types(config: Any) -> None:
     """Raise ValueError, naming key and value, unless every field holds what its annotation says.
 
-    JSON gives lists for tuples and whole numbers for floats; a truth value is never a number here.
+    JSON gives lists for tuples and whole numbers for floats; a bool is never a number here.
     diffusers takes a list, one number a block, where some of our fields have one number; SD 1.x and
     2.x have none.
     """
@@ -62,8 +62,8 @@ def check_types(config: Any) -> None:
 def check_range(config: Any, least: float, most: float, *names: str) -> None:
     """Raise ValueError, naming key and value, unless these keys are from `least` to `most`.
 
-    A key may hold None, and a list for which all that it holds counts. The limits are far from
-    any model: they keep a hostile file from filling the memory with layers.
+    A value may be None, or a list whose items are all checked. The limits are far from any model:
+    they keep a hostile file from filling the memory with layers.
     """
     for name in names:
         value = getattr(config, name)

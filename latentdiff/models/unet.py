@@ -1,7 +1,7 @@
 """The denoising UNet with cross-attention to the text (LDM, Rombach et al. 2022, section 3.3).
 
 Configuration keys and parameter names are those of diffusers' `UNet2DConditionModel`, for all that
-SD 1.x and 2.x use, and for text that joins the time.
+SD 1.x and 2.x use, and for pooled text added to the time embedding.
 Shapes: B batch, C latent channels, H/W latent size, L tokens, D context width, E time width.
 """
 

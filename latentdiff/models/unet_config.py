@@ -1,4 +1,4 @@
-"""What a UNet's configuration says, in the words of diffusers' `UNet2DConditionModel`."""
+"""The configuration of a UNet, with the keys of diffusers' `UNet2DConditionModel`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What a `UNet2DConditionModel` configuration says; the defaults are those of SD 1.5."""
+    """The keys of a `UNet2DConditionModel`; the defaults are those of SD 1.5."""
 
     sample_size: int | None = 64
     """Side of the latents that it was trained on; a pipeline's default image size follows."""
@@ -108,7 +108,7 @@ class UNetConfig:
 
     @property
     def time_width(self) -> int:
-        """Width of what the blocks are told of time, and of text that has joined it."""
+        """Width of the time embedding that the blocks get, with pooled text if there is any."""
         width = 4 * self.block_out_channels[0]
         return 2 * width if self.class_embeddings_concat else width
 
@@ -120,7 +120,7 @@ class UNetConfig:
         return tuple(self.attention_head_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in diffusers' words, every key of `UNet2DConditionModel`."""
+        """Every key of `UNet2DConditionModel`."""
         # The width of what is pooled is that of the context.
         width = None if self.class_embed_type is None else self.cross_attention_dim
         return {**FIXED, **dataclasses.asdict(self), PROJECTED: width}

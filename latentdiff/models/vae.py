@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: a KL-regularised VAE (LDM, Rombach et al. 2022).
 
 Configuration keys and parameter names are those of diffusers' `AutoencoderKL`. With the encoder
-"downsample", which diffusers does not have, nothing is learned but the decoder: it enlarges.
+"downsample", which diffusers does not have, only the decoder is learned: it upscales.
 Shapes: B batch, f = 2^(levels-1) reduction, C latent channels.
 """
 
@@ -19,8 +19,8 @@ from latentdiff.models.vae_config import VAEConfig
 
 EPS = 1e-6  # of every GroupNorm, as in LDM
 POINT = -30.0
-"""Log-variance of a latent that is known exactly: LDM's least. Its deviation, 3e-7, is float32's
-rounding of a latent, and far below that of a cache in float16."""
+"""Log-variance of a deterministic latent: the least that LDM allows. The standard deviation, 3e-7,
+is float32's rounding of a latent, and far below that of a cache in float16."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Posterior:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Self:
-        """Split (B, 2C, H, W) as the encoder writes it; logvar is kept in [-30, 20], as in LDM."""
+        """Split the encoder's output (B, 2C, H, W); logvar is clamped to [-30, 20], as in LDM."""
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
 
 
 class SmallImage(nn.Module):
-    """Images (B, 3, fH, fW) -> moments (B, 2·3, H, W) of a point: areas' means, standardised.
+    """Images (B, 3, fH, fW) -> moments (B, 2·3, H, W): means of areas, standardised, without noise.
 
     `mean` and `std`, (3,) each, are subtracted from the small image and divide it: statistics of
     the data, not parameters.
@@ -199,9 +199,9 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(C, C, 1) if config.use_post_quant_conv else nn.Identity()
 
     def posterior(self, images: Tensor) -> Posterior:
-        """q(z | x) before scaling, the one whose KL the VAE is trained on: (B, 3, fH, fW).
+        """q(z | x) before scaling, whose KL is in the VAE's loss, of images (B, 3, fH, fW).
 
-        With the encoder "downsample" it is a point, to float32's rounding, and its KL says nothing.
+        With the encoder "downsample" it is deterministic to float32's rounding; its KL has no use.
         """
         f = self.config.factor
         if images.shape[-2] % f or images.shape[-1] % f:
@@ -220,17 +220,17 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """Reconstruction and q(z | x), all that a training step needs; noise is (B, C, H, W)."""
+        """Reconstruction and q(z | x), for a training step; noise is (B, C, H, W)."""
         posterior = self.posterior(images)
         return self.decode(posterior.sample(noise) * self.config.scaling_factor), posterior
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Make latents of mean `mean` and standard deviation `std`, each (C,), standard ones.
+        """Standardise latents that have mean `mean` and standard deviation `std`, each (C,).
 
         `mean` and `std` were measured on `encode(...)`. The affine map goes into `quant_conv`, or
         into the encoder "downsample", and its inverse into `post_quant_conv`, so reconstructions
-        stay what they were and `scaling_factor` stays right for the tools that hard-code it.
+        do not change and `scaling_factor` stays right for the tools that hard-code it.
         Raises ValueError for a VAE without those convolutions.
         """
         self.config.check_folds()
@@ -238,7 +238,7 @@ class VAE(nn.Module):
         assert isinstance(out_weight, Tensor)
         assert isinstance(out_bias, Tensor)
         raw_mean, std = mean.to(out_weight) / self.config.scaling_factor, std.to(out_weight)
-        # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std, that of a point not.
+        # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std, if it is not POINT.
         if isinstance(self.encoder, SmallImage):
             self.encoder.mean += self.encoder.std * raw_mean
             self.encoder.std *= std

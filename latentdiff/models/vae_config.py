@@ -1,4 +1,4 @@
-"""The configuration of a VAE, in the words of diffusers' `AutoencoderKL`."""
+"""The configuration of a VAE, with the keys of diffusers' `AutoencoderKL`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from latentdiff.models.network_config import (
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """What an `AutoencoderKL` configuration says; the defaults are those of SD 1.x and 2.x."""
+    """The keys of an `AutoencoderKL`; the defaults are those of SD 1.x and 2.x."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -37,8 +37,8 @@ class VAEConfig:
     force_upcast: bool = True
     """Tells diffusers' half-precision users to decode in float32; our own code ignores it."""
     encoder: Literal["kl", "downsample"] = "kl"
-    """kl is learned, and gives a Gaussian; downsample makes the image small, by area averages: as
-    many latent_channels as in_channels, and only the decoder, which enlarges, is learned."""
+    """kl is learned, and gives a Gaussian; downsample averages areas of the image, so that
+    latent_channels equals in_channels, and only the decoder, which upscales, is learned."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,10 +63,10 @@ class VAEConfig:
         learned = ("use_quant_conv",) if self.encoder == "kl" else ()
         for name in (*learned, "use_post_quant_conv"):
             if not getattr(self, name):
-                raise ValueError(f"{name}=False must be true: latents are made standard in it")
+                raise ValueError(f"{name}=False must be true: latents are standardised in it")
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in diffusers' words, every key that `AutoencoderKL` needs.
+        """Every key that `AutoencoderKL` needs.
 
         The key `encoder`, which diffusers does not have, is there with "downsample" alone.
         """
@@ -101,13 +101,13 @@ FIXED: dict[str, Any] = {
     "latents_std": None,
 }
 ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
-# By encoder, the class and its blocks on the way down. Those of "downsample" diffusers does not
-# know, so that it refuses the folder, and does not add an encoder of random weights.
+# The class and the type of its down blocks, by encoder. diffusers does not have those of
+# "downsample", so that it refuses the folder rather than add an encoder of random weights.
 _CLASSES = {"kl": ("AutoencoderKL", "DownEncoderBlock2D"), "downsample": ("VAE", "AreaAverage")}
 
 
 def _fixed(encoder: Literal["kl", "downsample"], levels: int) -> dict[str, Any]:
-    """Keys that the others leave one value."""
+    """The keys whose value follows from the other keys."""
     class_name, down = _CLASSES[encoder]
     return {
         "_class_name": class_name,
