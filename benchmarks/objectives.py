@@ -34,7 +34,7 @@ from latentdiff.data.shapes import shape_scene
 from latentdiff.diffusion import Diffusion
 from latentdiff.evaluation.kernel import kernel_distance
 from latentdiff.evaluation.scenes import count_shapes
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats, to_pil
 from latentdiff.likelihood import bits_per_dim, bound_terms
 from latentdiff.models.text import TextEncoder
@@ -83,8 +83,8 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     asked.out.mkdir(parents=True, exist_ok=True)
-    vae = VAE.from_pretrained(find_part(asked.vae, "vae"))
-    text_encoder = TextEncoder.from_pretrained(find_part(asked.clip, "text_encoder"))
+    vae = VAE.from_pretrained(find_component(asked.vae, "vae"))
+    text_encoder = TextEncoder.from_pretrained(find_component(asked.clip, "text_encoder"))
     tower = CLIPModel.from_pretrained(asked.clip / "clip").eval()
     train = examples(vae, text_encoder, seed=0, count=TRAINED)
     held = examples(vae, text_encoder, seed=1, count=HELD)

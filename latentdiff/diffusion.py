@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentdiff import gaussians
 from latentdiff.formats import scheduler
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.timesteps import Grid, Spacing
 from latentdiff.guidance import Guidance
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels, noise_levels
@@ -74,7 +74,9 @@ class Diffusion:
         for field, words in _WORDS.items():
             if getattr(self, field) not in words:
                 allowed = ", ".join(words)
-                raise ValueError(f"{field}={shown(getattr(self, field))} must be one of {allowed}")
+                raise ValueError(
+                    f"{field}={short_repr(getattr(self, field))} must be one of {allowed}"
+                )
         if not 2 <= self.num_timesteps <= MOST_TIMESTEPS:
             raise ValueError(f"num_timesteps={self.num_timesteps} must be 2 to {MOST_TIMESTEPS}")
         if self.steps_offset < 0:

@@ -34,7 +34,10 @@ from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
 from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.lora import LoRAs
-from latentdiff.models.single_file import networks, single_file
+from latentdiff.models.single_file_networks import (
+    networks_from_single_file,
+    single_file_from_networks,
+)
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
@@ -136,7 +139,7 @@ class Pipeline:
         Raises ValueError for a file that is anything else, saying what it seems to be.
         """
         file = read_single_file(path, config=config, ema=ema, dtype=dtype)
-        unet, vae, text_encoder = networks(file, tokenizer=tokenizer)
+        unet, vae, text_encoder = networks_from_single_file(file, tokenizer=tokenizer)
         pipeline = cls(
             unet=unet,
             vae=vae,
@@ -164,11 +167,11 @@ class Pipeline:
     def save_single_file(self, path: str | Path, *, dtype: torch.dtype | None = None) -> list[str]:
         """Write one .safetensors file with LDM's names; returns sentences on which tools open it.
 
-        Where tools cannot guess the shape, the matching LDM description (.yaml) lies beside it.
+        Where tools cannot infer the model, its LDM config (.yaml) is written beside it.
         """
         self._check_whole()
         scheduler = self.diffusion.to_scheduler_config()
-        file = single_file(self.unet, self.vae, self.text_encoder, scheduler)
+        file = single_file_from_networks(self.unet, self.vae, self.text_encoder, scheduler)
         return write_single_file(file, path, dtype=dtype)
 
     def _check_whole(self) -> None:

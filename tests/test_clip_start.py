@@ -92,9 +92,9 @@ def test_a_text_encoder_gives_its_tower_and_its_tokenizer(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_embedded_text_encoder_is_one_to_start_from() -> None:
-    from latentdiff.formats.diffusers import find_part
+    from latentdiff.formats.diffusers import find_component
 
-    same_states(TextEncoder.from_pretrained(find_part("emoji", "text_encoder")), "emoji")
+    same_states(TextEncoder.from_pretrained(find_component("emoji", "text_encoder")), "emoji")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from latentdiff.data.gate import LatentStatistics, check_latents, faults, some_i
 from latentdiff.data.images import CaptionedImages, Sample
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.stream import StreamedImages
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.command_line import run_script
@@ -213,7 +213,7 @@ def images(shapes: Path, size: int) -> CaptionedImages:
 
 
 def test_the_embedded_vae_and_small_images_pass_on_shapes(shapes: Path, tmp_path: Path) -> None:
-    folder = find_part("emoji", "vae")
+    folder = find_component("emoji", "vae")
     options = {"batch_size": 16, "refuse": True}
     check_latents(VAE.from_pretrained(folder), images(shapes, 32), folder, **options)
     small = VAE(replace(TINY, encoder="downsample", latent_channels=3))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import TOKENS, tiny_text_encoder
 
-from latentdiff.models.prompts import MAX_WEIGHT, ROUND, SQUARE, cut, parse_weights, weigh
+from latentdiff.models.prompts import MAX_WEIGHT, ROUND, SQUARE, parse_weights, split_chunks, weigh
 from latentdiff.models.text import TextEncoder
 
 PLACES = TOKENS - 2
@@ -146,7 +146,7 @@ def test_hostile_prompts_take_linear_time(prompt: str) -> None:
 def test_chunks_are_all_tokens_and_cut_a_word_only_where_they_must(
     ends: list[bool], size: int
 ) -> None:
-    chunks = [list(range(len(ends)))[place] for place in cut(ends, size=size)]
+    chunks = [list(range(len(ends)))[place] for place in split_chunks(ends, size=size)]
     assert [token for chunk in chunks for token in chunk] == list(range(len(ends)))
     assert all(len(chunk) <= size for chunk in chunks)
     assert all(chunks) or not ends

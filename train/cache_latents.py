@@ -14,7 +14,7 @@ from latentdiff.data.gate import check_latents
 from latentdiff.data.images import breakdown
 from latentdiff.data.opening import open_images
 from latentdiff.data.views import Views
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.models.vae import VAE
 from latentdiff.options import group, option
 from latentdiff.training.accelerator import uses_cpu
@@ -52,7 +52,7 @@ def main() -> None:
     # The first process that is done waits for the last, which is no sign of a fault.
     processes = Processes(accelerator, timeout=WEEK)
     dataset = processes.main_first(lambda: open_images(config.data))
-    folder = find_part(config.vae, "vae")
+    folder = find_component(config.vae, "vae")
     vae = VAE.from_pretrained(folder).to(accelerator.device)
     size, refuse = config.batch_size, config.check_latents
     write_cache(

@@ -13,7 +13,7 @@ from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.gate import check_latents
 from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import open_images
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
@@ -31,7 +31,7 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
     batch_size = config.loop.batch_size
 
     def load_vae() -> VAE:
-        return VAE.from_pretrained(find_part(config.vae, "vae")).to(run.device)
+        return VAE.from_pretrained(find_component(config.vae, "vae")).to(run.device)
 
     if config.cache is not None:
         cache = LatentCache(config.cache)
@@ -42,7 +42,7 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
     dataset = run.processes.main_first(lambda: open_images(config.data))
     if isinstance(dataset, CaptionedImages):  # the length of a stream is known when it is cached
         check_batch(batch_size, len(dataset))
-    vae, vae_folder = load_vae(), find_part(config.vae, "vae")
+    vae, vae_folder = load_vae(), find_component(config.vae, "vae")
     cache_folder = config.loop.output_dir / "cache"
     write_cache(
         cache_folder,

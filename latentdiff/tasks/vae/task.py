@@ -16,7 +16,7 @@ from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import some_examples
 from latentdiff.data.stream import StreamedImages
 from latentdiff.data.summary import images_summary
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import save_json
 from latentdiff.images import image_grid, to_floats, to_pil
 from latentdiff.models.discriminator import Discriminator
@@ -197,7 +197,7 @@ def new_vae(config: TrainVAE) -> VAE:
     size = config.data.image_size
     if config.init is None:
         return VAE(replace(config.vae, sample_size=size))
-    folder = find_part(config.init, "vae")
+    folder = find_component(config.init, "vae")
     vae = initial_vae(folder, image_size=size, decoder_only=config.decoder_only)
     if replace(config.vae, sample_size=size) not in (replace(SMALL, sample_size=size), vae.config):
         raise ValueError(f"vae differs from the network of init={config.init!r}; leave out one")
