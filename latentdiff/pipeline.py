@@ -29,6 +29,7 @@ from latentdiff.formats.diffusers import (
 )
 from latentdiff.formats.lora import check_without_loras
 from latentdiff.formats.single_file import read_single_file, write_single_file
+from latentdiff.guidance import guided_denoiser
 from latentdiff.images import from_pil, mask_from_pil, to_pil
 from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
 from latentdiff.models.dit import DiT
@@ -323,7 +324,7 @@ class Pipeline:
         if latents is not None and not from_noise:
             x = levels.alpha[0] * latents + levels.sigma[0] * eps
         sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
-        denoise = self._denoiser(request, channels, shares=sampler.shares)
+        denoise = self._denoiser(request, channels, with_v=sampler.takes_v)
         if given is not None and latents is not None and masked and not self.inpaints:
             noise_only = levels.sigma[0] if from_noise else None
             denoise = given.keep(denoise, latents, eps, noise_only=noise_only)
@@ -356,7 +357,7 @@ class Pipeline:
             contexts.append((context, null[0] if null else None))
         return contexts
 
-    def _denoiser(self, request: Request, channels: Tensor | None, *, shares: bool) -> Denoise:
+    def _denoiser(self, request: Request, channels: Tensor | None, *, with_v: bool) -> Denoise:
         """The guided network for all images, those with equally long texts in one call.
 
         But on the CPU for each alone: matrix products add up in an order that depends on the batch,
@@ -374,8 +375,8 @@ class Pipeline:
             network = self._network
             if channels is not None:
                 network = with_channels(network, channels[rows])
-            part = self.diffusion.denoiser(
-                network, context, null_context, request.guidance, shares=shares
+            part = guided_denoiser(
+                self.diffusion, network, context, null_context, request.guidance, with_v=with_v
             )
             parts.append((rows, part))
         if len(parts) == 1:
