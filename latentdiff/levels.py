@@ -142,10 +142,10 @@ def noise_levels(
         # Only these compute with alpha alone, which may be 0, and not with sigma / alpha.
         table = ratios if grid in ("ddim", "ddpm", "lcm") else finite
         alpha, sigma = _from_ratio(_interpolate(table, timestep), flow)
-    end = torch.zeros(1, dtype=torch.float64)
-    last = _from_ratio(end if ends_on_data else ratios[:1], flow)
+    zero = torch.zeros(1, dtype=torch.float64)
+    last = (zero + 1, zero) if ends_on_data else _from_ratio(ratios[:1], flow)
     alpha, sigma = torch.cat([alpha, last[0]]), torch.cat([sigma, last[1]])
-    timestep = torch.cat([timestep, end if flow or not ends_on_data else end - 1])
+    timestep = torch.cat([timestep, zero if flow or not ends_on_data else zero - 1])
     middle = _halfway(finite, alpha, sigma, flow, num_timesteps) if grid == "sde" else None
     return NoiseLevels(timestep.float(), alpha, sigma, middle)
 

@@ -181,10 +181,10 @@ def test_slerp_keeps_lengths_and_turns_evenly() -> None:
     def angle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.cosine_similarity(x.flatten(1), y.flatten(1)).arccos()
 
-    for share in (0.1, 0.5, 0.9):
-        turned = slerp(a, b, share)
+    for fraction in (0.1, 0.5, 0.9):
+        turned = slerp(a, b, fraction)
         torch.testing.assert_close(turned.flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
-        torch.testing.assert_close(angle(a, turned), share * angle(a, b))
+        torch.testing.assert_close(angle(a, turned), fraction * angle(a, b))
     assert torch.equal(slerp(a, b, 0.0), a)
     torch.testing.assert_close(slerp(a, b, 1.0), b)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
