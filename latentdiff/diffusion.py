@@ -293,8 +293,11 @@ class Diffusion:
         range, mostly 1 … T, and for a spacing that does not exist.
         """
         with torch.device("cpu"):
+            # On a flow sigma / alpha is infinite at T, which no run needs.
+            t = torch.arange(1, self.num_timesteps + (self.schedule != "flow"))
+            alpha, sigma = self.alpha_sigma(t)
             return noise_levels(
-                self._ratios,
+                sigma / alpha,
                 steps,
                 flow=self.schedule == "flow",
                 num_timesteps=self.num_timesteps,
@@ -305,14 +308,6 @@ class Diffusion:
                 set_alpha_to_one=self.set_alpha_to_one,
                 truncates=self.schedule == "cosine",
             )
-
-    @cached_property
-    def _ratios(self) -> Tensor:
-        """sigma / alpha at each timestep, rising; without a flow's last, where it is infinite."""
-        alpha, sigma = self.alpha_sigma(
-            torch.arange(1, self.num_timesteps + (self.schedule != "flow"))
-        )
-        return sigma / alpha
 
     def to_scheduler_config(self) -> dict[str, Any]:
         """This diffusion as scheduler/scheduler_config.json: see `formats.scheduler`."""

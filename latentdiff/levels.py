@@ -133,7 +133,8 @@ def noise_levels(
                 f"level_spacing={spacing} is for beta schedules; for schedule=flow leave it out, "
                 "or choose karras, exponential or log_snr"
             )
-        sigma = _flow_sigmas(num_timesteps, steps)
+        check_steps(steps, num_timesteps)
+        sigma = (1 - _linspace(1.0, 1 / num_timesteps, steps + 1)).flip(0)[:-1]
         timestep, alpha = (num_timesteps * sigma).trunc(), 1 - sigma
     else:
         timestep = _spaced(
@@ -200,15 +201,6 @@ def _distilled(num_timesteps: int, steps: int) -> Tensor:
     check_steps(steps, distilled)
     chosen = torch.arange(steps) * distilled // steps
     return ((distilled - chosen) * (num_timesteps // distilled) - 1).double()
-
-
-def _flow_sigmas(num_timesteps: int, steps: int) -> Tensor:
-    """sigmas of DPMSolverMultistepScheduler with `use_flow_sigmas`, without the final 0, (steps,).
-
-    Its timesteps are T sigma, truncated.
-    """
-    check_steps(steps, num_timesteps)
-    return (1 - _linspace(1.0, 1 / num_timesteps, steps + 1)).flip(0)[:-1]
 
 
 def _falling(table: Tensor, steps: int, *, rho: float) -> Tensor:

@@ -14,7 +14,7 @@ from latentdiff.samplers import find_sampler
 
 @dataclass(frozen=True)
 class Request:
-    """Draw `num_images` images of each prompt.
+    """A request for `num_images` images of each prompt.
 
     The same seed gives the same image on the same device, alone or among others: an image's
     first noise is `torch.randn((1, C, H, W), generator=torch.Generator().manual_seed(seed))`, and
@@ -25,7 +25,7 @@ class Request:
     """
 
     prompt: str | Sequence[str]
-    """Plain text of any length: what the text encoder cannot read at once it reads in chunks."""
+    """Plain text of any length, which the text encoder reads in chunks."""
     _: KW_ONLY
     steps: int = 50
     """The number of denoising steps, >= 1."""
@@ -87,13 +87,12 @@ class Request:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         find_sampler(self.sampler)
-        for name, one in (("prompt", "a text"), ("negative_prompt", "a text")):
-            values = _listed(name, getattr(self, name), str, one)
-            self._set(f"{name}s", self._for_each_image(name, values))
+        for name in ("prompt", "negative_prompt"):
+            self._set(f"{name}s", self._for_each_image(name, str, "a text"))
         for name, plural in (("image", "images"), ("mask_image", "masks")):
-            value = getattr(self, name)
-            values = [] if value is None else _listed(name, value, Image.Image, "an image")
-            self._set(plural, self._for_each_image(name, values) if values else ())
+            absent = getattr(self, name) is None
+            values = () if absent else self._for_each_image(name, Image.Image, "an image")
+            self._set(plural, values)
         self._check_image()
         self._check_seeds()
         _ = self.guidance  # which checks its fields
@@ -101,10 +100,18 @@ class Request:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
-    def _for_each_image(self, name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    def _for_each_image(self, name: str, kind: type, one: str) -> tuple[Any, ...]:
+        """The option of each image: it is one for all prompts, or one for each."""
+        value = getattr(self, name)
+        values = [value] if isinstance(value, str | Image.Image) else list(value)
+        if not values:
+            raise ValueError(f"{name} is an empty list; give at least {one}")
+        for item in values:
+            if not isinstance(item, kind):
+                raise ValueError(f"{name} holds {item!r}; it must be {one} or a list of them")
         prompts = 1 if isinstance(self.prompt, str) else len(self.prompt)
         if len(values) == 1:
-            values = list(values) * prompts
+            values *= prompts
         if len(values) != prompts:
             raise ValueError(
                 f"{name} lists {len(values)} for {prompts} prompts; give one, or one for each"
@@ -150,10 +157,10 @@ class Request:
         return Guidance(**{name: getattr(self, f"guidance_{name}") for name in names})
 
     def record(self, i: int) -> dict[str, Any]:
-        """Every option of image i alone that is not None, for JSON.
+        """Every option of a request for image i alone that is not None, for JSON.
 
-        `Request(**record)` asks for it again, once `image` and `mask_image` are given as they were;
-        defaults are in it, because a later release may choose others.
+        `Request(**record)`, with the same `image` and `mask_image`, is that request. The record has
+        the defaults too, because a later release may choose others.
         """
         alone: dict[str, Any] = {
             "prompt": self.prompts[i],
@@ -166,16 +173,6 @@ class Request:
         names = [f.name for f in fields(self) if f.init and f.name not in left_out]
         values = {name: alone.get(name, getattr(self, name)) for name in names}
         return {name: value for name, value in values.items() if value is not None}
-
-
-def _listed(name: str, value: Any, kind: type, one: str) -> list[Any]:
-    values = [value] if isinstance(value, str | Image.Image) else list(value)
-    if not values:
-        raise ValueError(f"{name} is an empty list; give at least {one}")
-    for item in values:
-        if not isinstance(item, kind):
-            raise ValueError(f"{name} holds {item!r}; it must be {one} or a list of them")
-    return values
 
 
 def _seeds(name: str, seed: Any, count: int) -> tuple[int, ...]:
