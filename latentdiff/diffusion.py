@@ -1,7 +1,7 @@
 """The diffusion process: the forward process, its posterior, the prediction types and the loss.
 
-No network, guidance or sampler is known here. Papers: DDPM (Ho et al. 2020, arXiv:2006.11239) for
-the beta schedules, rectified flow (Liu et al. 2022, arXiv:2209.03003) for `flow`. Everywhere
+This module knows no network, guidance or sampler. Papers: DDPM (Ho et al. 2020, arXiv:2006.11239)
+for the beta schedules, rectified flow (Liu et al. 2022, arXiv:2209.03003) for `flow`. Everywhere
 x_t = alpha x0 + sigma eps with eps ~ N(0, I); t = 0 is data and t = T is (nearly) pure noise.
 """
 
@@ -24,9 +24,9 @@ from latentdiff.schedules import BETA_RANGES, Schedule
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
 
-# What is left of the image's variance at t = T. Stable Diffusion's own schedule leaves 0.0047.
+# The largest alpha_bar_T that does not warn. That of Stable Diffusion's schedule is 0.0047.
 LARGEST_FINAL_ALPHA_BAR = 0.01
-MOST_TIMESTEPS = 100_000  # a file that asks for more is wrong, and would take all memory
+MOST_TIMESTEPS = 100_000  # a file with more is wrong, and would take all memory
 
 _WORDS = {
     "schedule": get_args(Schedule),
@@ -41,14 +41,14 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timest
 class Diffusion:
     """A noise schedule and what the network predicts: all that a trained denoiser depends on.
 
-    t is the papers': whole numbers 0 … T for the beta schedules, real numbers in [0, T] for `flow`
+    t is that of the papers: 0, 1, …, T for the beta schedules, real numbers in [0, T] for `flow`
     (sigma = t / T, alpha = 1 - t / T). `beta_start` and `beta_end` belong to `linear` (by default
     1e-4 … 0.02) and `scaled_linear` (0.00085 … 0.012). `timestep_spacing`, `steps_offset` and
     `set_alpha_to_one` choose the levels of a sampling run, with the meanings that they have in
     diffusers; the defaults start at t = T and end on data (Lin et al. 2023, arXiv:2305.08891).
     `rescale_betas_zero_snr` stretches a beta schedule to end in pure noise (Algorithm 1 there).
-    `learned_variance`, for beta schedules: the network gives twice the channels, and the second
-    half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
+    With `learned_variance`, for beta schedules, the network has twice the output channels, and the
+    second half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
     Everything is computed in float64; results have the dtype and device of x.
 
     Raises ValueError for a value out of range, and for `epsilon` or `score` where alpha is 0 at
@@ -288,9 +288,9 @@ class Diffusion:
     ) -> NoiseLevels:
         """The noise levels of a sampling run of `steps` steps, noisiest first.
 
-        `grid` says whose timesteps, of diffusers' schedulers, `spacing` how far they lie apart (by
-        default by `timestep_spacing`): see `latentdiff.levels`. Raises ValueError for steps out of
-        range, mostly 1 … T, and for a spacing that does not exist.
+        `grid` names the scheduler of diffusers that has these timesteps, `spacing` the way they are
+        spaced (by default `timestep_spacing`): see `latentdiff.levels`. Raises ValueError for steps
+        out of range, mostly 1 … T, and for a spacing that does not exist.
         """
         with torch.device("cpu"):
             # On a flow sigma / alpha is infinite at T, which no run needs.
@@ -320,7 +320,7 @@ class Diffusion:
 
 
 def _fit(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient () or (B,) in a shape and dtype that multiply x (B, ...) and keep x's dtype."""
+    """A coefficient () or (B,) in the shape and dtype in which it multiplies x (B, ...)."""
     if coefficient.ndim == 0:
         return coefficient
     return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

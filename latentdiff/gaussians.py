@@ -20,7 +20,7 @@ class Level(NamedTuple):
 
 
 Variance = Literal["small", "large", "learned"]
-"""The variance of p(x_s | x_t): beta_tilde, beta, or between them, where the network says. For
+"""The variance of p(x_s | x_t): beta_tilde, beta, or one between them that the network learned. For
 "learned" the denoiser gives v after x0, as `guidance.guided_denoiser(..., with_v=True)` does."""
 
 

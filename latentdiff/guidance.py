@@ -90,7 +90,7 @@ class Guidance:
         """The guided estimate of x0 by adaptive projected guidance, (B, ...): Algorithm 1.
 
         x0 is the estimate with the prompt; `update` is its difference from the estimate without,
-        momentum included. The norms are of whole images.
+        momentum included. Norms and sums are over all of an image's latents.
         """
         dims = tuple(range(1, x0.ndim))
         if self.norm_threshold is not None:

@@ -225,7 +225,7 @@ def _position(table: Tensor, values: Tensor) -> Tensor:
 
 
 def _interpolate(table: Tensor, position: Tensor) -> Tensor:
-    """The table's values at real indices, linear between them; whole indices may hold infinity."""
+    """The table's values at real indices, linear between them; a value may be infinite."""
     below = position.long()
     above = (below + 1).clamp(max=len(table) - 1)
     between = torch.lerp(table[below], table[above], position - below)
@@ -233,7 +233,7 @@ def _interpolate(table: Tensor, position: Tensor) -> Tensor:
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
-    """numpy's linspace, whose last digits torch's does not share, in float64."""
+    """numpy's linspace, in float64; the last digits of torch's are others."""
     if n == 1:
         return torch.tensor([start], dtype=torch.float64)
     points = torch.arange(n).double() * ((end - start) / (n - 1)) + start

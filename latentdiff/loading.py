@@ -1,6 +1,6 @@
 """The components of a pipeline, read from and written to disk: a diffusers folder or a single file.
 
-What they do together is `pipeline.Pipeline`.
+`pipeline.Pipeline` is what they do together.
 """
 
 import hashlib

@@ -51,7 +51,7 @@ class Pipeline:
     ) -> None:
         loading.check_shapes(unet, vae, text_encoder, diffusion)
         self.unet = unet
-        """The denoising network: a UNet, or a DiT wherever "UNet" is written here."""
+        """The denoising network. It may be a DiT, which "the UNet" means too in this file."""
         self.vae = vae
         self.text_encoder = text_encoder
         self.diffusion = diffusion
@@ -152,6 +152,7 @@ class Pipeline:
         Both contexts of an image are equally long: L is one chunk of tokens or several.
         """
         weighting = request.prompt_weighting
+        # Equal prompts are encoded once.
         encode = functools.cache(functools.partial(self.text_encoder.encode, weighting=weighting))
         count = functools.partial(self.text_encoder.count_chunks, weighting=weighting)
         texts = [request.prompts]
@@ -197,8 +198,8 @@ class Pipeline:
 
     def _noise(self, request: Request) -> ImageNoise:
         size = (self.vae.config.latent_channels, *self._latent_size(request))
-        # Half-precision networks too are sampled in float32: the steps' sums are cheap, and their
-        # rounding errors add up.
+        # Half-precision networks are sampled in float32 too: the sums of the steps are cheap, and
+        # their rounding errors add up.
         dtype = torch.promote_types(self.dtype, torch.float32)
         return ImageNoise(request.seeds, size, device=self.device, dtype=dtype)
 
@@ -237,8 +238,8 @@ class Pipeline:
     def decode(self, latents: Tensor, request: Request | None = None) -> list[Image.Image]:
         """Images of latents (B, C, H, W), decoded one by one, which also needs less memory.
 
-        Where masks of the request keep its init images, the pixels are theirs. Raises ValueError
-        for latents that are not finite.
+        Pixels that a mask of the request keeps are those of its init image. Raises ValueError for
+        latents that are not finite.
         """
         dtype = next(self.vae.parameters()).dtype
         images = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
@@ -292,7 +293,7 @@ class Pipeline:
         `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
         id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
         become `dtype`; without `device` they stay on the CPU.
-        Raises ValueError if there is no such model, or says what it lacks.
+        Raises ValueError if there is no such model or something in it is missing.
         """
         if Path(name).is_file():
             return cls.from_single_file(name, dtype=dtype, device=device)
@@ -313,11 +314,11 @@ class Pipeline:
     ) -> Self:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI have them.
 
-        `config` (an LDM YAML file or a diffusers folder) says what does not show in the tensors;
-        without it our own metadata does, or else the conventions of SD 1.x and 2.x, with a warning
-        where they leave a doubt. `tokenizer` is a folder or hub id; by default the one in the file,
-        or CLIP's own from the hub. `ema` takes the running averages that some files hold besides.
-        Raises ValueError for a file that is anything else, saying what it seems to be.
+        `config` (an LDM YAML file or a diffusers folder) describes what the tensors do not show.
+        Without it the file's latentdiff metadata does, or the conventions of SD 1.x and 2.x, with a
+        warning where these are ambiguous. `tokenizer` is a folder or hub id; the default is the one
+        in the file, or CLIP's from the hub. `ema` loads the running averages that some files hold
+        as well. Raises ValueError for any other file, saying what it seems to be.
         """
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=dtype

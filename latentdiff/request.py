@@ -34,7 +34,7 @@ class Request:
     guidance_scale: float = 7.5
     """The weight of classifier-free guidance, >= 0; 1 is off and halves the time."""
     guidance_rescale: float = 0.0
-    """This and the next four: the other fields of `latentdiff.guidance.Guidance`."""
+    """This field and the next four are the other fields of `latentdiff.guidance.Guidance`."""
     guidance_interval: Sequence[float] | None = None
     guidance_eta: float = 1.0
     guidance_norm_threshold: float | None = None
@@ -59,7 +59,7 @@ class Request:
     """0 … 1: the fraction of `steps` that is taken, from `image` with noise of that level; by
     default 0.8, or 1 with a mask."""
     mask_image: Image.Image | Sequence[Image.Image] | None = None
-    """Inpainting: white is drawn anew, black is kept; one for all prompts or one for each."""
+    """Inpainting: white is redrawn, black is kept; one for all prompts or one for each."""
     variation_seed: int | Sequence[int] | None = None
     """As `seed`, for the noise that `variation_strength` goes towards."""
     variation_strength: float = 0.0
@@ -69,7 +69,7 @@ class Request:
     """Whether a bar shows the steps."""
 
     prompts: tuple[str, ...] = field(init=False, repr=False)
-    """This and the next five: an entry for each image, prompt by prompt."""
+    """This field and the next five have an entry for each image, prompt by prompt."""
     negative_prompts: tuple[str, ...] = field(init=False, repr=False)
     seeds: tuple[int, ...] = field(init=False, repr=False)
     variation_seeds: tuple[int, ...] = field(init=False, repr=False)

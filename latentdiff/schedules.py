@@ -1,6 +1,6 @@
-"""The noise schedules that are given by betas: the variance of the noise that each step adds.
+"""The noise schedules that betas define, the variances of the noise that each step adds.
 
-A flow, on which sigma = t / T, has none: see `diffusion.Diffusion`.
+A flow, on which sigma = t / T, has no betas: see `diffusion.Diffusion`.
 """
 
 import math

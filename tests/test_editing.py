@@ -128,7 +128,7 @@ def pixels(pipeline: Pipeline, **options: Any) -> list[bytes]:
     return [image.tobytes() for image in pipeline("a cat", **options).images]
 
 
-def test_a_image_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
+def test_an_image_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
     for given in ({"image": make_image(3)}, {"image": make_image(3), "mask_image": left_half()}):
         together = pixels(pipeline, seed=[7, 8, 9], num_images=3, **given)
         assert pixels(pipeline, seed=8, **given) == together[1:2]
@@ -190,7 +190,7 @@ def test_slerp_keeps_lengths_and_turns_evenly() -> None:
     torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
-def test_an_inpainting_model_asks_for_a_image_and_a_mask(
+def test_an_inpainting_model_asks_for_an_image_and_a_mask(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     pipeline = tiny_pipeline(tmp_path_factory.mktemp("tokens"), FLOW, inpaints=True)

@@ -48,7 +48,7 @@ def test_a_folder_says_that_the_variance_is_learned(folder: Path) -> None:
     assert Pipeline.from_pretrained(folder).diffusion == LEARNED
 
 
-def test_a_image_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
+def test_an_image_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
     pipeline = Pipeline.from_pretrained(folder)
     options: dict[str, Any] = {"steps": 3, "sampler": "ddpm", "progress": False}
     together = pipeline(["a cat", "a dog"], seed=[4, 5], **options).images

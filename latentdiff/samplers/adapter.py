@@ -2,11 +2,11 @@
 
 diffusers is imported only inside functions: drawing with our own samplers does not need it.
 
-Not here, of diffusers' schedulers, are those for networks of another kind or trained otherwise:
+Schedulers of diffusers for other networks or other training are left out:
 EDM*, CosineDPMSolver*, KarrasVe, ScoreSdeVe (other preconditioning or score), CM*, SCM, CogVideoX*,
 LTX*, Helios*, MiniMax*, Piflow, FlowMap*, RFD4*, UnCLIP, DDPMWuerstchen (other schedules), IPNDM
 (no schedule to configure), Amused, VQDiffusion, EntropyBound, BlockRefinement, DiscreteDDIM
-(tokens); and those that do something else: *Inverse (to noise), RePaint (inpainting).
+(tokens); so are those for other purposes: *Inverse (to noise), RePaint (inpainting).
 """
 
 import copy
@@ -96,15 +96,15 @@ class SchedulerLevels(NoiseLevels):
 class SchedulerSampler:
     """A scheduler of diffusers by its class name: see `latentdiff.samplers.Sampler`.
 
-    Sampling with it is diffusers' own loop of scale_model_input and step, with its tables, which
-    are float32. Noise that it adds comes from `noise`.
+    Sampling with it is diffusers' loop of scale_model_input and step, with its tables, which are
+    float32. `noise` draws the noise that it adds.
     """
 
     name: str
 
     @property
     def takes_v(self) -> bool:
-        """No: the scheduler is given x0 alone."""
+        """Whether `denoise` must give v: no, a scheduler takes x0 alone."""
         return False
 
     def levels(
@@ -245,7 +245,7 @@ def _class(name: str) -> Any:
 
 
 def _level(scheduler: Any, timestep: Tensor, *, flow: bool) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, (), of what the network is given at this call."""
+    """alpha and sigma, (), of the network's input at this call."""
     if not hasattr(scheduler, "sigmas"):
         return _from_alpha_bar(scheduler.alphas_cumprod[timestep])
     index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
