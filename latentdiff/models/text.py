@@ -18,7 +18,7 @@ from latentdiff.formats import open_clip
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 from latentdiff.formats.shards import load_weights
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
-from latentdiff.models.prompts import cut, parse_weights, weigh
+from latentdiff.models.prompts import parse_weights, weigh
 from latentdiff.models.text_config import load_tokenizer, tower_config
 
 
@@ -85,7 +85,7 @@ class TextEncoder(nn.Module):
 
         The prompt's tokens go through the tower in chunks of L - 2, each with its own start, end
         and padding and each alone, and the states are joined along the tokens; empty chunks follow
-        up to `chunks`. This is how the webui and ComfyUI read long prompts; `prompts.cut` says
+        up to `chunks`. This is how the webui and ComfyUI read long prompts; `chunk_slices` says
         where a chunk ends. weighting: read brackets as weights, see `prompts.parse_weights` and
         `prompts.weigh`; otherwise they are text. A prompt of one chunk has `forward`'s states.
         Raises ValueError when the prompt needs more chunks, and for brackets that can't be read.
@@ -122,8 +122,8 @@ class TextEncoder(nn.Module):
             word.endswith("</w>")  # CLIP's mark of the last token of a word
             for word in self.tokenizer.convert_ids_to_tokens(tokens)
         ]
-        places = cut(ends, size=self.tokenizer.model_max_length - 2)
-        return [(tokens[place], weights[place]) for place in places]
+        chunks = chunk_slices(ends, size=self.tokenizer.model_max_length - 2)
+        return [(tokens[chunk], weights[chunk]) for chunk in chunks]
 
     def _framed(self, tokens: Sequence[int]) -> Tensor:
         """Token ids (1, L): start, the tokens, end, padding."""
@@ -208,6 +208,26 @@ class TextEncoder(nn.Module):
         tensors = {TEXT_MODEL + name: tensor.to("cpu", dtype) for name, tensor in state.items()}
         save_safetensors(tensors, folder / "text_encoder" / "model.safetensors")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+
+def chunk_slices(word_ends: Sequence[bool], *, size: int) -> list[slice]:
+    """The slices of the tokens' chunks, each of at most `size`; together they are all the tokens.
+
+    word_ends: whether a word ends with each token. A chunk is as long as it can be without
+    splitting a word; a word that is longer than a full chunk is split where the chunk is full.
+    (The webui goes back to the last comma instead, where one is near.)
+    No tokens give one empty chunk.
+    """
+    assert size >= 1
+    chunks, start = [], 0
+    while len(word_ends) - start > size:
+        stop = full = start + size
+        while stop > start and not word_ends[stop - 1]:
+            stop -= 1
+        stop = full if stop == start else stop
+        chunks.append(slice(start, stop))
+        start = stop
+    return [*chunks, slice(start, len(word_ends))]
 
 
 def empty_tower(values: Mapping[str, Any]) -> CLIPTextModel:
