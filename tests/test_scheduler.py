@@ -11,8 +11,9 @@ import pytest
 import torch
 from support.parity import no_warning_logged
 
-from latentdiff.diffusion import Diffusion, Prediction, Schedule
+from latentdiff.diffusion import Diffusion, Prediction
 from latentdiff.formats import scheduler
+from latentdiff.schedules import Schedule
 
 # diffusers hands tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -1,4 +1,4 @@
-"""Prompt syntax and length: weights in brackets, and the split of long prompts into chunks.
+"""Weights in brackets, which a prompt may give its words.
 
 Pure functions of text and tensors; the tokenizer and the tower are in `text.py`.
 """
@@ -77,26 +77,6 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         ("".join(text for text, _ in group), weight)
         for weight, group in itertools.groupby(pieces, key=lambda piece: piece[1])
     ]
-
-
-def split_chunks(word_ends: Sequence[bool], *, size: int) -> list[slice]:
-    """Split tokens into consecutive chunks of at most `size`; returns the slice of each.
-
-    word_ends: whether a word ends with each token. A chunk is as long as it can be without
-    splitting a word; a word that is longer than a chunk is split where the chunk is full.
-    (The webui goes back to the last comma instead, where one is near.)
-    No tokens give one empty chunk.
-    """
-    assert size >= 1
-    chunks, start = [], 0
-    while len(word_ends) - start > size:
-        stop = full = start + size
-        while stop > start and not word_ends[stop - 1]:
-            stop -= 1
-        stop = full if stop == start else stop
-        chunks.append(slice(start, stop))
-        start = stop
-    return [*chunks, slice(start, len(word_ends))]
 
 
 def weigh(states: Tensor, empty: Tensor, weights: Sequence[float]) -> Tensor:

@@ -18,7 +18,7 @@ from latentdiff.formats import open_clip
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
-from latentdiff.models.prompts import parse_weights, split_chunks, weigh
+from latentdiff.models.prompts import parse_weights, weigh
 from latentdiff.models.text_config import load_tokenizer, tower_config
 
 
@@ -83,9 +83,9 @@ class TextEncoder(nn.Module):
     def encode(self, prompt: str, *, chunks: int = 1, weighting: bool = False) -> Tensor:
         """A prompt of any length -> context (1, chunks * L, D); nothing is truncated.
 
-        The prompt's tokens go through the tower in chunks of L - 2, each separately and with a
-        start, an end and padding, and the states are concatenated; empty chunks follow up to
-        `chunks`. This is how the webui and ComfyUI read long prompts; `prompts.split_chunks` says
+        The prompt's tokens go through the tower in chunks of L - 2, each with its own start, end
+        and padding and each alone, and the states are joined along the tokens; empty chunks follow
+        up to `chunks`. This is how the webui and ComfyUI read long prompts; `chunk_slices` says
         where a chunk ends. weighting: read brackets as weights, see `prompts.parse_weights` and
         `prompts.weigh`; otherwise they are text. A prompt of one chunk has `forward`'s states.
         Raises ValueError when the prompt needs more chunks, and for brackets that can't be read.
@@ -123,8 +123,8 @@ class TextEncoder(nn.Module):
             word.endswith("</w>")  # CLIP's mark of the last token of a word
             for word in self.tokenizer.convert_ids_to_tokens(tokens)
         ]
-        slices = split_chunks(ends, size=self.tokenizer.model_max_length - 2)
-        return [(tokens[chunk], weights[chunk]) for chunk in slices]
+        chunks = chunk_slices(ends, size=self.tokenizer.model_max_length - 2)
+        return [(tokens[chunk], weights[chunk]) for chunk in chunks]
 
     def _padded(self, tokens: Sequence[int]) -> Tensor:
         """Token ids (1, L): start, the tokens, end, padding."""
@@ -209,6 +209,26 @@ class TextEncoder(nn.Module):
         tensors = {TEXT_MODEL + name: tensor.to("cpu", dtype) for name, tensor in state.items()}
         save_safetensors(tensors, folder / "text_encoder" / "model.safetensors")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+
+def chunk_slices(word_ends: Sequence[bool], *, size: int) -> list[slice]:
+    """The slices of the tokens' chunks, each of at most `size`; together they are all the tokens.
+
+    word_ends: whether a word ends with each token. A chunk is as long as it can be without
+    splitting a word; a word that is longer than a full chunk is split where the chunk is full.
+    (The webui goes back to the last comma instead, where one is near.)
+    No tokens give one empty chunk.
+    """
+    assert size >= 1
+    chunks, start = [], 0
+    while len(word_ends) - start > size:
+        stop = full = start + size
+        while stop > start and not word_ends[stop - 1]:
+            stop -= 1
+        stop = full if stop == start else stop
+        chunks.append(slice(start, stop))
+        start = stop
+    return [*chunks, slice(start, len(word_ends))]
 
 
 def empty_tower(values: Mapping[str, Any]) -> CLIPTextModel:
