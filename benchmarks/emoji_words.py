@@ -23,7 +23,7 @@ from transformers import CLIPModel
 
 from latentdiff import Pipeline
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 
 SKIN_TONES = {"group": ["skin tone", "skin tone and gender"]}
 

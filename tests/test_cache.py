@@ -21,7 +21,8 @@ from latentdiff.data.buckets import nearest
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages, Sample
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.samples import Sample
 from latentdiff.data.stream import StreamedImages
 from latentdiff.data.views import Views
 from latentdiff.images import to_floats
@@ -185,6 +186,8 @@ class Cut(Exception):
 
 class Watched:
     """The images, noting the chunks that are read, and stopping before one of them."""
+
+    num_samples = None
 
     def __init__(self, images: CaptionedImages, stop: int = -1) -> None:
         self.images, self.stop = images, stop

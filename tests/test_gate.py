@@ -15,8 +15,9 @@ from support.scripts import script
 from torch import Tensor
 
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.gate import LatentStatistics, check_latents, faults, some_images
-from latentdiff.data.images import CaptionedImages, Sample
+from latentdiff.data.samples import Sample
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.stream import StreamedImages
 from latentdiff.formats.diffusers import find_part
@@ -229,7 +230,8 @@ class Counted:
     config = DataConfig(data="none", image_size=8, num_workers=0)
     fingerprint = ""
 
-    def __len__(self) -> int:
+    @property
+    def num_samples(self) -> int:
         return self.count
 
     def chunks(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import latentdiff.data.images
+import latentdiff.data.dataset
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.decode import BadSample
-from latentdiff.data.images import CaptionedImages, Sample, collate, square
+from latentdiff.data.samples import Sample, collate, square
 from latentdiff.images import to_floats, to_pixels
 
 Rows = Sequence[Mapping[str, object]]
@@ -120,7 +121,7 @@ def test_examples_are_images_with_their_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """Decoded anew each time, as large sets are, and kept in memory, as small ones are."""
-    monkeypatch.setattr(latentdiff.data.images, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(latentdiff.data.dataset, "MEMORY_LIMIT", limit)
     dataset = CaptionedImages(config(folder(tmp_path / "set", ROWS)))
     assert len(dataset) == 3
     for _ in range(2):
@@ -236,7 +237,7 @@ def test_broken_folders_are_refused_in_one_sentence(
         ({"split": "test"}, r"no split 'test', only \['train'\]"),
         ({"caption_columns": ("title",)}, r"no column 'title', only \['image', 'text'"),
         ({"image_column": "photo"}, "no column 'photo'"),
-        ({"image_column": "text"}, "column 'text' holds no images but"),
+        ({"image_column": "text"}, "column 'text' holds no images; those"),
         ({"exclude": {"group": ["x"]}}, "no column 'group'"),
         ({"exclude": {"kind": [1, 2, 3]}}, "no image is left in split 'train'"),
     ],
@@ -265,7 +266,7 @@ def test_a_sample_set_apart_never_stands_in_for_a_bad_one(tmp_path: Path) -> Non
     data = folder(tmp_path / "set", rows)
     dataset = CaptionedImages(config(data, max_bad=0.5))
     (data / "1.png").write_bytes(b"no image")
-    dataset.apart = frozenset({2})
+    dataset.validation = frozenset({2})
     with pytest.warns(UserWarning, match="a sample is replaced by the next"):
         captions = [dataset[number]["captions"][0] for number in range(4)]
     assert captions == ["a", "d", "c", "d"]

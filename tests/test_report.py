@@ -11,7 +11,7 @@ from PIL import Image
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.summary import cache_summary, images_summary
 from latentdiff.models.vae import VAE, VAEConfig

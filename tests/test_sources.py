@@ -17,10 +17,10 @@ import torch
 from support.broken_images import photograph, saved
 from test_tar import pack
 
-import latentdiff.data.index
+import latentdiff.data.forms.table
 from latentdiff.data.captions import Captions
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 
 COUNT = 7
 IMAGES = [saved(photograph((8, 8), seed=i)) for i in range(COUNT)]
@@ -258,7 +258,7 @@ def test_a_broken_tar_is_refused(tmp_path: Path) -> None:
 
 def test_columns_may_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metadata is read in parts, and what is empty in the first may be text or a list later."""
-    monkeypatch.setattr(latentdiff.data.index, "ROWS", 2)
+    monkeypatch.setattr(latentdiff.data.forms.table, "ROWS", 2)
     rows: list[dict[str, object]] = [dict(row) for row in ROWS]
     rows[2]["late"] = []
     rows[4]["late"] = ["a", "b"]

@@ -31,9 +31,11 @@ from test_sources import (
 from test_tar import add
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages, Sample
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.forms.form import FileRange
+from latentdiff.data.forms.parquet import RowGroup
 from latentdiff.data.opening import image_batches, open_images, some_captions, some_examples
-from latentdiff.data.shards import ParquetShard, Place
+from latentdiff.data.samples import Sample
 from latentdiff.training.randomness import parts
 
 
@@ -82,8 +84,8 @@ def test_neither_processes_nor_workers_change_the_order(
     bad_tar(tmp_path / "set" / "4.tar")
 
     def of_rank(rank: int, world_size: int, workers: int) -> list[dict[str, Any]]:
-        stream = opened(tmp_path / "set", max_bad=0.2)
-        return steps(stream, rank=rank, world_size=world_size, num_workers=workers)
+        stream = opened(tmp_path / "set", max_bad=0.2, num_workers=workers)
+        return steps(stream, rank=rank, world_size=world_size)
 
     with warnings.catch_warnings():  # also in workers, which begin as copies of this process
         warnings.simplefilter("ignore")
@@ -147,11 +149,11 @@ def test_images_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
     early = next(stream.shuffled(0, seed=0))
     assert isinstance(early.file, bytes)
     later = next(stream.shuffled(3, seed=0))
-    assert isinstance(later.file, Place)
+    assert isinstance(later.file, FileRange)
     assert later.file.read() in IMAGES
     parquets(tmp_path / "tables")
     tables = opened(tmp_path / "tables")
-    assert next(tables._kept(tables.shards, None)).file is None
+    assert next(tables.encoded(tables.shards, None)).file is None
 
 
 def test_the_first_examples_and_captions_stand_for_a_stream(tmp_path: Path) -> None:
@@ -245,5 +247,9 @@ def test_a_large_tar_takes_little_memory(tmp_path: Path) -> None:
 def test_rows_without_a_column_that_is_asked_for_come_once_each(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", "b", "c"]}), path)
-    shard = ParquetShard(path, 0, "train", 0, "image", ())
-    assert [raw.name for raw in shard.samples(lambda: False)] == ["train:0", "train:1", "train:2"]
+    shard = RowGroup(path, 0, "train", 0, "image", ())
+    assert [record.name for record in shard.records(lambda: False)] == [
+        "train:0",
+        "train:1",
+        "train:2",
+    ]

@@ -170,7 +170,7 @@ def test_a_stream_shorter_than_a_batch_is_refused_with_numbers(
     write(tmp_path / "set")
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"^batch_size=8 must be at most 7, the number of"):
-            steps(opened(tmp_path / "set"), batch_size=8, num_workers=workers)
+            steps(opened(tmp_path / "set", num_workers=workers), batch_size=8)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors, save_safetensors
 from latentdiff.training.config import run_script
@@ -245,7 +245,7 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     config = DataConfig(data=str(shapes), image_size=SIDE, caption_columns=("text", "text_zh"))
     dataset = CaptionedImages(config)
     numbers = held_out(len(dataset), 0.2, seed=0).tolist()
-    dataset.apart = frozenset(numbers)
+    dataset.validation = frozenset(numbers)
     module = script("train_clip")
     pool = module.make_pool(dataset, seed=0)
     assert len(pool.images) == len(numbers) == int(0.2 * len(dataset))

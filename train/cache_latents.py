@@ -7,11 +7,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from latentdiff.data.bad_samples import breakdown
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_writer import CHUNK, write_cache
 from latentdiff.data.config import DataConfig
 from latentdiff.data.gate import check_latents
-from latentdiff.data.images import breakdown
 from latentdiff.data.opening import open_images
 from latentdiff.data.views import Views
 from latentdiff.formats.diffusers import find_part

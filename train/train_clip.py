@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.opening import image_batches, open_images, some_captions, some_examples
 from latentdiff.data.stream import StreamedImages
 from latentdiff.data.summary import images_summary
@@ -124,7 +124,7 @@ def main() -> None:
         check_batch(config.batch_size, len(dataset) - num_held)  # a stream tells when it ends
         if num_held:
             rest = Rest(dataset, held)
-            dataset.apart = frozenset(held.tolist())
+            dataset.validation = frozenset(held.tolist())
             pool = processes.everywhere(partial(make_pool, dataset, seed=config.seed))
     elif config.held_out > 0:
         accelerator.print("a stream has no images to hold out: no retrieval is reported")
@@ -319,11 +319,11 @@ def contrastive_loss(
 
 
 def make_pool(dataset: CaptionedImages, *, seed: int) -> Pool | None:
-    """The good ones of the samples set apart, each with one of its captions, as it has them all.
+    """The good samples of the validation split, each with one of its captions and with all.
 
     None if they are fewer than two.
     """
-    found = {number: dataset[number] for number in sorted(dataset.apart)}
+    found = {number: dataset[number] for number in sorted(dataset.validation)}
     found = {n: example for n, example in found.items() if n not in dataset.replaced}
     if len(found) < 2:
         return None

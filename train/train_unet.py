@@ -16,8 +16,8 @@ from latentdiff.data.batches import batches, check_batch
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.gate import check_latents
-from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import open_images
 from latentdiff.data.summary import cache_summary
 from latentdiff.data.views import Views
@@ -240,7 +240,7 @@ def main() -> None:
         },
         summary=cache_summary(
             cache,
-            config.place() if config.cache is None else str(config.cache),
+            config.location() if config.cache is None else str(config.cache),
             held_out=len(held),
         ),
     )

@@ -10,8 +10,8 @@ import torch
 
 from latentdiff.data.batches import check_batch
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.gate import TRAINING
-from latentdiff.data.images import CaptionedImages
 from latentdiff.data.opening import image_batches, open_images, some_examples
 from latentdiff.data.summary import images_summary
 from latentdiff.formats.diffusers import find_part

@@ -73,9 +73,9 @@ def _data_shapes(arguments: argparse.Namespace) -> None:
 def _data_check(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
+    from latentdiff.data.bad_samples import breakdown
     from latentdiff.data.check import check_data
     from latentdiff.data.config import DataConfig
-    from latentdiff.data.images import breakdown
 
     names = {field.name for field in fields(DataConfig)} - {"split"}
     config = DataConfig(**{name: v for name, v in vars(arguments).items() if name in names})

@@ -107,7 +107,7 @@ def batches(
             whole = order(step)
             if views is not None:
                 whole = list(zip(whole, views(step), strict=True))
-            yield shard(whole, rank, world_size)
+            yield local_rows(whole, rank, world_size)
 
     loader = DataLoader(
         dataset,
@@ -119,7 +119,7 @@ def batches(
     return iter(loader)
 
 
-def shard(rows: Any, rank: int, world_size: int) -> Any:
+def local_rows(rows: Any, rank: int, world_size: int) -> Any:
     """The rows of a global batch, a sequence or a tensor's first axis, that are one process's."""
     size = len(rows) // world_size
     return rows[rank * size : (rank + 1) * size]

@@ -24,7 +24,7 @@ from datasets.table import MemoryMappedTable
 from torch.utils.data import Dataset
 
 from latentdiff.data.buckets import Size
-from latentdiff.data.captions import Captions
+from latentdiff.data.captions import CaptionRules, Captions
 from latentdiff.data.views import Views
 from latentdiff.formats.weights import load_json
 from latentdiff.models.fingerprint import encoder_fingerprint
@@ -105,10 +105,7 @@ class LatentCache(Dataset[dict[str, Any]]):
         rows = MemoryMappedTable.from_file(str(self.folder / "samples.arrow"))
         self.captions = Captions(
             datasets.Dataset(rows, fingerprint=self.fingerprint),
-            ("captions",),
-            templates={},
-            weights={},
-            allow_empty=True,
+            CaptionRules(columns=("captions",), allow_empty=True),
         )
         assert len(self._index) == len(self.captions) == self.header["num_samples"]
         self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}

@@ -8,11 +8,11 @@ What is written does not depend on the number of processes, nor on how often the
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +21,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentdiff.data.ahead import ahead
+from latentdiff.data.bad_samples import breakdown
 from latentdiff.data.buckets import Size, check_scale, nearest
 from latentdiff.data.cache import FORMAT, moments_path, read_header
 from latentdiff.data.config import DataConfig
 from latentdiff.data.decode import BadSample
-from latentdiff.data.images import Sample, breakdown
+from latentdiff.data.opening import ImageDataset
+from latentdiff.data.prefetch import prefetch
+from latentdiff.data.samples import Sample
 from latentdiff.data.views import Views
 from latentdiff.formats.weights import replacing, save_json
 from latentdiff.images import to_floats
@@ -46,26 +48,9 @@ RECORD = pa.schema(
 )
 
 
-class Chunked(Protocol):
-    """Data that can be gone through in order, in chunks; see `CaptionedImages.chunks`."""
-
-    config: DataConfig
-
-    @property
-    def fingerprint(self) -> str:
-        """What the data and its decoding are, in a few letters."""
-        ...
-
-    def chunks(
-        self, size: int, wanted: Callable[[int], bool]
-    ) -> Iterator[tuple[int, Iterable[Sample | BadSample]]]:
-        """The numbers and samples of the wanted chunks."""
-        ...
-
-
 def write_cache(
     folder: Path,
-    dataset: Chunked,
+    dataset: ImageDataset,
     vae: VAE,
     *,
     batch_size: int,
@@ -161,9 +146,9 @@ class _Encoder:
     batch_size: int
     made_of: dict[str, Any]
 
-    def run(self, dataset: Chunked, rank: int, world_size: int) -> None:
+    def run(self, dataset: ImageDataset, rank: int, world_size: int) -> None:
         """Encode the chunks that are this process's and not finished yet."""
-        known = len(dataset) if isinstance(dataset, Sized) else None
+        known = dataset.num_samples
         size = self.made_of["chunk_size"]
         share = known and sum(
             min(size, known - i) for i in range(rank * size, known, world_size * size)
@@ -215,7 +200,7 @@ class _Encoder:
         with ExitStack() as stack:
             files: dict[int, _Rows] = {}
             waiting: dict[int, list[Tensor]] = {}
-            for found in ahead(self._look, samples, threads=self.config.num_workers):
+            for found in prefetch(self._look, samples, threads=self.config.num_workers):
                 progress.update()
                 if isinstance(found, BadSample):
                     record.append({"reason": found.reason, "detail": found.detail})

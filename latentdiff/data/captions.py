@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, overload
 
@@ -28,8 +28,8 @@ class CaptionRules:
     """
 
     columns: Sequence[str]
-    templates: Mapping[str, Sequence[str]]
-    weights: Mapping[str, str]
+    templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
     allow_empty: bool = False
 
     def named(self) -> list[str]:
@@ -69,19 +69,9 @@ class CaptionRules:
 class Captions(Sequence[list[str]]):
     """`captions[i]` is the list of row i's captions, see `CaptionRules`."""
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        columns: Sequence[str],
-        *,
-        templates: Mapping[str, Sequence[str]],
-        weights: Mapping[str, str],
-        allow_empty: bool = False,
-    ) -> None:
+    def __init__(self, rows: datasets.Dataset, rules: CaptionRules) -> None:
         """Raises ValueError when a column holds no texts, or a column of weights no numbers."""
-        self.rules = rules = CaptionRules(
-            columns=columns, templates=templates, weights=weights, allow_empty=allow_empty
-        )
+        self.rules = rules
         self.rows = rows.select_columns(rules.named())
         for name in rules.columns:
             _check(rows, name, "texts", (pa.types.is_string, pa.types.is_large_string))

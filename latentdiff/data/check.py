@@ -15,18 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from latentdiff.data.bad_samples import BAD_SAMPLES, DUPLICATE
 from latentdiff.data.captions import Captions
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import index_captions, known_faults, open_captioned
 from latentdiff.data.decode import BadSample, decode
-from latentdiff.data.images import (
-    BAD_SAMPLES,
-    DUPLICATE,
-    captions_of,
-    check_size,
-    missing_captions,
-    open_data,
-)
-from latentdiff.data.sources import Source
+from latentdiff.data.forms.detect import Index
+from latentdiff.data.samples import check_size
 
 SUMMARY = "summary.json"
 ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
@@ -79,8 +74,8 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
         with staged.open("w", encoding="utf-8") as file:
             for name in [split] if split is not None else config.splits():
                 part = replace(config, split=name)
-                source = open_data(part)
-                captions = captions_of(source, part)
+                source = open_captioned(part)
+                captions = index_captions(source, part)
                 summary.splits[name] = len(source.rows)
                 for index, found in _checked(source, captions, part):
                     if isinstance(found, BadSample):
@@ -97,7 +92,7 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
                         texts = captions[index]
                         counts.append(len(texts))
                         lengths.extend(map(len, texts))
-                extra += source.extra()
+                extra += source.unlisted()
         summary.samples = sum(summary.splits.values())
         summary.bad = sum(summary.reasons.values())
         summary.sizes = Counter({f"{w}x{h}": n for (w, h), n in sizes.most_common(EXAMPLES)})
@@ -116,12 +111,10 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
 
 
 def _checked(
-    source: Source, captions: Captions, config: DataConfig
+    source: Index, captions: Captions, config: DataConfig
 ) -> Iterator[tuple[int, BadSample | _Good]]:
     """The samples in order, each with what is wrong or what it is like."""
-    known = dict(source.faults)
-    for index in np.flatnonzero(missing_captions(captions, config)).tolist():
-        known.setdefault(index, BadSample("no caption"))
+    known = known_faults(source, captions, config)
     for index in _repeated(source.names()):
         known.setdefault(index, BadSample(DUPLICATE))
 

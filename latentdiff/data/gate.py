@@ -6,7 +6,7 @@ Shapes: N images, C latent channels, h x w the latents' size.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.buckets import check_scale
-from latentdiff.data.cache_writer import Chunked
 from latentdiff.data.decode import BadSample
-from latentdiff.data.images import Sample
+from latentdiff.data.opening import ImageDataset
+from latentdiff.data.samples import Sample
 from latentdiff.data.views import Views
 from latentdiff.formats.weights import load_json
 from latentdiff.images import to_floats
@@ -140,7 +140,7 @@ def faults(
 
 
 def check_latents(
-    vae: VAE, dataset: Chunked, folder: Path, *, batch_size: int, refuse: bool
+    vae: VAE, dataset: ImageDataset, folder: Path, *, batch_size: int, refuse: bool
 ) -> None:
     """Look at what the VAE in `folder` makes of up to 256 of the images, before all are encoded.
 
@@ -160,11 +160,12 @@ def check_latents(
         warnings.warn(sentence, stacklevel=2)
 
 
-def some_images(dataset: Chunked) -> Iterator[Tensor]:
+def some_images(dataset: ImageDataset) -> Iterator[Tensor]:
     """Up to 256 good images as squares (3, S, S) uint8: from all over a set, a stream's first."""
     size = next(size for size in dataset.config.buckets() if size[0] == size[1])
     parts = SAMPLE // TOGETHER
-    number = -(-len(dataset) // TOGETHER) if isinstance(dataset, Sized) else parts
+    total = dataset.num_samples
+    number = parts if total is None else -(-total // TOGETHER)
     chosen = {i * number // parts for i in range(parts)}
     chunks = dataset.chunks(TOGETHER, lambda number: number in chosen)
     for _, samples in islice(chunks, len(chosen)):

@@ -9,8 +9,8 @@ import numpy as np
 
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.check import SUMMARY
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.decode import BadSample
-from latentdiff.data.images import CaptionedImages
 from latentdiff.data.stream import StreamedImages
 from latentdiff.formats.weights import load_json
 
@@ -37,7 +37,7 @@ def images_summary(
             "sizes": {f"{config.image_size}x{config.image_size}": len(dataset)},
             **_captions(dataset.captions),
         }
-    return summary | {"check": _checked(Path(config.place()))}
+    return summary | {"check": _checked(Path(config.location()))}
 
 
 def cache_summary(cache: LatentCache, place: str, *, held_out: int = 0) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from latentdiff.data.batches import batches
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.diffusion import Diffusion
 from latentdiff.training import loop
 from latentdiff.training.config import parse_config, run_script

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentdiff.data.decode import SUFFIXES, BadSample
-from latentdiff.data.index import ROWS, batched
-from latentdiff.data.tar import TEXT_LIMIT, strict_text
+from latentdiff.data.forms.table import ROWS, batched
 
-NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TEXT_LIMIT = 1 << 20  # bytes of a caption; beyond it is no caption
 
 
 def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
@@ -64,14 +64,27 @@ def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:
     return batched(rows())
 
 
+def strict_text(data: bytes, name: str) -> str:
+    """UTF-8, with or without a byte order mark. Raises BadSample for a wrong byte."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = error.start + (3 if data.startswith(codecs.BOM_UTF8) else 0)
+        raise BadSample("text is not UTF-8", f"{name}, byte {at}") from error
+
+
 def images_in(folder: Path, root: Path) -> list[str]:
     """The image files below a folder, relative to the root, in the order of their names."""
     inside = "" if folder == root else folder.relative_to(root).as_posix() + "/"
-    found = walk(folder, lambda name: os.path.splitext(name)[1].lower() in SUFFIXES)
-    return [inside + name for name in found]
+    return [inside + name for name in find_files(folder, is_image)]
 
 
-def walk(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image, and not hidden."""
+    return name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def find_files(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
     """The files below a folder whose own names are wanted, relative to it, sorted, with `/`."""
     found = []
     for place, folders, names in os.walk(folder):

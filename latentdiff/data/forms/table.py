@@ -17,7 +17,7 @@ VERSION = 1  # of what the readers make of metadata; a change makes every index 
 ROWS = 20_000  # in memory at a time
 
 
-def open_index(
+def cached_table(
     data: str, key: object, tables: Callable[[], Iterable[pa.Table]]
 ) -> datasets.Dataset:
     """The rows of all tables, memory-mapped from `datasets`' cache folder.

@@ -9,7 +9,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(work: Callable[[T], U], items: Iterable[T], *, threads: int) -> Generator[U, None, None]:
+def prefetch(
+    work: Callable[[T], U], items: Iterable[T], *, threads: int
+) -> Generator[U, None, None]:
     """What `work` gives for each item, in order; at most a few results wait to be taken.
 
     Without threads it is `map`. An error is raised where its result would have come.
