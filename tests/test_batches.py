@@ -29,7 +29,7 @@ class Numbers(Dataset[int]):
 
 
 class Pairs(Numbers):
-    """Example (i, view) is both numbers."""
+    """Example (i, variant) is both numbers."""
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[int, int]:
         return index
@@ -188,13 +188,13 @@ def test_parts_of_a_batch_are_the_batch(accumulation: int, buckets: np.ndarray |
 def test_views_come_with_the_examples_whatever_the_process() -> None:
     options = {"num_samples": 10, "batch_size": 4, "seed": 3, "stop": 5}
 
-    def views(step: int) -> list[int]:
+    def variants(step: int) -> list[int]:
         return [step, step + 1, step + 2, step + 3]
 
     for rank in (0, 1):
-        drawn = batches(Pairs(10), 0, views=views, rank=rank, world_size=2, **options)
+        drawn = batches(Pairs(10), 0, variants=variants, rank=rank, world_size=2, **options)
         for step, (ids, seen) in enumerate(drawn):
-            assert seen.tolist() == local_rows(views(step), rank, 2)
+            assert seen.tolist() == local_rows(variants(step), rank, 2)
             assert ids.tolist() == local_rows(numbers(0)[step], rank, 2)
 
 

@@ -1,4 +1,4 @@
-"""A UNet trained on images of several shapes, in several views: one batch, one size."""
+"""A UNet trained on images of several shapes, with crops and flips: one batch, one size."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import run_script
 
-# The networks have learned nothing, and the gate before a cache says so.
+# The networks have learned nothing, and the latent check before a cache says so.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
 
 SHAPES = "--image_size=16 --bucket_step=8 --max_aspect=4 --flip=true --crops=2"
@@ -26,7 +26,8 @@ TINY = (
     "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
     "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --max_steps=6 --batch_size=4 "
     "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --mixed_precision=no --log_every=1 "
-    "--checkpoint_every=3 --warmup_steps=1 --cooldown_steps=0 --preview_every=6 --gate=false"
+    "--checkpoint_every=3 --warmup_steps=1 --cooldown_steps=0 --preview_every=6 "
+    "--check_latents=false"
 )
 
 
@@ -41,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setenv("ACCELERATE_USE_CPU", "true")
         options = f"--data={folder / 'set'} --output_dir={folder / 'cache'} --vae={folder / 'vae'}"
-        call("cache_latents", f"{options} {SHAPES} --gate=false")
+        call("cache_latents", f"{options} {SHAPES} --check_latents=false")
         train(folder, "run")
         yield folder
 
@@ -82,7 +83,7 @@ def test_parts_and_an_own_cache_train_as_whole_batches_do(home: Path) -> None:
 
 def test_what_is_trained_on_has_three_sizes_and_four_views(home: Path) -> None:
     cache = LatentCache(home / "cache")
-    assert cache.views.count == 4
+    assert cache.crop_flip.num_variants == 4
     assert len(np.unique(cache.buckets)) == 3
 
 

@@ -25,7 +25,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import run_script
 
-# The networks of the trainings here have learned nothing, and the gate before a cache says so.
+# The networks of the trainings here have learned nothing, which the latent check says.
 pytestmark = pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")
 
 DIT = DiTConfig(
@@ -191,7 +191,7 @@ OPTIONS = {
 SHORT = (
     "--max_steps=6 --batch_size=4 --mixed_precision=no --log_every=1 --checkpoint_every=3 "
     "--preview_every=6 --validate_every=6 --held_out=0.1 --warmup_steps=1 --ema_lengths=[0.1] "
-    "--snapshot_every=1 --learning_rate=1e-2 --gate=false"
+    "--snapshot_every=1 --learning_rate=1e-2 --check_latents=false"
 )
 
 
@@ -214,7 +214,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def cache_options(home: Path) -> str:
     return (
         f"--data={home / 'set'} --output_dir={home / 'cache'} --vae={home / 'vae'} "
-        "--image_size=16 --upscale_limit=4 --gate=false"
+        "--image_size=16 --upscale_limit=4 --check_latents=false"
     )
 
 

@@ -38,7 +38,7 @@ TINY = {
         "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] "
         "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --caption_dropout=0.5 "
         "--weighting=uncertainty --density=logit_normal --stratified=true --offset_noise=0.1 "
-        "--gate=false"
+        "--check_latents=false"
     ),
 }
 SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"
@@ -70,7 +70,9 @@ def runs(home: Path) -> Path:
     launch(LAUNCH, "train_vae", *arguments("train_vae", home, runs / "vae", 4), "--num_workers=1")
     cached = ["--data", f"{home}/data", "--image_size=32", "--vae", f"{runs}/vae/model"]
     # After four steps no VAE is fit to train on.
-    launch(LAUNCH, "cache_latents", *cached, "--output_dir", f"{runs}/cache", "--gate=false")
+    launch(
+        LAUNCH, "cache_latents", *cached, "--output_dir", f"{runs}/cache", "--check_latents=false"
+    )
     launch(LAUNCH, "train_unet", *arguments("train_unet", home, runs / "unet", 4))
     return runs
 

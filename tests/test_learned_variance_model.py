@@ -141,7 +141,7 @@ DIT = "--dit.num_layers=2 --dit.num_attention_heads=2 --dit.attention_head_dim=8
 SHORT = (
     "--image_size=16 --max_steps=4 --batch_size=4 --warmup_steps=1 --cooldown_steps=0 "
     "--log_every=1 --preview_every=4 --validate_every=4 --held_out=0.2 --mixed_precision=no "
-    "--gate=false "
+    "--check_latents=false "
     "--diffusion.schedule=linear --diffusion.prediction=v_prediction "
     "--diffusion.learned_variance=true"
 )

@@ -11,9 +11,9 @@ from latentdiff.data.bad_samples import breakdown
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_writer import CHUNK, write_cache
 from latentdiff.data.config import DataConfig
-from latentdiff.data.gate import check_latents
+from latentdiff.data.crop_flip import CropFlip
+from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
-from latentdiff.data.views import Views
 from latentdiff.formats.diffusers import find_part
 from latentdiff.models.vae import VAE
 from latentdiff.training.config import parse_config, run_script, write_config
@@ -24,7 +24,7 @@ WEEK = 7 * 24 * 3600  # seconds
 
 
 @dataclass(frozen=True)
-class CacheLatents(DataConfig, Views):
+class CacheLatents(DataConfig, CropFlip):
     """Encode images with a trained VAE and keep the posterior moments and the captions."""
 
     output_dir: Path = Path("runs/shapes/cache")
@@ -32,13 +32,13 @@ class CacheLatents(DataConfig, Views):
     """The VAE's folder, that of a pipeline, or "emoji", the embedded one."""
     batch_size: int = 64
     """Images that are encoded at a time."""
-    gate: bool = True
+    check_latents: bool = True
     """Refuse a VAE whose latents are not fit to train on; false warns and goes on."""
     chunk_size: int = CHUNK
     """Samples of a file: a process that is killed has to encode the last so many again."""
 
     def __post_init__(self) -> None:
-        for part in (DataConfig, Views):
+        for part in (DataConfig, CropFlip):
             part.__post_init__(self)
         for name in ("batch_size", "chunk_size"):
             if getattr(self, name) < 1:
@@ -59,12 +59,14 @@ def main() -> None:
         dataset,
         vae,
         batch_size=size,
-        views=Views(crops=config.crops, flip=config.flip),
+        crop_flip=CropFlip(crops=config.crops, flip=config.flip),
         chunk_size=config.chunk_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         together=processes.everywhere,
-        gate=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=config.gate),
+        check=partial(
+            check_latents, vae, dataset, folder, batch_size=size, refuse=config.check_latents
+        ),
     )
     if accelerator.is_main_process:
         write_config(text, config.output_dir)

@@ -16,11 +16,11 @@ from latentdiff.data.batches import batches, check_batch
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
+from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.dataset import CaptionedImages
-from latentdiff.data.gate import check_latents
+from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
 from latentdiff.data.summary import cache_summary
-from latentdiff.data.views import Views
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_part
 from latentdiff.images import image_grid
@@ -52,7 +52,7 @@ SMALL = UNetConfig(
 
 
 @dataclass(frozen=True)
-class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
+class TrainUNet(DataConfig, CropFlip, LoopConfig, OptimizerConfig, Objective):
     """Train a UNet or a DiT to denoise latents of captioned images; leaves a pipeline folder."""
 
     output_dir: Path = Path("runs/shapes/unet")
@@ -61,11 +61,11 @@ class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
     learning_rate: float = 1e-3
     cooldown_steps: int = 300
     cache: Path | None = None
-    """What cache_latents.py made, with the sizes and views that it was told of; without it `data`
+    """What cache_latents.py made, with its sizes, crops and flips; without it `data`
     is encoded first, into the run folder."""
     vae: str = "emoji"
     """Folder of the VAE or of a pipeline, or "emoji", the embedded one."""
-    gate: bool = True
+    check_latents: bool = True
     """Where `data` is encoded: refuse a VAE whose latents are not fit to train on; false warns."""
     text_encoder: str = "emoji"
     """Folder with text_encoder/ and tokenizer/, or "emoji"."""
@@ -82,7 +82,7 @@ class TrainUNet(DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
     """Captions of the preview grid; by default up to eight of the training data's."""
 
     def __post_init__(self) -> None:
-        for part in (DataConfig, Views, LoopConfig, OptimizerConfig, Objective):
+        for part in (DataConfig, CropFlip, LoopConfig, OptimizerConfig, Objective):
             part.__post_init__(self)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
@@ -164,10 +164,10 @@ def main() -> None:
         kept = [dropout >= config.caption_dropout for _, dropout in draws]
         return [word if keep_it else "" for word, keep_it in zip(words, kept, strict=True)]
 
-    def views(number: int) -> list[int]:
-        """Which view of each example of a global batch is seen."""
+    def variants(number: int) -> list[int]:
+        """Which variant of each example of a global batch is seen."""
         places = torch.rand(config.batch_size, generator=generator(config.seed, number, "view"))
-        return choose([range(cache.views.count)] * config.batch_size, places.tolist())
+        return choose([range(cache.crop_flip.num_variants)] * config.batch_size, places.tolist())
 
     def data(start: int) -> Iterator[dict[str, Any]]:
         shares = batches(
@@ -182,7 +182,7 @@ def main() -> None:
             num_workers=config.num_workers,
             collate=collate_moments,
             buckets=np.delete(cache.buckets, held),
-            views=views,
+            variants=variants,
         )
         return parts(shares, config.accumulation)
 
@@ -283,11 +283,13 @@ def open_cache(
         dataset,
         vae,
         batch_size=64,
-        views=Views(crops=config.crops, flip=config.flip),
+        crop_flip=CropFlip(crops=config.crops, flip=config.flip),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         together=processes.everywhere,
-        gate=partial(check_latents, vae, dataset, folder, batch_size=64, refuse=config.gate),
+        check=partial(
+            check_latents, vae, dataset, folder, batch_size=64, refuse=config.check_latents
+        ),
     )
     return LatentCache(config.output_dir / "cache"), vae
 

@@ -11,7 +11,7 @@ import torch
 from latentdiff.data.batches import check_batch
 from latentdiff.data.config import DataConfig
 from latentdiff.data.dataset import CaptionedImages
-from latentdiff.data.gate import TRAINING
+from latentdiff.data.latent_check import TRAINING
 from latentdiff.data.opening import image_batches, open_images, some_examples
 from latentdiff.data.summary import images_summary
 from latentdiff.formats.diffusers import find_part

@@ -90,12 +90,13 @@ def batches(
     num_workers: int = 0,
     collate: Callable[[Sequence[Any]], Any] | None = None,
     buckets: np.ndarray | None = None,
-    views: Callable[[int], Sequence[int]] | None = None,
+    variants: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[Any]:
     """This process's part of the batches of steps `start` … `stop - 1`, read ahead by workers.
 
-    `buckets` (N,) are the examples' if they are not all of one size. With `views`, which gives the
-    view of each example of a step, the data set is asked for pairs (example, view).
+    `buckets` (N,) are the examples' if they are not all of one size. With `variants`, which
+    gives the variant of each example of a step, the data set is asked for pairs
+    (example, variant).
     """
     if buckets is None:
         buckets = np.zeros(num_samples, dtype=np.int8)
@@ -105,8 +106,8 @@ def batches(
     def ids() -> Iterator[list[Any]]:
         for step in range(start, stop):
             whole = order(step)
-            if views is not None:
-                whole = list(zip(whole, views(step), strict=True))
+            if variants is not None:
+                whole = list(zip(whole, variants(step), strict=True))
             yield local_rows(whole, rank, world_size)
 
     loader = DataLoader(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from latentdiff.data.buckets import Size, check_scale, nearest
 from latentdiff.data.config import DataConfig
+from latentdiff.data.crop_flip import crop_to
 from latentdiff.data.decode import decode
-from latentdiff.data.views import cut
 from latentdiff.images import to_rgb
 
 
@@ -34,8 +34,8 @@ def square_pixels(data: bytes, config: DataConfig) -> Tensor:
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """Upright, on white where transparent, shorter side scaled to `size`, the middle cut out."""
-    return cut(to_rgb(image), (size, size))
+    """Upright, on white where transparent, shorter side scaled to `size`, the middle cropped."""
+    return crop_to(to_rgb(image), (size, size))
 
 
 def check_size(size: Size, config: DataConfig) -> None:

@@ -52,7 +52,7 @@ def cache_summary(cache: LatentCache, place: str, *, held_out: int = 0) -> dict[
         "data": place,
         "samples": len(cache),
         "held_out": held_out,
-        "views": cache.views.count,
+        "variants": cache.crop_flip.num_variants,
         "left_out": cache.header["left_out"],
         "sizes": {f"{w}x{h}": count for (w, h), count in zip(cache.sizes, counts, strict=True)},
         **_captions(cache.captions),

@@ -1,82 +1,40 @@
-"""Whether the latents of a VAE are fit to train on: what is measured of them, and faults in words.
+"""Whether the latents of a VAE are fit to train on: its faults in words, each with its limit.
 
-Measured are the latents that a denoiser would see, on some images of its own data, and what the
-training of the VAE noted of its discriminator. docs/vae.md has the reasons for each limit.
-Shapes: N images, C latent channels, h x w the latents' size.
+Judged are the latents that a denoiser would see, on some images of its own data, and the last
+losses of the VAE's discriminator. docs/vae.md has the reasons for each limit.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from latentdiff.data.buckets import check_scale
+from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.decode import BadSample
+from latentdiff.data.latent_statistics import FAR, LatentStatistics
 from latentdiff.data.opening import ImageDataset
 from latentdiff.data.samples import Sample
-from latentdiff.data.views import Views
 from latentdiff.formats.weights import load_json
-from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE
 
 ACTIVE = 0.01
-"""Least share of a channel's variance that depends on the image (Burda et al. 2016,
+"""Least fraction of a channel's variance that depends on the image (Burda et al. 2016,
 arXiv:1509.00519, where the unit is a variance of 1)."""
 DEVIATIONS = (0.25, 4.0)
 """Of all latents from 0: a factor of 4 in signal against noise, beyond which schedules are made
 anew (Esser et al. 2024, arXiv:2403.03206, shift theirs by 3 for 16 times as many pixels)."""
-FAR = 10.0  # deviations from a channel's mean, where a Gaussian has one value in 10^23
-FAR_SHARE = 0.1
+FAR_FRACTION = 0.1
 """Most of a channel's variance that may lie further out; a Student's t of three degrees of freedom,
 whose kurtosis is infinite, has 0.13 there."""
 HINGE = 0.1
 """Least mean of a discriminator's hinge loss, which is 1 when it cannot tell and 0 when all scores
 are beyond the margins, so that nothing is left to learn from (Lim & Ye 2017, eq. 9, halved)."""
-SAMPLE, TOGETHER = 256, 16  # images that are measured, and how many of them are neighbours
+NUM_IMAGES, GROUP = 256, 16  # images that are measured, and how many of them are neighbours
 TRAINING = "training.json"  # beside a VAE, of train_vae.py
-
-
-@dataclass(frozen=True)
-class LatentStatistics:
-    """What was measured on the latents of some images, around each channel's mean: (C,) each."""
-
-    active: Tensor
-    """Variance of the posterior's mean over the images, at each place, and then its mean."""
-    variance: Tensor
-    """That of latents as they are drawn: of the mean over images and places, plus the noise's."""
-    mean: Tensor
-    far: Tensor
-    """Share of the means' variance in values more than FAR deviations away."""
-    largest: Tensor
-    """The largest size of a mean."""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, vae: VAE, images: Iterable[Tensor], *, batch_size: int) -> Self:
-        """Encode images (3, S, S) uint8, two at least, so many at a time, as the cache does."""
-        device = next(vae.parameters()).device
-        source, means, noise = iter(images), list[Tensor](), list[Tensor]()
-        while batch := list(islice(source, batch_size)):
-            posterior = vae.encode(to_floats(torch.stack(batch).to(device)))
-            means.append(posterior.mean.float().cpu())
-            noise.append(posterior.logvar.float().exp().sum(dim=(0, 2, 3)).cpu())
-        z = torch.cat(means)  # (N, C, h, w)
-        mean = z.mean(dim=(0, 2, 3))
-        squares = (z - mean[:, None, None]).square()
-        spread = squares.mean(dim=(0, 2, 3))
-        is_far = squares > FAR**2 * spread[:, None, None]
-        return cls(
-            active=z.var(dim=0).mean(dim=(1, 2)),
-            variance=spread + torch.stack(noise).sum(0) / (z.numel() / len(mean)),
-            mean=mean,
-            far=(squares * is_far).mean(dim=(0, 2, 3)) / spread,
-            largest=z.abs().amax(dim=(0, 2, 3)),
-        )
 
 
 def faults(
@@ -84,18 +42,18 @@ def faults(
 ) -> list[str]:
     """What is wrong with a VAE, a sentence each; none if its latents are fit to train on.
 
-    `training` is what its training noted (TRAINING), such as the discriminator's last `disc_loss`
-    and, if it is known, its mean scores, `disc_real` and `disc_fake`; nothing for a VAE from
-    elsewhere. `learned` is whether its encoder is, so that other training would mend the latents.
+    `training` is the content of TRAINING, such as the discriminator's last `disc_loss` and, if it
+    is known, its mean scores, `disc_real` and `disc_fake`; nothing for a VAE from elsewhere.
+    `learned` is whether its encoder is, so that other training would mend the latents.
     """
     found = list[str]()
     if not all(x.isfinite().all() for x in (latents.active, latents.variance)):
         return ["some latents are not finite"]
-    shares = (latents.active / latents.variance).tolist()
-    if dead := [c for c, share in enumerate(shares) if share < ACTIVE]:
+    active = (latents.active / latents.variance).tolist()
+    if dead := [c for c, fraction in enumerate(active) if fraction < ACTIVE]:
         found.append(
-            "posterior collapse: too small a share of the variance depends on the image in "
-            f"{_channels(dead, shares)}, where {ACTIVE} is the least of a channel that is used; "
+            "posterior collapse: too small a fraction of the variance depends on the image in "
+            f"{_channels(dead, active)}, where {ACTIVE} is the least of a channel that is used; "
             + (
                 "train it with a lower kl_weight or fewer latent_channels"
                 if learned
@@ -112,15 +70,15 @@ def faults(
             "of this data"
         )
     far = latents.far.tolist()
-    if wild := [c for c, share in enumerate(far) if share > FAR_SHARE]:
+    if wild := [c for c, fraction in enumerate(far) if fraction > FAR_FRACTION]:
         found.append(
-            f"unbounded latents: too large a share of the variance lies more than {FAR:g} "
-            f"deviations from the mean in {_channels(wild, far)}, where {FAR_SHARE} is allowed, "
+            f"unbounded latents: too large a fraction of the variance lies more than {FAR:g} "
+            f"deviations from the mean in {_channels(wild, far)}, where {FAR_FRACTION} is allowed, "
             f"and the largest value is {float(latents.largest[wild].max()):.3g}; "
             + (
                 "train it with a higher kl_weight"
                 if learned
-                else "it is the images in which a few places stand out"
+                else "it is the images in which a few positions stand out"
             )
         )
     loss = training.get("disc_loss", 1.0)
@@ -142,9 +100,9 @@ def faults(
 def check_latents(
     vae: VAE, dataset: ImageDataset, folder: Path, *, batch_size: int, refuse: bool
 ) -> None:
-    """Look at what the VAE in `folder` makes of up to 256 of the images, before all are encoded.
+    """Judge the latents of up to 256 of the images, before all are encoded by the VAE in `folder`.
 
-    Raises ValueError, in words, when something is wrong; warns instead unless told to `refuse`.
+    Raises ValueError, in words, when something is wrong; warns instead without `refuse`.
     """
     found = list[str]()
     images = list(some_images(dataset))
@@ -156,22 +114,21 @@ def check_latents(
     if found:
         sentence = f"the VAE in {folder} is not fit to train on: {'; '.join(found)}"
         if refuse:
-            raise ValueError(f"{sentence}; --gate false goes on all the same")
+            raise ValueError(f"{sentence}; --check_latents false goes on all the same")
         warnings.warn(sentence, stacklevel=2)
 
 
 def some_images(dataset: ImageDataset) -> Iterator[Tensor]:
     """Up to 256 good images as squares (3, S, S) uint8: from all over a set, a stream's first."""
     size = next(size for size in dataset.config.buckets() if size[0] == size[1])
-    parts = SAMPLE // TOGETHER
-    total = dataset.num_samples
-    number = parts if total is None else -(-total // TOGETHER)
-    chosen = {i * number // parts for i in range(parts)}
-    chunks = dataset.chunks(TOGETHER, lambda number: number in chosen)
+    total, groups = dataset.num_samples, NUM_IMAGES // GROUP
+    num_chunks = groups if total is None else -(-total // GROUP)
+    chosen = {i * num_chunks // groups for i in range(groups)}
+    chunks = dataset.chunks(GROUP, lambda number: number in chosen)
     for _, samples in islice(chunks, len(chosen)):
         for sample in samples:
             if isinstance(sample, Sample) and _is_large(sample, size, dataset.config.upscale_limit):
-                yield Views().of(sample.image, sample.name, size)[0]
+                yield CropFlip().variants(sample.image, sample.name, size)[0]
 
 
 def _is_large(sample: Sample, size: tuple[int, int], limit: float) -> bool:
@@ -182,6 +139,6 @@ def _is_large(sample: Sample, size: tuple[int, int], limit: float) -> bool:
     return True
 
 
-def _channels(numbers: Sequence[int], shares: Sequence[float]) -> str:
+def _channels(numbers: Sequence[int], fractions: Sequence[float]) -> str:
     """Such as "channel 2 (0.0003)"."""
-    return ", ".join(f"channel {number} ({shares[number]:.2g})" for number in numbers)
+    return ", ".join(f"channel {number} ({fractions[number]:.2g})" for number in numbers)
