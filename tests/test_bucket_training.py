@@ -16,7 +16,7 @@ from test_cache import vae, write_images
 from latentdiff.data.cache import LatentCache
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 # The networks have learned nothing, and the latent check before a cache says so.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
@@ -77,7 +77,7 @@ def test_it_resumes_in_the_middle_bit_for_bit(home: Path) -> None:
 
 
 def test_parts_and_an_own_cache_train_as_whole_batches_do(home: Path) -> None:
-    train(home, "parts", f"--data={home / 'set'} {SHAPES} --accumulation=2")
+    train(home, "parts", f"--data={home / 'set'} {SHAPES} --gradient_accumulation_steps=2")
     assert losses(home / "parts") == pytest.approx(losses(home / "run"), rel=1e-4)
 
 

@@ -23,7 +23,7 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 # The networks of the trainings here have learned nothing, which the latent check says.
 pytestmark = pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")
@@ -190,7 +190,7 @@ OPTIONS = {
 }
 SHORT = (
     "--max_steps=6 --batch_size=4 --mixed_precision=no --log_every=1 --checkpoint_every=3 "
-    "--preview_every=6 --validate_every=6 --held_out=0.1 --warmup_steps=1 --ema_lengths=[0.1] "
+    "--preview_every=6 --validate_every=6 --val_fraction=0.1 --warmup_steps=1 --ema_lengths=[0.1] "
     "--snapshot_every=1 --learning_rate=1e-2 --check_latents=false"
 )
 
@@ -250,7 +250,7 @@ def test_trained_resumed_saved_and_drawn(
     """The folder has the average of the last step, and the run goes on bit for bit."""
     run = train(home, name, f"run {name}".replace(" ", "-").replace(",", ""))
     assert len(losses(run)) == 6
-    assert losses(run, "held_out_loss")
+    assert losses(run, "val_loss")
     assert (run / "previews/step-0000006.png").is_file()
     drawn = Pipeline.from_pretrained(run / "model")
     weights, expected = drawn.unet.state_dict(), ema(run, name)

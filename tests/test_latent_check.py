@@ -24,7 +24,7 @@ from latentdiff.data.stream import StreamedImages
 from latentdiff.formats.diffusers import find_part
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 TINY = VAEConfig(
     block_out_channels=(8, 16),

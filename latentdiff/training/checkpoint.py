@@ -57,14 +57,14 @@ def save_checkpoint(
     processes = Processes() if processes is None else processes
     staging = folder / f".step-{step}.tmp"
     try:
-        processes.on_first(lambda: _begin(folder, staging))
-        processes.everywhere(lambda: _write(staging, learners, processes))
-        processes.on_first(lambda: _finish(folder, staging, step, learners, manifest))
+        processes.on_main(lambda: _begin(folder, staging))
+        processes.on_all(lambda: _write(staging, learners, processes))
+        processes.on_main(lambda: _finish(folder, staging, step, learners, manifest))
     except (ValueError, OSError):
         if processes.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    processes.on_first(lambda: _prune(folder, step, keep))
+    processes.on_main(lambda: _prune(folder, step, keep))
 
 
 def load_checkpoint(
@@ -84,14 +84,14 @@ def load_checkpoint(
     networks or other data (`fingerprints` of `manifest`).
     """
     processes = Processes() if processes is None else processes
-    found = processes.on_first(lambda: find_checkpoint(folder, path))
+    found = processes.on_main(lambda: find_checkpoint(folder, path))
     if found is None:
         return 0
-    step = processes.everywhere(lambda: _load(found, learners, manifest))
+    step = processes.on_all(lambda: _load(found, learners, manifest))
     for learner in learners.values():
         learner.gather()
     if path is not None and found == path:
-        processes.on_first(lambda: _set_aside(folder, step))
+        processes.on_main(lambda: _set_aside(folder, step))
     return step
 
 
