@@ -6,7 +6,7 @@ from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
 from latentdiff.data.dataset import CaptionedImages
-from latentdiff.data.opening import image_batches, open_images
+from latentdiff.data.opening import open_images
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.retrieval import validation_pool
 from latentdiff.tasks.clip.task import CLIPTask
@@ -35,8 +35,7 @@ def main() -> None:
         run.accelerator.print("a stream has no validation split: no retrieval is reported")
     task = CLIPTask(config, run, dataset=dataset, pool=pool, num_val=num_val)
     loader = partial(
-        image_batches,
-        dataset,
+        dataset.batches,
         batch_size=loop.batch_size,
         seed=loop.seed,
         stop=loop.max_steps,

@@ -53,6 +53,8 @@ class StreamedImages:
     end.
     """
 
+    captions = None  # which a CaptionedImages has by index
+
     def __init__(self, config: DataConfig) -> None:
         """Open the data set and look at its first samples.
 
@@ -117,11 +119,8 @@ class StreamedImages:
 
     def some_captions(self, count: int) -> Iterator[str]:
         """The captions of the first `count` samples; images are not read."""
-        return chain.from_iterable(islice(self.captions(), count))
-
-    def captions(self) -> Iterator[list[str]]:
-        """One epoch of captions in the order of the files; images are not read."""
-        return (sample.captions for sample in self.encoded(self.shards, None))
+        samples = self.encoded(self.shards, None)
+        return chain.from_iterable(sample.captions for sample in islice(samples, count))
 
     def batches(
         self,

@@ -9,32 +9,28 @@ import numpy as np
 
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.check import SUMMARY
-from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.decode import BadSample
-from latentdiff.data.stream import StreamedImages
+from latentdiff.data.opening import ImageDataset
 from latentdiff.formats.weights import load_json
 
 LOOKED_AT = 2000  # samples whose captions are read, evenly spaced
 EXAMPLES = 8
 
 
-def images_summary(
-    dataset: CaptionedImages | StreamedImages, *, held_out: int | None = None
-) -> dict[str, Any]:
-    """What `fit(summary=...)` can be told of images; see `cache_summary`.
+def images_summary(dataset: ImageDataset, *, held_out: int | None = None) -> dict[str, Any]:
+    """The summary of images; see `cache_summary`.
 
-    Nothing is said of `held_out` where that is None, as in a training that holds nothing out.
-
-    Of streamed ones nothing is known beforehand but what `latentdiff data check` has said.
+    `held_out` is the size of the validation split, None for a training that has none. Of a stream
+    nothing is known beforehand but what `latentdiff data check` has written.
     """
     config = dataset.config
     summary: dict[str, Any] = {"data": config.data}
-    if isinstance(dataset, CaptionedImages):
+    if dataset.captions is not None:
         summary |= {
-            "samples": len(dataset),
+            "samples": dataset.num_samples,
             **({} if held_out is None else {"held_out": held_out}),
             "left_out": dict(dataset.left_out),
-            "sizes": {f"{config.image_size}x{config.image_size}": len(dataset)},
+            "sizes": {f"{config.image_size}x{config.image_size}": dataset.num_samples},
             **_captions(dataset.captions),
         }
     return summary | {"check": _checked(Path(config.location()))}

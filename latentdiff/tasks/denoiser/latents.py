@@ -10,7 +10,6 @@ import torch
 from latentdiff.data.batches import batches, check_batch
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
-from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
 from latentdiff.formats.diffusers import find_part
@@ -40,8 +39,8 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
         cache.check_vae(vae)
         return cache, vae
     dataset = run.processes.main_first(lambda: open_images(config.data))
-    if isinstance(dataset, CaptionedImages):  # the length of a stream is known when it is cached
-        check_batch(batch_size, len(dataset))
+    if dataset.num_samples is not None:  # that of a stream is known when it is cached
+        check_batch(batch_size, dataset.num_samples)
     vae, vae_folder = load_vae(), find_part(config.vae, "vae")
     cache_folder = config.loop.output_dir / "cache"
     write_cache(
