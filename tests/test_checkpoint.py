@@ -9,13 +9,8 @@ import torch
 from support.runs import make_learner
 from torch import Tensor, nn
 
-from latentdiff.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    origin,
-    save_checkpoint,
-    verify,
-)
+from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint_files import checkpoints, origin, verify
 from latentdiff.training.learner import Learner
 
 MANIFEST = {"configuration": {"seed": 1}, "fingerprints": {"data": "abc"}}
@@ -159,7 +154,7 @@ def test_damage_is_named_and_the_next_older_checkpoint_taken(
         assert load_checkpoint(tmp_path, {"net": other}, manifest=MANIFEST) == 4
     torch.testing.assert_close(state(other), expected, rtol=0, atol=0)
     damage(tmp_path / "step-4" / name)
-    with pytest.raises(ValueError, match=f"no checkpoint in .* is whole: .*{name}"):
+    with pytest.raises(ValueError, match=f"no checkpoint in .* is intact: .*{name}"):
         load_checkpoint(tmp_path, {"net": other}, manifest=MANIFEST)
 
 

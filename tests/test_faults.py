@@ -31,7 +31,7 @@ from support.faulty import (
 from support.harness import assert_same, left_over, newest, references, run, start, wait
 
 from latentdiff.formats.weights import load_json
-from latentdiff.training.checkpoint import checkpoints, verify
+from latentdiff.training.checkpoint_files import checkpoints, verify
 
 pytestmark = pytest.mark.slow
 all_of_them = pytest.mark.faults  # too long for `make test`, which has the others

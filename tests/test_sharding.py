@@ -20,7 +20,8 @@ from support.tiny import UNET, randomise
 from torch import Tensor
 
 from latentdiff.models.unet import UNet
-from latentdiff.training.checkpoint import Stored, checkpoints, load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint import StoredTensors, load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint_files import checkpoints
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import MicroBatch
 
@@ -80,7 +81,7 @@ def work(job: Job) -> None:
     snapshots = learner.snapshots()
     if processes.rank == 0:
         whole |= {f"ema-0.1.{name}": p for name, p in snapshots["0.1"].items()}
-        stored = Stored(checkpoints(job.folder)[-1][1], "unet")
+        stored = StoredTensors(checkpoints(job.folder)[-1][1], "unet")
         assert [name for name, tensor in whole.items() if not tensor.equal(stored[name])] == []
 
 
@@ -112,7 +113,7 @@ def run(job: Job, count: int) -> dict[str, Tensor]:
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * count
-    return dict(Stored(job.folder / f"step-{job.stop}", "unet"))
+    return dict(StoredTensors(job.folder / f"step-{job.stop}", "unet"))
 
 
 def norms(folder: Path) -> list[float]:

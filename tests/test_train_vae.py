@@ -19,7 +19,7 @@ from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.options import compose
 from latentdiff.tasks.vae.config import TrainVAE
 from latentdiff.tasks.vae.task import mirror
-from latentdiff.training.checkpoint import Stored
+from latentdiff.training.checkpoint import StoredTensors
 from latentdiff.training.command_line import run_script
 from latentdiff.training.randomness import MicroBatch, generator
 
@@ -64,7 +64,7 @@ def log(run: Path) -> list[dict[str, float]]:
 
 
 def stored(run: Path, step: int, name: str) -> dict[str, Tensor]:
-    return dict(Stored(run / "checkpoints" / f"step-{step}", name))
+    return dict(StoredTensors(run / "checkpoints" / f"step-{step}", name))
 
 
 def weights(run: Path, step: int, name: str) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path
     again = train(images, tmp_path / "part", "--learn_logvar=true")
     for name in ("vae", "discriminator", "logvar"):
         found, expected = (
-            dict(Stored(tmp_path / run / "checkpoints" / "step-4", name))
+            dict(StoredTensors(tmp_path / run / "checkpoints" / "step-4", name))
             for run in ("part", "whole")
         )
         assert {k: t.equal(expected[k]) for k, t in found.items()} == dict.fromkeys(expected, True)

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from latentdiff.training.checkpoint import load_checkpoint, origin, save_checkpoint
+from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint_files import origin
 from latentdiff.training.ema_synthesis import save_snapshot
 from latentdiff.training.learner import Learner
 from latentdiff.training.logging.log import Log

@@ -9,7 +9,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from latentdiff.formats.weights import load_json
-from latentdiff.training.checkpoint import MANIFEST, checkpoints
+from latentdiff.training.checkpoint_files import MANIFEST, checkpoints
 from latentdiff.training.command_line import write_config
 from latentdiff.training.processes import Processes
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentdiff.training.checkpoint import checkpoints, verify
+from latentdiff.training.checkpoint_files import checkpoints, verify
 from latentdiff.training.command_line import run_script
 from support.faulty import STEPS, Toy, notes, output, train
 
