@@ -273,7 +273,7 @@ def test_a_stream_has_no_validation_split_which_is_said(
     train(shapes, tmp_path / "run", *TINY.split(), "--max_steps=1", "--stream=true")
     assert "a stream has no validation split" in capsys.readouterr().out
     assert found(tmp_path / "run") == []
-    assert "held_out" not in json.loads((tmp_path / "run" / "data.json").read_text())
+    assert "num_val" not in json.loads((tmp_path / "run" / "data.json").read_text())
 
 
 def test_a_fraction_that_is_none_is_refused() -> None:

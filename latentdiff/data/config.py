@@ -26,7 +26,7 @@ class DataConfig:
     is drawn on the spot."""
     split: str = "train"
     image_size: int = 64
-    """Side in pixels: the shorter side is scaled to it and the middle cut out."""
+    """Side in pixels: the shorter side is scaled to it and the middle cropped."""
     bucket_step: int = 0
     """0: all latents are of squares; else of images that keep about their shape, with as many
     pixels as the square has at most, and sides that are multiples of this."""
@@ -54,9 +54,9 @@ class DataConfig:
     bad_samples: Path | None = None
     """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
     max_bad: float = 0.01
-    """The share of bad samples above which the data is refused."""
+    """The fraction of bad samples above which the data is refused."""
     num_workers: int = option(0, may_change=True)
-    """Processes that read images ahead; threads where a set is gone through in order."""
+    """Processes that prefetch images; threads where a set is read in order."""
     stream: bool = False
     """Read the data shard by shard, without an index of all samples: for sets that are too large
     to open, or too far away to download."""

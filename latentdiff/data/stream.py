@@ -1,7 +1,7 @@
-"""Data sets that are read in order: no index, no random access, no download of the whole.
+"""Data sets that are read in order: no index, no random access, no download beforehand.
 
 Training takes what it gets through a shuffle buffer. Which samples make up a step is a function of
-(seed, step): every process goes through the whole stream, and decodes its own rows alone.
+(seed, step): every process reads the full stream, and decodes its local rows alone.
 """
 
 import hashlib

@@ -38,7 +38,7 @@ class Folder:
     root: Path
     split: str
     folder: str
-    """The split's own folder with a `/` at the end, or nothing if the root has no splits."""
+    """The split's folder with a `/` at the end, or nothing if the root has no splits."""
     metadata: Sequence[str]
 
     def index(self) -> FileIndex:

@@ -60,7 +60,7 @@ class Hub:
         files: Any = builder.config.data_files or {}
         key = [self.data, builder.hash, self.split, count]
         # The address of each file with its commit, or what its server says of its version.
-        key += [[name, list(part), str(part.origin_metadata)] for name, part in files.items()]
+        key += [[name, list(paths), str(paths.origin_metadata)] for name, paths in files.items()]
         address = f"{datasets.config.HUB_DATASETS_HFFS_URL.partition('{')[0]}{self.data}@"
         shards: list[Shard] = [
             HubShard(rows.shard(count, i), f"{self.split}:{i}", address, image_column)
@@ -78,7 +78,7 @@ class HubShard:
     rows: datasets.IterableDataset
     name: str
     address: str
-    """How the addresses of the data set's own files begin."""
+    """How the addresses of files of this data set begin."""
     image_column: str
     seekable = False
 
@@ -90,7 +90,7 @@ class HubShard:
             yield embedded_record(name, row, self.image_column, wanted=wanted, read=self._read)
 
     def _read(self, path: str) -> bytes:
-        """Read a file of the data set's own at the hub, loose or in a zip."""
+        """Read a file of this data set at the hub, loose or in a zip."""
         *archive, address = path.split("::")
         if not address.startswith(self.address) or any(a[:6] != "zip://" for a in archive):
             raise BadSample("leads outside", path)

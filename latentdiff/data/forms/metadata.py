@@ -21,14 +21,14 @@ TEXT_LIMIT = 1 << 20  # bytes of a caption; beyond it is no caption
 def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
     """The rows of a metadata file as tables; `file_name` is relative to the data's root.
 
-    `folder` is the file's own, relative to that root. A row whose text is not UTF-8 has the reason
-    in `_fault` and `_detail`. Raises ValueError, with file and line, for what is no metadata and
-    for names that lead out of the folder.
+    `folder` is where the file is, relative to that root. A row whose text is not UTF-8 has the
+    reason in `_fault` and `_detail`. Raises ValueError, with file and line, for what is no metadata
+    and for names that lead out of the folder.
     """
     readers = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
-    found = False
+    empty = True
     for table in readers[path.suffix](path):
-        found = True
+        empty = False
         if "file_name" not in table.column_names:
             raise ValueError(f"{path} has no column 'file_name', only {table.column_names}")
         names = table["file_name"].to_pylist()
@@ -41,7 +41,7 @@ def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
             names = [f"{folder}/{name}" for name in names]
         column = table.column_names.index("file_name")
         yield table.set_column(column, "file_name", pa.array(names, pa.string()))
-    if not found:
+    if empty:
         raise ValueError(f"{path} has no rows")
 
 
@@ -85,14 +85,14 @@ def is_image(name: str) -> bool:
 
 
 def find_files(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """The files below a folder whose own names are wanted, relative to it, sorted, with `/`."""
-    found = []
-    for place, folders, names in os.walk(folder):
+    """The files below a folder with a wanted base name, relative to it, sorted, with `/`."""
+    files = []
+    for path, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(place).relative_to(folder).as_posix() + "/"
+        inside = Path(path).relative_to(folder).as_posix() + "/"
         inside = "" if inside == "./" else inside
-        found += [inside + name for name in names if name[0] != "." and wanted(name)]
-    return sorted(found)
+        files += [inside + name for name in names if name[0] != "." and wanted(name)]
+    return sorted(files)
 
 
 def _inside(name: object) -> bool:
@@ -163,9 +163,9 @@ def _csv(path: Path) -> Iterator[pa.Table]:
 
     try:
         yield from batched(rows())
-    except UnicodeDecodeError as error:  # its own offset counts from the last piece read
-        place = _first_wrong_byte(path)
-        raise ValueError(f"{path} is not UTF-8: byte {place}") from error
+    except UnicodeDecodeError as error:  # its offset counts from the last block read
+        offset = _first_wrong_byte(path)
+        raise ValueError(f"{path} is not UTF-8: byte {offset}") from error
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from error
 

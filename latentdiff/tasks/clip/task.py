@@ -55,7 +55,7 @@ class CLIPTask:
         if config.init is not None:  # a resumed run reads it again
             facts = {"scaling": asdict(self.scaling), "tokens": self.tokenizer.get_vocab()}
             self.fingerprints["init"] = fingerprint(start.clip, facts)
-        self.data_summary = images_summary(dataset, held_out=num_val)
+        self.data_summary = images_summary(dataset, num_val=num_val)
         self.learner = run.learner(start.clip)
         self.learners = {"clip": self.learner}
         self.clip: Any = self.learner.model

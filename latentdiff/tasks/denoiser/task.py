@@ -67,7 +67,7 @@ class DenoiserTask:
             "text_encoder": fingerprint(text_encoder.model, {}),
         }
         data = config.data.location() if config.cache is None else str(config.cache)
-        self.data_summary = cache_summary(cache, data, held_out=len(val))
+        self.data_summary = cache_summary(cache, data, num_val=len(val))
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
         """One micro-batch of moments (b, 2C, H, W) and captions."""
