@@ -181,7 +181,7 @@ def test_micro_batches_of_a_batch_are_the_batch(count: int, buckets: np.ndarray 
         assert [i for one in slices for i in one["ids"]] == ids
 
 
-def test_views_come_with_the_examples_whatever_the_process() -> None:
+def test_variants_come_with_the_examples_whatever_the_process() -> None:
     options = {"num_samples": 10, "batch_size": 4, "seed": 3, "stop": 5}
 
     def variants(step: int) -> list[int]:
