@@ -92,8 +92,8 @@ def test_every_kind_gives_the_same_examples(tmp_path: Path, write: Callable[[Pat
     write(tmp_path / "set")
     with_jsonl(tmp_path / "reference")
     dataset, reference = opened(tmp_path / "set"), opened(tmp_path / "reference")
-    assert dataset.captions == [[text] for text in TEXTS]
-    assert [list(texts) for texts in dataset.captions] == [[text] for text in TEXTS]
+    assert list(dataset.captions) == [[text] for text in TEXTS]
+    assert dataset.captions[:] == [[text] for text in TEXTS]
     for i in (6, 0, 3, 3):
         assert torch.equal(dataset[i]["image"], reference[i]["image"])
         assert dataset[i]["captions"] == [TEXTS[i]]
@@ -216,7 +216,7 @@ def test_texts_that_are_not_utf8_are_counted_with_the_byte(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"1 of 7 .* 1 text is not UTF-8; .*'3\.png' .*byte 3\)"):
         opened(tmp_path / "set")
     dataset = opened(tmp_path / "set", max_bad=0.2)
-    assert dataset.captions == [[text] for i, text in enumerate(TEXTS) if i != 3]
+    assert list(dataset.captions) == [[text] for i, text in enumerate(TEXTS) if i != 3]
     assert dataset[3]["captions"] == [TEXTS[4]]
 
 
@@ -337,5 +337,4 @@ def test_captions_stay_on_disk(tmp_path: Path) -> None:
     assert isinstance(dataset.captions, Captions)
     assert dataset.captions[1:3] == [[TEXTS[1]], [TEXTS[2]]]
     assert dataset.captions[-1] == [TEXTS[-1]]
-    assert dataset.captions != [[text] for text in TEXTS[1:]]
     assert dataset.rows.cache_files or list((tmp_path / "cache" / "latentdiff").glob("*.arrow"))

@@ -1,6 +1,5 @@
 """The captions of a table's rows, made when they are needed: a million stay on disk."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,14 +96,6 @@ class Captions(Sequence[list[str]]):
             assert isinstance(batch, dict)
             for values in zip(*batch.values(), strict=True):
                 yield self.rules.of(dict(zip(batch, values, strict=True)))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        pairs = itertools.zip_longest(self, other)
-        return len(self) == len(other) and all(a == b for a, b in pairs)
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType] # it equals lists, which have none
 
     def present(self) -> np.ndarray:
         """(N,) bool: which rows have a caption; of a table as it is on disk, not of a selection."""

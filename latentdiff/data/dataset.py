@@ -59,6 +59,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self._selected = None if selected.all() else np.flatnonzero(selected)
         self.rows = rows if self._selected is None else rows.select(self._selected)
         self.rows = self.rows.with_format(None)
+        self.num_samples = len(self.rows)
         self.captions = index_captions(self.index, config, self.rows)
         self.replaced: dict[int, BadSample] = {}
         self.validation: frozenset[int] = frozenset()
@@ -68,11 +69,6 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def num_samples(self) -> int:
-        """How many samples there are, without what is left out."""
-        return len(self)
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,8 @@ losses of the VAE's discriminator. docs/vae.md has the reasons for each limit.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +126,11 @@ def some_images(dataset: ImageDataset) -> Iterator[Tensor]:
     num_chunks = groups if total is None else -(-total // GROUP)
     chosen = {i * num_chunks // groups for i in range(groups)}
     chunks = dataset.chunks(GROUP, lambda number: number in chosen)
-    for _, samples in islice(chunks, len(chosen)):
-        for sample in samples:
-            if isinstance(sample, Sample) and _is_large(sample, size, dataset.config.upscale_limit):
+    for sample in chain.from_iterable(samples for _, samples in islice(chunks, len(chosen))):
+        if isinstance(sample, Sample):
+            with suppress(BadSample):  # which is too small
+                check_scale(sample.image.size, size, dataset.config.upscale_limit)
                 yield CropFlip().variants(sample.image, sample.name, size)[0]
-
-
-def _is_large(sample: Sample, size: tuple[int, int], limit: float) -> bool:
-    try:
-        check_scale(sample.image.size, size, limit)
-    except BadSample:
-        return False
-    return True
 
 
 def _channels(numbers: Sequence[int], fractions: Sequence[float]) -> str:

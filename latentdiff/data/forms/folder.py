@@ -6,6 +6,7 @@ import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from latentdiff.data.forms.file_index import FileIndex
 from latentdiff.data.forms.form import (
     FileRange,
     Record,
-    Shard,
     Shards,
     digest,
     file_stamp,
@@ -74,51 +74,38 @@ class Folder:
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
         """Open it in order: the metadata files, or the folders that have images."""
         files = self.metadata or _folders_with_images(self.root / self.folder, self.root)
-        kind = MetadataShard if self.metadata else TextShard
-        shards: list[Shard] = [kind(self.root, file) for file in files]
+        tables_of = _tables_of if self.metadata else _tables_of_folder
+        shards = [FolderShard(self.root, partial(tables_of, self.root, file)) for file in files]
         fingerprint = digest(["folder", self.split, file_stamps(self.root, files)])
         return Shards(shards, None, ["image"], fingerprint)
 
 
 @dataclass(frozen=True)
-class MetadataShard:
-    """The images that a metadata file lists."""
+class FolderShard:
+    """The images that a metadata file lists, or those of one folder without the folders in it."""
 
     root: Path
-    file: str
+    tables: Callable[[], Iterator[pa.Table]]
     seekable = True
 
     def records(self, images: Callable[[], bool]) -> Iterator[Record]:
         """See Shard; the images are files, which are read when they are decoded."""
-        return _records(_tables_of(self.root, self.file), self.root)
-
-
-@dataclass(frozen=True)
-class TextShard:
-    """The images of one folder, without those of folders in it, and the texts beside them."""
-
-    root: Path
-    folder: str
-    seekable = True
-
-    def records(self, images: Callable[[], bool]) -> Iterator[Record]:
-        """See Shard; the images are files, which are read when they are decoded."""
-        inside = f"{self.folder}/" if self.folder else ""
-        with os.scandir(self.root / self.folder) as entries:
-            names = sorted(e.name for e in entries if is_image(e.name) and not e.is_dir())
-        return _records(text_tables(self.root, (inside + name for name in names)), self.root)
+        for table in self.tables():
+            for batch in table.to_batches(max_chunksize=ROWS):
+                for row in batch.to_pylist():
+                    name = row["file_name"]
+                    yield Record(name, row, FileRange(self.root, name), noted_fault(row))
 
 
 def _tables_of(root: Path, metadata: str) -> Iterator[pa.Table]:
     return metadata_tables(root / metadata, metadata.rpartition("/")[0])
 
 
-def _records(tables: Iterator[pa.Table], root: Path) -> Iterator[Record]:
-    for table in tables:
-        for batch in table.to_batches(max_chunksize=ROWS):
-            for row in batch.to_pylist():
-                name = row["file_name"]
-                yield Record(name, row, FileRange(root, name), noted_fault(row))
+def _tables_of_folder(root: Path, folder: str) -> Iterator[pa.Table]:
+    inside = f"{folder}/" if folder else ""
+    with os.scandir(root / folder) as entries:
+        names = sorted(e.name for e in entries if is_image(e.name) and not e.is_dir())
+    return text_tables(root, (inside + name for name in names))
 
 
 def _texts_digest(root: Path, names: Sequence[str]) -> str:
