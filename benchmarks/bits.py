@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from latentdiff import Pipeline
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.guidance import guided_denoiser
 from latentdiff.images import to_floats
 from latentdiff.levels import Denoise

@@ -22,7 +22,7 @@ from transformers import CLIPModel
 
 from latentdiff import Pipeline
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.images import font_for, to_floats
 
 SKIN_TONES = {"group": ["skin tone", "skin tone and gender"]}

@@ -25,7 +25,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.command_line import run_script
 
-# The networks of the trainings here have learned nothing, and the gate before a cache says so.
+# The networks of the trainings here have learned nothing, which the latent check says.
 pytestmark = pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")
 
 DIT = DiTConfig(

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel
 
+from latentdiff.data.crop_flip import crop_to
 from latentdiff.data.decode import SUFFIXES, BadSample, Decoding, decode
-from latentdiff.data.views import cut
 from latentdiff.evaluation.frechet import Moments, frechet_distance
 from latentdiff.evaluation.kernel import kernel_distance
 from latentdiff.images import from_pil
@@ -62,7 +62,7 @@ class Features:
         features = [torch.empty(0, self.width)]
         remaining = iter(images)
         while batch := list(islice(remaining, self.batch_size)):
-            squares = [cut(image, (side, side)) for image in batch]
+            squares = [crop_to(image, (side, side)) for image in batch]
             pixels = torch.stack([from_pil(square, (side, side)) for square in squares])
             values = self.pixels(pixels.to(self.clip.device))
             features.append(self.clip.get_image_features(pixel_values=values).pooler_output.cpu())
