@@ -143,7 +143,6 @@ def test_data_below_one_batch_is_refused_with_both_numbers() -> None:
         check_batch(9, 8)
 
 
-@pytest.mark.slow
 def test_a_million_examples_take_little_memory_and_no_time() -> None:
     rng = np.random.default_rng(0)
     order = SampleOrder(rng.integers(0, 20, 1_000_000), batch_size=256, seed=0)

@@ -19,8 +19,6 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.noise import slerp
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
-
 EPSILON = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading", set_alpha_to_one=False)
 FLOW = Diffusion("flow", "flow_prediction")
 
@@ -78,6 +76,7 @@ def draw_in_diffusers(cls: Any, folder: Path, **options: Any) -> torch.Tensor:
     return torch.cat(latents)
 
 
+@pytest.mark.interchange
 @pytest.mark.parametrize("folder", [False], ids=["any"], indirect=True)
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
@@ -90,6 +89,7 @@ def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Me
     assert difference < 1e-5
 
 
+@pytest.mark.interchange
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
     """Where alpha_1 is the last level, diffusers puts the kept latents in without their noise."""

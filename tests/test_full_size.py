@@ -28,7 +28,7 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full_size
 
 UNET = {
     "act_fn": "silu",

@@ -365,7 +365,7 @@ def test_impossible_configurations_are_refused(fields: dict[str, object], messag
         config("set", **fields)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_default_draws_shapes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dataset = CaptionedImages(DataConfig())

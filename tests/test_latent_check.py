@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.scripts import script
+from support.scripts import run_here
 from torch import Tensor
 
 from latentdiff.data.config import DataConfig
@@ -24,7 +23,6 @@ from latentdiff.data.stream import StreamedImages
 from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.command_line import run_script
 
 TINY = VAEConfig(
     block_out_channels=(8, 16),
@@ -275,12 +273,6 @@ def test_bad_and_small_images_are_not_measured(shapes: Path, tmp_path: Path) -> 
     assert len(list(some_images(images(copy, 32)))) == len(images(shapes, 32)) - 2
 
 
-def run(name: str, *args: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", *args])
-        run_script(script(name).main)
-
-
 @pytest.mark.parametrize("name", ["cache_latents", "train_unet"])
 def test_the_scripts_refuse_in_words_and_write_nothing(
     name: str, shapes: Path, tmp_path: Path, trained: VAE, capsys: pytest.CaptureFixture[str]
@@ -292,7 +284,7 @@ def test_the_scripts_refuse_in_words_and_write_nothing(
     args = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae'}", "--batch_size=8"]
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
-        run(name, *args, f"--output_dir={out}", "--num_workers=0")
+        run_here(name, *args, f"--output_dir={out}", "--num_workers=0")
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "posterior collapse: " in message
@@ -310,6 +302,6 @@ def test_without_the_check_it_warns_and_goes_on_and_what_is_finished_is_not_judg
     args = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae'}", "--num_workers=0"]
     args.append(f"--output_dir={tmp_path / 'cache'}")
     with pytest.warns(UserWarning, match=r"not fit to train on: posterior collapse.*channel 2 \("):
-        run("cache_latents", *args, "--check_latents=false")
+        run_here("cache_latents", *args, "--check_latents=false")
     assert (tmp_path / "cache" / "header.json").is_file()
-    run("cache_latents", *args)
+    run_here("cache_latents", *args)

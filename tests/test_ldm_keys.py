@@ -9,6 +9,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from hypothesis import HealthCheck, given, settings
+from support.cases import mostly_exhaustive
 from support.ldm import ldm_unet, ldm_vae
 from support.parity import shapes
 from support.strategies import unet_configs, vae_configs
@@ -106,7 +107,9 @@ def test_what_shows_of_a_vaes_configuration_is_read_from_its_shapes(config: VAEC
     assert found == {key: expected[key] for key in found}
 
 
-@pytest.mark.parametrize("config", [UNetConfig(), SD2, UNetConfig(in_channels=9)])
+@pytest.mark.parametrize(
+    "config", mostly_exhaustive([UNetConfig(), SD2, UNetConfig(in_channels=9)])
+)
 def test_published_unets_have_686_tensors_under_ldms_names(config: UNetConfig) -> None:
     check_unet(config)
     theirs = shapes(empty(UNet, config))

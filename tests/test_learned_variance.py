@@ -135,7 +135,7 @@ def test_the_least_bound_has_the_true_variance_at_every_step() -> None:
     assert (large / true).max() > 1.2
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_trained_variance_makes_a_lower_bound_than_both_fixed_ones() -> None:
     """A small network on a ring: mean and variance learned together."""
     diffusion = short("v_prediction", steps=20)

@@ -1,7 +1,6 @@
 """A model with learned variances: trained by the script, saved, and drawn with by two libraries."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from support.parity import no_warning_logged
-from support.scripts import script
+from support.scripts import run_here
 from support.tiny import tiny_pipeline, tiny_text_encoder
 from test_cache import vae
 from torch import Tensor
@@ -22,7 +21,6 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.editing import inpainting_denoiser
 from latentdiff.levels import NoiseLevel
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.command_line import run_script
 
 # Whose last step is from timestep 0: diffusers adds noise after every other.
 LEARNED = Diffusion("scaled_linear", "epsilon", learned_variance=True, timestep_spacing="linspace")
@@ -111,7 +109,7 @@ def test_an_inpainting_network_learns_variances_too(tmp_path: Path) -> None:
     assert (pixels(drawn)[:, 8:] == pixels(image)[:, 8:]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.interchange
 def test_diffusers_opens_the_folder_and_draws_our_image(folder: Path) -> None:
     """Without guidance: StableDiffusionPipeline guides the variances like the noise."""
     with no_warning_logged():
@@ -146,7 +144,7 @@ SHORT = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.filterwarnings("ignore:the VAE in .* is not fit to train on")  # it is random
 @pytest.mark.parametrize(("name", "network"), [("unet", UNET), ("transformer", DIT)])
 def test_the_script_trains_both_halves_and_leaves_a_model_that_draws(
@@ -159,10 +157,7 @@ def test_the_script_trains_both_halves_and_leaves_a_model_that_draws(
     tiny_text_encoder(tmp_path / "tokens").save_pretrained(tmp_path / "text")
     paths = {"data": "set", "output_dir": "run", "vae": "vae", "text_encoder": "text"}
     given = [f"--{option}={tmp_path / folder}" for option, folder in paths.items()]
-    monkeypatch.setattr(
-        sys, "argv", ["train/train_unet.py", *given, *SHORT.split(), *network.split()]
-    )
-    run_script(script("train_unet").main)
+    run_here("train_unet", *given, *SHORT.split(), *network.split())
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     bounds = [record["bound"] for record in records if "loss" in record]

@@ -29,7 +29,7 @@ from latentdiff.formats.lora import check_without_loras
 from latentdiff.models.lora import LoRAs
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interchange
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def test_a_file_of_diffusers_gives_the_outputs_it_was_trained_to(
     assert difference(base, expected) > 0.1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("naming", ["peft", "diffusers", "old"])
 def test_every_naming_of_diffusers_is_read_as_by_diffusers(
     pipeline: Pipeline, loras: LoRAs, theirs: Any, tmp_path: Path, naming: str, measured: Measured

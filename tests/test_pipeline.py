@@ -39,7 +39,8 @@ QUICK = ("euler_ancestral", "dpmpp_2m")  # one that draws noise, one that rememb
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SAMPLERS
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.exhaustive)
+        for name in SAMPLERS
     ]
 )
 def sampler(request: pytest.FixtureRequest) -> str:

@@ -114,7 +114,7 @@ CHAINS = [
 @pytest.mark.parametrize(("sampler", "options"), CHAINS)
 @pytest.mark.parametrize(
     "schedule",
-    ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "flow"))],
+    ["linear", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("cosine", "flow"))],
 )
 def test_the_chain_ends_on_the_mean_and_variance_of_the_data(schedule, sampler, options):
     """Up to the noise that the schedule leaves, and the size of a step."""

@@ -21,7 +21,6 @@ from latentdiff.samplers import find_sampler, pndm
 from latentdiff.samplers.adapter import SCHEDULERS
 
 pytestmark = [
-    pytest.mark.slow,
     # diffusers hands tensors to numpy in ways that numpy 2 deprecates.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -37,9 +36,12 @@ ON_FLOWS = (
 )
 
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
 def case(name: str, *values: str) -> Any:
     # KDPM2's classes take half a second to be constructed.
-    return pytest.param(name, *values, marks=[pytest.mark.slow] * name.startswith("KDPM2"))
+    return pytest.param(name, *values, marks=[EXHAUSTIVE] * name.startswith("KDPM2"))
 
 
 NAMES = [case(name) for name in SCHEDULERS]
@@ -122,6 +124,7 @@ def test_a_scheduler_gives_the_samples_of_its_own_loop(name, schedule, predictio
     assert all(map(torch.equal, previews, again))  # nothing is remembered from run to run
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
 def test_the_last_steps_are_those_of_diffusers_image_to_image(name, schedule, prediction):
     """Noise is added to an image as add_noise does it, in the scheduler's coordinates."""

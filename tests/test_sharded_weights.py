@@ -18,8 +18,6 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
-
 STEM = "diffusion_pytorch_model"
 
 

@@ -28,7 +28,7 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.interchange,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
@@ -138,6 +138,7 @@ same_examples = settings(
 )
 
 
+@pytest.mark.exhaustive
 @settings(same_examples, max_examples=200)
 @any_model
 def test_two_hundred_models_survive_the_single_file_bit_for_bit(

@@ -27,7 +27,7 @@ from latentdiff.formats.weights import save_json, save_safetensors
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interchange
 
 SMALL = UNetConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, cross_attention_dim=64)
 SMALL_2 = UNetConfig(

@@ -220,7 +220,7 @@ def test_captions_follow_the_same_rules(tmp_path: Path) -> None:
     assert stream.left_out == {"weights do not fit": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_large_tar_takes_little_memory(tmp_path: Path) -> None:
     data = saved(photograph((8, 8)))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

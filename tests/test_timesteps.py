@@ -119,7 +119,7 @@ SPACED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("word", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(("grid", "scheduler", "spacing"), SPACED)
 def test_spaced_levels_are_those_of_diffusers(grid, scheduler, spacing, word):

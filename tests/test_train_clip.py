@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.clips import SIDE, tiny_clip
-from support.scripts import ROOT, script
+from support.scripts import ROOT, run_here
 from support.small_run import logged
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +26,6 @@ from latentdiff.tasks.clip.augmentation import blur, crop
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.loss import contrastive_loss
 from latentdiff.tasks.clip.retrieval import validation_pool
-from latentdiff.training.command_line import run_script
 from latentdiff.training.randomness import MicroBatch
 from latentdiff.training.validation import val_indices
 
@@ -119,7 +118,7 @@ def test_sigmoid_asks_of_each_pair_whether_it_is_one() -> None:
         torch.testing.assert_close(gradient, leaf.grad)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
     """Means over the processes, as DDP takes them."""
     torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
@@ -164,11 +163,7 @@ def command(shapes: Path, folder: Path, *args: str) -> list[str]:
 
 def train(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(shapes, folder, *args))
-        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
-        patch.setattr("latentdiff.training.loop.plot_log", lambda log, out: None)
-        run_script(script("train_clip").main)
+    run_here("train_clip", *command(shapes, folder, *args)[1:])
 
 
 def found(folder: Path) -> list[dict[str, float]]:
@@ -183,7 +178,7 @@ def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_sigmoids_bias_is_learned_and_lies_beside_a_plain_clip(whole: Path) -> None:
     state = load_safetensors(whole / "checkpoints" / "step-4" / "clip.safetensors")
     bias = state["ema.logit_bias"]
@@ -195,7 +190,7 @@ def test_the_sigmoids_bias_is_learned_and_lies_beside_a_plain_clip(whole: Path) 
     assert CLIPProcessor.from_pretrained(whole / "model" / "clip").tokenizer.model_max_length == 24
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -224,7 +219,7 @@ def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     shapes: Path, tmp_path: Path
 ) -> None:
@@ -266,7 +261,7 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     }
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_stream_has_no_validation_split_which_is_said(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ QUICK = ((4, 4), (8, 16), (16, 32))
 each_size = pytest.mark.parametrize(
     ("factor", "channels"),
     [
-        pytest.param(*size, marks=[] if size in QUICK else pytest.mark.slow)
+        pytest.param(*size, marks=[] if size in QUICK else pytest.mark.exhaustive)
         for size in product((4, 8, 16), (4, 8, 16, 32))
     ],
 )

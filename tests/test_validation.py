@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scripts import ROOT, script
+from support.scripts import ROOT, run_here
 from support.small_run import logged, small_run
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from latentdiff.data.shapes import build_shapes
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.tasks.denoiser.loss import LossConfig
-from latentdiff.training.command_line import run_script
 from latentdiff.training.ema_synthesis import find_snapshots
 from latentdiff.training.learner import Learner
 from latentdiff.training.logging.meter import Metrics
@@ -187,10 +186,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_unet(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(shapes, folder, *args)[1:])
-        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
-        run_script(script("train_unet").main)
+    run_here("train_unet", *command(shapes, folder, *args)[2:])
 
 
 def command(shapes: Path, folder: Path, *args: str) -> list[str]:
@@ -211,7 +207,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
     rows = validated(whole)
     assert [row["step"] for row in rows] == [2, 4]
@@ -223,7 +219,7 @@ def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_it_scores_the_average_and_leaves_the_weights(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -237,7 +233,7 @@ def test_it_scores_the_average_and_leaves_the_weights(
     assert others[-1]["val_loss"] != rows[-1]["val_loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_and_a_resumed_run_find_the_same(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--config", help="of a single file: LDM's YAML file, or a diffusers folder like it")
     add("--tokenizer", help="of a single file: a folder or hub id; default: its own, or CLIP's")
     add(
-        "--unsafe-pickle",
+        "--unsafe_pickle",
         action="store_true",
         help="open IN even if it is a .ckpt, .pt or .bin file, or a folder of them, which can "
         "attack this machine; only if you trust whoever made it",

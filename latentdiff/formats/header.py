@@ -72,7 +72,7 @@ def pickle_message(path: Path) -> str:
     """The error message for a pickled checkpoint."""
     return (
         f"{path}: is a pickled checkpoint, which can run code when it is opened; only safetensors "
-        "files are read, and `latentdiff convert --unsafe-pickle` makes one of it"
+        "files are read, and `latentdiff convert --unsafe_pickle` makes one of it"
     )
 
 

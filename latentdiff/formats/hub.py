@@ -102,7 +102,7 @@ def _missing_message(names: list[str], stems: Mapping[str, str], variant: str | 
     if any(name.endswith(PICKLE_SUFFIXES) for component in stems for name in files[component]):
         return (
             "has its weights as pickles, which can run code when they are opened; fetch it with "
-            "`hf download` and give that to `latentdiff convert --unsafe-pickle`"
+            "`hf download` and give that to `latentdiff convert --unsafe_pickle`"
         )
     return f"has no weights of a pipeline, in folders named {', '.join(stems)}"
 

@@ -1,10 +1,17 @@
-"""The scripts of train/ as modules, and the configuration classes that they read."""
+"""The scripts of train/ as modules: run in this process, and their configuration classes."""
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import pytest
+
+from latentdiff.training import loop
+from latentdiff.training.command_line import run_script
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -25,6 +32,22 @@ def script(name: str) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def run_here(name: str, *args: str) -> None:
+    """Run train/<name>.py in this process, which has its imports behind it."""
+    with without_curves() as patch:
+        patch.setattr(sys, "argv", [f"train/{name}.py", *args])
+        run_script(script(name).main)
+
+
+@contextmanager
+def without_curves() -> Iterator[pytest.MonkeyPatch]:
+    """Train without drawing curves at each checkpoint, which takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_log", lambda log, out: None)
+        patch.setattr(loop, "write_report", lambda folder: None)
+        yield patch
 
 
 def config_class(name: str) -> Any:
