@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from latentdiff.formats.weights import load_safetensors
-from latentdiff.training.ema import Snapshot, find_snapshots, power_exponent, synthesize
+from latentdiff.training.ema import power_exponent
+from latentdiff.training.ema_synthesis import Snapshot, find_snapshots, synthesize
 
 KEPT = (0.05, 0.1)
 COUNTS = (5, 10, 20, 40)

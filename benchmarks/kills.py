@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.faulty import Fault, Toy, output
 from support.harness import left_over, newest, run, start, wait
 
-from latentdiff.training.checkpoint import verify
+from latentdiff.training.checkpoint_files import verify
 
 
 def main() -> None:

@@ -87,15 +87,13 @@ class Turns:
         sys.argv = ["train_unet", *(f"--{key}={value}" for key, value in options.items())]
         train_unet.main()
 
-    def fit(
-        self, step: Any, data: Any, learners: Any, config: Any, *rest: Any, **more: Any
-    ) -> None:
+    def fit(self, task: Any, loader: Any, run: Any) -> None:
         """`fit` with turns; of what it does at intervals only the log is left."""
-        more |= {"preview": None, "validate": None}
-        bare = bare_step(learners["unet"], config, next(data(0)))
+        task.validate, task.preview = dict, lambda path: None
+        bare = bare_step(task.denoiser, task.config, next(loader(0)))
 
         def turns(start: int) -> Iterator[Any]:
-            batches = data(start)
+            batches = loader(start)
             for _ in range(self.blocks + 1):
                 waited, begun = 0.0, time.perf_counter()
                 for _ in range(self.steps):
@@ -111,7 +109,7 @@ class Turns:
                 self.waited += waited if len(self.loop) > 1 else 0.0
             yield next(batches)
 
-        fit(step, turns, learners, config, *rest, **more)
+        fit(task, turns, run)
 
     def record(self) -> dict[str, Any]:
         """What was measured."""
@@ -130,14 +128,14 @@ class Turns:
 
 def bare_step(learner: Any, config: Any, batch: dict[str, Any]) -> Callable[[], None]:
     """The step of train_unet.py without anything around it, on a copy of the network."""
-    network = copy.deepcopy(learner.raw)
+    network = copy.deepcopy(learner.model)
     average = copy.deepcopy(network).requires_grad_(False)
     weights, averages = list(network.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(
         weights,
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
+        lr=config.optimizer.learning_rate,
+        betas=(0.9, config.optimizer.beta2),
+        weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
     text_encoder = TextEncoder.from_pretrained(find_component("emoji", "text_encoder"))
@@ -149,16 +147,16 @@ def bare_step(learner: Any, config: Any, batch: dict[str, Any]) -> Callable[[], 
     def step() -> None:
         x0 = posterior.sample(torch.randn(posterior.mean.shape, generator=draw))
         noise = torch.randn(x0.shape, generator=draw)
-        t = config.sample_t(config.diffusion, len(x0), generator=draw)
+        t = config.loss.sample_t(config.diffusion, len(x0), generator=draw)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             context = text_encoder(words)
             loss = config.diffusion.loss(network, x0, context, noise=noise, t=t).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(weights, config.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage] # as in Learner
-            averages, weights, 1.0 - config.ema_decay
+            averages, weights, 1.0 - config.ema.ema_decay
         )
 
     return step

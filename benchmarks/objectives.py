@@ -1,4 +1,4 @@
-"""Which objective trains best? Every prediction x weighting x density of times, by the same means.
+"""Which objective trains best? Every prediction x weighting x timestep distribution, alike.
 
 Each run trains a small UNet on latents of the shapes, by the same data, steps, seeds and learning
 rate; only the objective differs. On scenes that no run saw it then measures
@@ -23,7 +23,7 @@ import warnings
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -42,16 +42,18 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior
 from latentdiff.noise import ImageNoise
 from latentdiff.samplers import find_sampler
-from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.objective import Objective, Uncertainty
-from latentdiff.training.randomness import Share, generator
+from latentdiff.tasks.denoiser.loss import LossConfig, Uncertainty
+from latentdiff.training.ema import EMAConfig
+from latentdiff.training.learner import Learner
+from latentdiff.training.optimizer import OptimizerConfig
+from latentdiff.training.randomness import generator
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
 WEIGHTINGS = ("none", "min_snr", "p2", "uncertainty")
-DENSITIES = {
-    "uniform": Objective(),
-    "logit_normal": Objective(density="logit_normal"),
-    "stratified": Objective(stratified=True),
+DISTRIBUTIONS = {
+    "uniform": LossConfig(),
+    "logit_normal": LossConfig(timestep_distribution="logit_normal"),
+    "stratified": LossConfig(stratified=True),
 }
 SIDE, TRAINED, HELD, BATCH = 32, 4000, 128, 32
 CHAIN = 40
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--part", default="0/1", help="0/2 and 1/2 are two processes' halves")
-    parser.add_argument("--densities", nargs="+", default=list(DENSITIES))
+    parser.add_argument("--densities", nargs="+", default=list(DISTRIBUTIONS))
     parser.add_argument("--weightings", nargs="+", default=list(WEIGHTINGS))
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
@@ -89,13 +91,13 @@ def main() -> None:
     index, count = map(int, asked.part.split("/"))
     # Seeds outermost: whatever is done when it is stopped is a table.
     runs = list(product(range(asked.seeds), asked.densities, asked.weightings, PREDICTIONS))
-    for seed, density, weighting, prediction in runs[index::count]:
-        path = asked.out / f"{prediction}-{weighting}-{density}-{seed}.json"
+    for seed, distribution, weighting, prediction in runs[index::count]:
+        path = asked.out / f"{prediction}-{weighting}-{distribution}-{seed}.json"
         if path.exists():
             continue
         start = time.perf_counter()
         diffusion = Diffusion("linear", prediction)
-        objective = replace(DENSITIES[density], weighting=weighting)
+        objective = replace(DISTRIBUTIONS[distribution], weighting=weighting)
         unet = trained(diffusion, objective, train, steps=asked.steps, seed=seed)
         result = {
             "rate": rate(unet, diffusion, held, seed=seed),
@@ -129,20 +131,19 @@ def moments_of(posterior: Posterior) -> Tensor:
 
 
 def trained(
-    diffusion: Diffusion, objective: Objective, data: Examples, *, steps: int, seed: int
+    diffusion: Diffusion, objective: LossConfig, data: Examples, *, steps: int, seed: int
 ) -> UNet:
     """The averaged network after `steps` steps of train_unet.py's step."""
-    config = OptimizerConfig(
-        learning_rate=2e-3,
-        max_steps=steps,
-        warmup_steps=50,
-        cooldown_steps=steps // 3,
-        ema_decay=0.99,
-    )
+    options: dict[str, Any] = {
+        "optimizer": OptimizerConfig(
+            learning_rate=2e-3, warmup_steps=50, cooldown_steps=steps // 3
+        ),
+        "max_steps": steps,
+    }
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    learner = Learner(network(data), config, accelerator)
-    uncertainty = Learner(Uncertainty(), config, accelerator, averaged=False)
+    learner = Learner(network(data), accelerator, ema=EMAConfig(ema_decay=0.99), **options)
+    uncertainty = Learner(Uncertainty(), accelerator, **options)
     shape = (BATCH, *Posterior.from_moments(data.moments[:1]).mean.shape[1:])
     for step in range(steps):
 
@@ -157,13 +158,13 @@ def trained(
         t = objective.sample_t(diffusion, BATCH, generator=draw("t"))
         noise = objective.noise(shape, generator=draw("noise"))
         with accelerator.autocast():
-            losses = diffusion.loss(learner.model, x0, context, noise=noise, t=t)
+            losses = diffusion.loss(learner.forward_model, x0, context, noise=noise, t=t)
         weight = objective.weight(diffusion, t).to(losses)
         if objective.weighting == "uncertainty":
-            u = uncertainty.model(*diffusion.alpha_sigma(t))
+            u = uncertainty.forward_model(*diffusion.alpha_sigma(t))
             weight = torch.exp(-u.detach())
-            uncertainty.update((losses.detach() * torch.exp(-u) + u).mean(), Share())
-        learner.update((weight * losses).mean(), Share())
+            uncertainty.update((losses.detach() * torch.exp(-u) + u).mean())
+        learner.update((weight * losses).mean())
     assert isinstance(learner.ema, UNet)
     return learner.ema
 

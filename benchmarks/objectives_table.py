@@ -17,7 +17,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
 COLOURS = {"none": "C0", "min_snr": "C1", "p2": "C2", "uncertainty": "C3"}
 MARKS = {"uniform": "o", "logit_normal": "^", "stratified": "s"}
 
-Objective = tuple[str, str, str]  # prediction, weighting, density
+Objective = tuple[str, str, str]  # prediction, weighting, distribution
 
 
 def main() -> None:
@@ -27,16 +27,20 @@ def main() -> None:
     asked = parser.parse_args()
     found: dict[Objective, list[dict[str, float]]] = defaultdict(list)
     for path in sorted(asked.runs.glob("*.json")):
-        prediction, weighting, density, _ = path.stem.split("-")
-        found[prediction, weighting, density].append(json.loads(path.read_text()))
-    densities = [density for density in MARKS if any(key[2] == density for key in found)]
-    heads = [f"{short}, {density}" for short in ("bits", "KID") for density in densities]
+        prediction, weighting, distribution, _ = path.stem.split("-")
+        found[prediction, weighting, distribution].append(json.loads(path.read_text()))
+    distributions = [
+        distribution for distribution in MARKS if any(key[2] == distribution for key in found)
+    ]
+    heads = [
+        f"{short}, {distribution}" for short in ("bits", "KID") for distribution in distributions
+    ]
     print(f"| prediction | weighting | {' | '.join(heads)} |")
     print(f"|---|---|{'---:|' * len(heads)}")
     for prediction, weighting in product(PREDICTIONS, COLOURS):
         cells = []
-        for name, density in product(MEASURES, densities):
-            runs = found.get((prediction, weighting, density))
+        for name, distribution in product(MEASURES, distributions):
+            runs = found.get((prediction, weighting, distribution))
             cells.append("" if runs is None else "{:.2f} ± {:.2f}".format(*summary(runs, name)))
         print(f"| {prediction} | {weighting} | {' | '.join(cells)} |")
     seconds = [run["seconds"] for runs in found.values() for run in runs]
@@ -55,26 +59,26 @@ def summary(runs: list[dict[str, float]], name: str) -> tuple[float, float]:
 def draw(found: dict[Objective, list[dict[str, float]]], path: Path) -> None:
     """A panel for each measure; a column for each prediction, in it a mark for each objective."""
     objectives = [
-        (weighting, density)
-        for weighting, density in product(COLOURS, MARKS)
-        if any(key[1:] == (weighting, density) for key in found)
+        (weighting, distribution)
+        for weighting, distribution in product(COLOURS, MARKS)
+        if any(key[1:] == (weighting, distribution) for key in found)
     ]
     figure, axes = plt.subplots(2, 1, figsize=(9, 6.8), sharex=True, layout="constrained")
     for axis, (name, label) in zip(axes, MEASURES.items(), strict=True):
-        for number, (weighting, density) in enumerate(objectives):
+        for number, (weighting, distribution) in enumerate(objectives):
             shift = (number - (len(objectives) - 1) / 2) * 0.8 / len(objectives)
             stats = {
-                place + shift: summary(found[prediction, weighting, density], name)
+                place + shift: summary(found[prediction, weighting, distribution], name)
                 for place, prediction in enumerate(PREDICTIONS)
-                if (prediction, weighting, density) in found
+                if (prediction, weighting, distribution) in found
             }
             axis.errorbar(
                 list(stats),
                 [mean for mean, _ in stats.values()],
                 yerr=[deviation for _, deviation in stats.values()],
-                fmt=MARKS[density],
+                fmt=MARKS[distribution],
                 color=COLOURS[weighting],
-                label=f"{weighting}, {density}",
+                label=f"{weighting}, {distribution}",
                 markersize=5,
                 capsize=2,
             )

@@ -4,24 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.scripts import config_class, script
 
 from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats
 from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.autoencoder import discriminator_scores, given_vae, latent_statistics
-from latentdiff.training.losses import hinge_loss
+from latentdiff.tasks.vae.config import SMALL, TrainVAE
+from latentdiff.tasks.vae.evaluation import discriminator_scores, initial_vae, latent_statistics
+from latentdiff.tasks.vae.losses import hinge_loss
+from latentdiff.tasks.vae.task import new_vae
 
 
 def emoji() -> Path:
     return find_component("emoji", "vae")
 
 
-def test_a_given_vae_draws_as_it_did_from_latents_as_the_kl_wants_them() -> None:
+def test_a_initial_vae_draws_as_it_did_from_latents_as_the_kl_wants_them() -> None:
     """The KL asks for unit variance before scaling, where a saved VAE has 1 / scaling_factor^2."""
     before = VAE.from_pretrained(emoji())
-    after = given_vae(emoji(), image_size=32, decoder_only=False)
+    after = initial_vae(emoji(), image_size=32, decoder_only=False)
     assert after.config.sample_size == 32
     assert all(parameter.requires_grad for parameter in after.parameters())
     images = 2 * torch.rand(2, 3, 32, 32) - 1
@@ -35,7 +36,7 @@ def test_a_given_vae_draws_as_it_did_from_latents_as_the_kl_wants_them() -> None
 
 
 def test_of_a_decoder_alone_nothing_else_needs_a_gradient() -> None:
-    vae = given_vae(emoji(), image_size=32, decoder_only=True)
+    vae = initial_vae(emoji(), image_size=32, decoder_only=True)
     trained = {name.partition(".")[0] for name, p in vae.named_parameters() if p.requires_grad}
     assert trained == {"decoder", "post_quant_conv"}
     before = VAE.from_pretrained(emoji()).state_dict()
@@ -43,20 +44,19 @@ def test_of_a_decoder_alone_nothing_else_needs_a_gradient() -> None:
 
 
 def test_a_given_network_and_a_described_one_must_not_differ() -> None:
-    train_vae, described = script("train_vae"), config_class("train_vae")
-    given = VAE.from_pretrained(emoji()).config
-    for vae in (train_vae.SMALL, given):
-        found = train_vae.new_vae(described(init="emoji", vae=vae)).config
-        assert found.block_out_channels == given.block_out_channels
+    initial = VAE.from_pretrained(emoji()).config
+    for vae in (SMALL, initial):
+        found = new_vae(TrainVAE(init="emoji", vae=vae)).config
+        assert found.block_out_channels == initial.block_out_channels
     other = VAEConfig(block_out_channels=(8, 16), norm_num_groups=4)
     with pytest.raises(ValueError, match="vae differs from the network of init='emoji'; leave out"):
-        train_vae.new_vae(described(init="emoji", vae=other))
+        new_vae(TrainVAE(init="emoji", vae=other))
 
 
 @torch.no_grad()
 def test_folded_statistics_leave_standard_latents() -> None:
     """Of 70 images, which are more than a batch."""
-    vae = given_vae(emoji(), image_size=16, decoder_only=False)
+    vae = initial_vae(emoji(), image_size=16, decoder_only=False)
     images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8)
     vae.fold_latent_statistics(*latent_statistics(vae, images))
     mean, std = latent_statistics(vae, images)

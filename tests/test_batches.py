@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from latentdiff.data.batches import SampleOrder, batches, check_batch, shard
-from latentdiff.training.randomness import choose, generator
-from latentdiff.training.randomness import parts as cut_up
+from latentdiff.training.randomness import choose, generator, micro_batches
 
 
 class Numbers(Dataset[int]):
@@ -174,15 +173,12 @@ def test_processes_share_out_the_batch_of_one(world_size: int, buckets: np.ndarr
 
 
 @pytest.mark.parametrize("buckets", [None, BUCKETS])
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_parts_of_a_batch_are_the_batch(accumulation: int, buckets: np.ndarray | None) -> None:
-    shares = ({"ids": batch} for batch in numbers(0, buckets))
-    pieces = [part["ids"] for part in cut_up(shares, accumulation)]
-    joined = [
-        [i for part in pieces[at : at + accumulation] for i in part]
-        for at in range(0, len(pieces), accumulation)
-    ]
-    assert joined == numbers(0, buckets)
+@pytest.mark.parametrize("count", [2, 4])
+def test_micro_batches_of_a_batch_are_the_batch(count: int, buckets: np.ndarray | None) -> None:
+    for ids in numbers(0, buckets):
+        slices = micro_batches({"ids": ids}, count)
+        assert len(slices) == count
+        assert [i for one in slices for i in one["ids"]] == ids
 
 
 def test_views_come_with_the_examples_whatever_the_process() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from support.runs import make_learner
 from support.tiny import UNET, randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -13,9 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
+from latentdiff.planning.footprint import Work, footprint
 from latentdiff.training.blocks import blocks, compile_blocks, recompute
-from latentdiff.training.footprint import Work, footprint
-from latentdiff.training.learner import Learner, OptimizerConfig
 
 DIT = DiTConfig(num_layers=3, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
 
@@ -100,20 +99,20 @@ def test_recomputing_keeps_less() -> None:
 
 
 def test_a_learner_trains_the_same_with_recomputed_blocks() -> None:
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
     network = unet()
     randomise(network)
     plain, other = (
-        Learner(
+        make_learner(
             copy.deepcopy(network),
-            OptimizerConfig(learning_rate=1e-2, warmup_steps=0, gradient_checkpointing=flag),
-            accelerator,
+            learning_rate=1e-2,
+            warmup_steps=0,
+            gradient_checkpointing=flag,
         )
         for flag in (False, True)
     )
     for learner in (plain, other):
         for _ in range(3):
-            learner.update(loss_of(learner.raw))
+            learner.update(loss_of(learner.model))
     expected = plain.tensors()
     assert {n: t.equal(expected[n]) for n, t in other.tensors().items()} == dict.fromkeys(
         expected, True

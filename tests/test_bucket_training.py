@@ -16,7 +16,7 @@ from test_cache import vae, write_images
 from latentdiff.data.cache import LatentCache
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 # The networks have learned nothing, and the gate before a cache says so.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
@@ -26,7 +26,8 @@ TINY = (
     "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
     "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --max_steps=6 --batch_size=4 "
     "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --mixed_precision=no --log_every=1 "
-    "--checkpoint_every=3 --warmup_steps=1 --cooldown_steps=0 --preview_every=6 --gate=false"
+    "--checkpoint_every=3 --warmup_steps=1 --cooldown_steps=0 --preview_every=6 "
+    "--check_latents=false"
 )
 
 
@@ -41,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setenv("ACCELERATE_USE_CPU", "true")
         options = f"--data={folder / 'set'} --output_dir={folder / 'cache'} --vae={folder / 'vae'}"
-        call("cache_latents", f"{options} {SHAPES} --gate=false")
+        call("cache_latents", f"{options} {SHAPES} --check_latents=false")
         train(folder, "run")
         yield folder
 
@@ -76,7 +77,7 @@ def test_it_resumes_in_the_middle_bit_for_bit(home: Path) -> None:
 
 
 def test_parts_and_an_own_cache_train_as_whole_batches_do(home: Path) -> None:
-    train(home, "parts", f"--data={home / 'set'} {SHAPES} --accumulation=2")
+    train(home, "parts", f"--data={home / 'set'} {SHAPES} --gradient_accumulation_steps=2")
     assert losses(home / "parts") == pytest.approx(losses(home / "run"), rel=1e-4)
 
 

@@ -36,7 +36,7 @@ def start(home: Path, out: Path, launcher: list[str]) -> subprocess.Popen[bytes]
     options = (
         f"--data={home / 'set'} --output_dir={out} --vae={home / 'vae'} --image_size=16 "
         "--bucket_step=8 --max_aspect=4 --flip=true --crops=2 --chunk_size=1 --batch_size=4 "
-        "--gate=false"
+        "--check_latents=false"
     )
     command = [sys.executable, *launcher, str(ROOT / "train" / "cache_latents.py")]
     return subprocess.Popen([*command, *options.split()])

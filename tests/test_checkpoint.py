@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from support.runs import make_learner
 from torch import Tensor, nn
 
-from latentdiff.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    origin,
-    save_checkpoint,
-    verify,
-)
-from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint_files import checkpoints, origin, verify
+from latentdiff.training.learner import Learner
 
 MANIFEST = {"configuration": {"seed": 1}, "fingerprints": {"data": "abc"}}
 
@@ -30,13 +25,12 @@ class Interrupted(Learner):
 
 def learner(seed: int, *, width: int = 4, kind: type[Learner] = Learner) -> Learner:
     torch.manual_seed(seed)
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    return kind(nn.Linear(3, width), OptimizerConfig(warmup_steps=0), accelerator)
+    return make_learner(nn.Linear(3, width), kind=kind, warmup_steps=0)
 
 
 def train(subject: Learner, steps: int) -> None:
     for _ in range(steps):
-        subject.update(subject.model(torch.randn(5, 3)).square().mean())
+        subject.update(subject.forward_model(torch.randn(5, 3)).square().mean())
 
 
 def state(subject: Learner) -> dict[str, Tensor]:
@@ -122,7 +116,7 @@ def test_checkpoints_open_whatever_their_first_byte(tmp_path: Path) -> None:
     for length in range(0, 128, 4):
         network = nn.Module()
         network.register_parameter("w" * (1 + length), nn.Parameter(torch.ones(2)))
-        subject = Learner(network, OptimizerConfig(), Accelerator(cpu=True, mixed_precision="no"))
+        subject = make_learner(network)
         save_checkpoint(tmp_path, 1, {"net": subject}, keep=1, manifest=MANIFEST)
         seen.add((tmp_path / "step-1" / "net.safetensors").read_bytes()[0])
         assert load_checkpoint(tmp_path, {"net": subject}, manifest=MANIFEST) == 1
@@ -160,7 +154,7 @@ def test_damage_is_named_and_the_next_older_checkpoint_taken(
         assert load_checkpoint(tmp_path, {"net": other}, manifest=MANIFEST) == 4
     torch.testing.assert_close(state(other), expected, rtol=0, atol=0)
     damage(tmp_path / "step-4" / name)
-    with pytest.raises(ValueError, match=f"no checkpoint in .* is whole: .*{name}"):
+    with pytest.raises(ValueError, match=f"no checkpoint in .* is intact: .*{name}"):
         load_checkpoint(tmp_path, {"net": other}, manifest=MANIFEST)
 
 

@@ -13,7 +13,6 @@ import torch
 from open_clip.model import _build_text_tower
 from PIL import Image
 from support.clips import MEAN, SIDE, STD, tiny_clip
-from support.scripts import script
 from support.tiny import tiny_text_encoder
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel
@@ -23,7 +22,10 @@ from latentdiff.images import from_pil
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.clip_start import Pixels, load_clip, load_start
 from latentdiff.models.text import TextEncoder
-from latentdiff.training.plan import work_of
+from latentdiff.options import compose
+from latentdiff.planning.plan import work_of
+from latentdiff.tasks.clip.config import TrainCLIP
+from latentdiff.tasks.clip.start import check_shapes
 
 SIZE = CLIPSize()
 PROMPTS = ["a red circle", "红色", ""]
@@ -188,11 +190,11 @@ def test_what_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_options_of_other_shapes_are_refused_and_defaults_give_way(folder: Path) -> None:
-    module = script("train_clip")
     shapes = load_start(str(folder), SIZE, image_size=SIDE).shapes
 
     def check(**options: Any) -> None:
-        module.check_shapes(module.TrainCLIP(init="there", image_size=SIDE, **options), shapes)
+        flat = {"init": "there", "image_size": SIDE, **options}
+        check_shapes(compose(TrainCLIP, flat), shapes)
 
     check()
     check(clip=CLIPSize(text_width=16, image_width=12), max_tokens=12)

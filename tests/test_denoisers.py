@@ -23,7 +23,7 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 # The networks of the trainings here have learned nothing, and the gate before a cache says so.
 pytestmark = pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")
@@ -190,8 +190,8 @@ OPTIONS = {
 }
 SHORT = (
     "--max_steps=6 --batch_size=4 --mixed_precision=no --log_every=1 --checkpoint_every=3 "
-    "--preview_every=6 --validate_every=6 --held_out=0.1 --warmup_steps=1 --ema_lengths=[0.1] "
-    "--snapshot_every=1 --learning_rate=1e-2 --gate=false"
+    "--preview_every=6 --validate_every=6 --val_fraction=0.1 --warmup_steps=1 --ema_lengths=[0.1] "
+    "--snapshot_every=1 --learning_rate=1e-2 --check_latents=false"
 )
 
 
@@ -214,7 +214,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def cache_options(home: Path) -> str:
     return (
         f"--data={home / 'set'} --output_dir={home / 'cache'} --vae={home / 'vae'} "
-        "--image_size=16 --upscale_limit=4 --gate=false"
+        "--image_size=16 --upscale_limit=4 --check_latents=false"
     )
 
 
@@ -250,7 +250,7 @@ def test_trained_resumed_saved_and_drawn(
     """The folder has the average of the last step, and the run goes on bit for bit."""
     run = train(home, name, f"run {name}".replace(" ", "-").replace(",", ""))
     assert len(losses(run)) == 6
-    assert losses(run, "held_out_loss")
+    assert losses(run, "val_loss")
     assert (run / "previews/step-0000006.png").is_file()
     drawn = Pipeline.from_pretrained(run / "model")
     weights, expected = drawn.unet.state_dict(), ema(run, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from support.runs import make_learner
 from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
@@ -18,19 +18,17 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text import TextEncoder
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.ema import (
+from latentdiff.training.ema import LONGEST, power_decay, power_exponent
+from latentdiff.training.ema_synthesis import (
     DTYPE,
     FILES,
-    LONGEST,
     Synthesis,
     find_snapshots,
-    power_decay,
-    power_exponent,
     save_snapshot,
     synthesize,
     write_model,
 )
-from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.learner import Learner
 
 LENGTHS = (0.01, 0.05, 0.1, 0.2, 0.28)
 STORED = ("0.05", "0.1")
@@ -249,14 +247,13 @@ def test_a_file_that_is_no_snapshot_is_named(tmp_path: Path) -> None:
 
 def learner(lengths: tuple[float, ...]) -> Learner:
     torch.manual_seed(0)
-    config = OptimizerConfig(ema_lengths=lengths, learning_rate=0.1, warmup_steps=0)
-    return Learner(nn.Linear(3, 2), config, Accelerator(cpu=True))
+    return make_learner(nn.Linear(3, 2), ema_lengths=lengths, learning_rate=0.1, warmup_steps=0)
 
 
 def take(one: Learner, updates: range, loss: Callable[[Tensor], Tensor] = torch.square) -> None:
     for number in updates:
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
-        one.update(loss(one.model(x)).mean())
+        one.update(loss(one.forward_model(x)).mean())
 
 
 def test_a_resumed_average_goes_on_as_if_it_had_not_stopped() -> None:
@@ -276,7 +273,7 @@ def test_the_learner_tracks_the_average_that_the_synthesis_takes_it_for() -> Non
     past = []
     for number in range(12):
         take(one, range(number, number + 1))
-        past.append(one.raw.weight.detach().double().clone())
+        past.append(one.model.weight.detach().double().clone())
     expected = sum(w * weight for w, weight in zip(shares(length, 12), past, strict=True))
     (tensors,) = one.snapshots().values()
     torch.testing.assert_close(tensors["weight"].double(), expected, rtol=1e-5, atol=1e-7)

@@ -21,7 +21,7 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.vae import VAE
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,8 @@ TINY = {
         "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
         "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] "
         "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --caption_dropout=0.5 "
-        "--weighting=uncertainty --density=logit_normal --stratified=true --offset_noise=0.1 "
-        "--gate=false"
+        "--weighting=uncertainty --timestep_distribution=logit_normal --stratified=true "
+        "--offset_noise=0.1 --check_latents=false"
     ),
 }
 SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"
@@ -70,7 +70,9 @@ def runs(home: Path) -> Path:
     launch(LAUNCH, "train_vae", *arguments("train_vae", home, runs / "vae", 4), "--num_workers=1")
     cached = ["--data", f"{home}/data", "--image_size=32", "--vae", f"{runs}/vae/model"]
     # After four steps no VAE is fit to train on.
-    launch(LAUNCH, "cache_latents", *cached, "--output_dir", f"{runs}/cache", "--gate=false")
+    launch(
+        LAUNCH, "cache_latents", *cached, "--output_dir", f"{runs}/cache", "--check_latents=false"
+    )
     launch(LAUNCH, "train_unet", *arguments("train_unet", home, runs / "unet", 4))
     return runs
 
@@ -234,7 +236,7 @@ def test_accumulation_trains_as_whole_batches_do(
     home: Path, runs: Path, tmp_path: Path, name: str
 ) -> None:
     args = arguments(name, home, tmp_path / "run", 3)
-    call(name, *args, "--accumulation=4")
+    call(name, *args, "--gradient_accumulation_steps=4")
     found, expected = log(tmp_path / "run"), log(runs / NETWORKS[name])
     assert [record["step"] for record in found] == [1, 2, 3]
     for record, whole in zip(found, expected, strict=False):
@@ -285,7 +287,7 @@ def no_captions(home: Path) -> list[str]:
 
 
 def parts_of_a_batch(home: Path) -> list[str]:
-    return ["train_clip", "--data", f"{home}/data", "--accumulation=2"]
+    return ["train_clip", "--data", f"{home}/data", "--gradient_accumulation_steps=2"]
 
 
 def odd_patches(home: Path) -> list[str]:

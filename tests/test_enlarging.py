@@ -19,7 +19,7 @@ from latentdiff.data.shapes import build_shapes
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 
 def config(levels: int = 3, **keys: Any) -> VAEConfig:
@@ -204,7 +204,7 @@ def test_the_four_scripts_make_a_pipeline_of_it(shapes: Path, tmp_path: Path) ->
     network = (
         "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
         "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --max_steps=2 --batch_size=4 "
-        "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --mixed_precision=no --held_out=0"
+        "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --mixed_precision=no --val_fraction=0"
     )
     run = tmp_path / "unet"
     cached = (f"--cache={tmp_path / 'cache'}", data[-1], f"--output_dir={run}")

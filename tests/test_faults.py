@@ -31,7 +31,7 @@ from support.faulty import (
 from support.harness import assert_same, left_over, newest, references, run, start, wait
 
 from latentdiff.formats.weights import load_json
-from latentdiff.training.checkpoint import checkpoints, verify
+from latentdiff.training.checkpoint_files import checkpoints, verify
 
 pytestmark = pytest.mark.slow
 all_of_them = pytest.mark.faults  # too long for `make test`, which has the others
@@ -260,12 +260,12 @@ MANY = [(1, 2), (2, 1), (2, 2), (4, 1), later(1, 1), later(1, 8), later(2, 4), l
 
 
 @pytest.mark.parametrize("workers", [0, later(2)])
-@pytest.mark.parametrize(("count", "accumulation"), MANY)
+@pytest.mark.parametrize(("count", "gradient_accumulation_steps"), MANY)
 def test_15_and_16_processes_and_accumulation_change_only_the_order_of_sums(
     tmp_path: Path, whole: dict[int, Path], count: int, accumulation: int, workers: int
 ) -> None:
     """The learning rate at a step is the same too, and ends where it should."""
-    toy = Toy(tmp_path, accumulation=accumulation, workers=workers)
+    toy = Toy(tmp_path, gradient_accumulation_steps=accumulation, workers=workers)
     assert run(toy, count) == [0] * count, output(tmp_path)
     assert_equivalent(tmp_path, whole[1])
     rates = [record["learning_rate"] for record in log(tmp_path)]
@@ -319,7 +319,7 @@ def test_17_looking_at_the_average_leaves_the_weights_alone(
     assert_same(tmp_path, whole[count])
     shown = [float(path.read_text()) for path in sorted((tmp_path / "previews").iterdir())]
     scored = {
-        record["step"]: record["held_out"] for record in log(tmp_path) if "held_out" in record
+        record["step"]: record["val_loss"] for record in log(tmp_path) if "val_loss" in record
     }
     assert list(scored) == [4, 8, 12]
     assert list(scored.values()) == shown

@@ -22,7 +22,7 @@ from PIL import Image
 from support.faulty import BATCH, STEPS, Fault, Kind, Toy, every_note, log, notes, output, tensors
 from support.harness import assert_same, left_over, newest, references, run, start, wait
 
-from latentdiff.training.checkpoint import verify
+from latentdiff.training.checkpoint_files import verify
 
 pytestmark = pytest.mark.slow
 all_of_them = pytest.mark.faults  # too long for `make test`, which has the others

@@ -22,7 +22,7 @@ from latentdiff.data.stream import StreamedImages
 from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 TINY = VAEConfig(
     block_out_channels=(8, 16),
@@ -295,7 +295,7 @@ def test_the_scripts_refuse_in_words_and_write_nothing(
     assert "posterior collapse: " in message
     assert "in channel 2 (" in message
     assert "; saturated discriminator: " in message
-    assert "--gate false goes on" in message
+    assert "--check_latents false goes on" in message
     assert not list(out.rglob("*.npy"))
     assert not list(out.rglob("header.json"))
 
@@ -307,6 +307,6 @@ def test_without_the_gate_it_warns_and_goes_on_and_what_is_finished_is_not_judge
     args = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae'}", "--num_workers=0"]
     args.append(f"--output_dir={tmp_path / 'cache'}")
     with pytest.warns(UserWarning, match=r"not fit to train on: posterior collapse.*channel 2 \("):
-        run("cache_latents", *args, "--gate=false")
+        run("cache_latents", *args, "--check_latents=false")
     assert (tmp_path / "cache" / "header.json").is_file()
     run("cache_latents", *args)

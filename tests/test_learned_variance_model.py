@@ -22,7 +22,7 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.editing import Given
 from latentdiff.levels import NoiseLevel
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import run_script
+from latentdiff.training.command_line import run_script
 
 # Whose last step is from timestep 0: diffusers adds noise after every other.
 LEARNED = Diffusion("scaled_linear", "epsilon", learned_variance=True, timestep_spacing="linspace")
@@ -140,8 +140,8 @@ UNET = (
 DIT = "--dit.num_layers=2 --dit.num_attention_heads=2 --dit.attention_head_dim=8"
 SHORT = (
     "--image_size=16 --max_steps=4 --batch_size=4 --warmup_steps=1 --cooldown_steps=0 "
-    "--log_every=1 --preview_every=4 --validate_every=4 --held_out=0.2 --mixed_precision=no "
-    "--gate=false "
+    "--log_every=1 --preview_every=4 --validate_every=4 --val_fraction=0.2 --mixed_precision=no "
+    "--check_latents=false "
     "--diffusion.schedule=linear --diffusion.prediction=v_prediction "
     "--diffusion.learned_variance=true"
 )
@@ -169,7 +169,7 @@ def test_the_script_trains_both_halves_and_leaves_a_model_that_draws(
     bounds = [record["bound"] for record in records if "loss" in record]
     assert len(bounds) == 4
     assert all(np.isfinite(bounds))
-    assert any("held_out_loss" in record for record in records)
+    assert any("val_loss" in record for record in records)
     assert (tmp_path / "run" / "previews" / "step-0000004.png").is_file()
     model = tmp_path / "run" / "model"
     config = json.loads((model / name / "config.json").read_text(encoding="utf-8"))

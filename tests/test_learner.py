@@ -1,18 +1,20 @@
 """The learner: AdamW with a schedule, the average of the weights, and what resuming needs."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from support.runs import make_learner, options
 from torch import Tensor, nn
 
-from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.randomness import Share
+from latentdiff.training.learner import Learner
+from latentdiff.training.optimizer import OptimizerConfig
+from latentdiff.training.randomness import MicroBatch
 
-CONFIG = OptimizerConfig(
-    learning_rate=0.05, max_steps=20, warmup_steps=4, cooldown_steps=5, ema_decay=0.8
-)
+CONFIG = OptimizerConfig(learning_rate=0.05, warmup_steps=4, cooldown_steps=5)
+MAX_STEPS = 20
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -20,8 +22,10 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
 
 
-def learner(config: OptimizerConfig = CONFIG, seed: int = 0) -> Learner:
-    return Learner(network(seed), config, Accelerator(cpu=True, mixed_precision="no"))
+def learner(seed: int = 0, accelerator: Accelerator | None = None, **changes: Any) -> Learner:
+    options: dict[str, Any] = {"learning_rate": 0.05, "warmup_steps": 4, "cooldown_steps": 5}
+    options |= {"max_steps": MAX_STEPS, "ema_decay": 0.8}
+    return make_learner(network(seed), accelerator, **(options | changes))
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -31,11 +35,13 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
 
 
 def train(subject: Learner, start: int, stop: int) -> list[float]:
-    return [float(subject.update(loss_of(subject.model, step))) for step in range(start, stop)]
+    return [
+        float(subject.update(loss_of(subject.forward_model, step))) for step in range(start, stop)
+    ]
 
 
 def test_learning_rate_climbs_stays_and_falls_in_straight_lines() -> None:
-    rates = [CONFIG.learning_rate_at(step) for step in range(20)]
+    rates = [CONFIG.learning_rate_at(step, max_steps=MAX_STEPS) for step in range(20)]
     up = [0.05 * share for share in (0.25, 0.5, 0.75, 1.0)]
     down = [0.05 * share for share in (1.0, 0.8, 0.6, 0.4, 0.2)]
     assert rates == pytest.approx([*up, *[0.05] * 11, *down])
@@ -43,13 +49,13 @@ def test_learning_rate_climbs_stays_and_falls_in_straight_lines() -> None:
 
 def test_learning_rate_is_constant_without_warmup_and_cooldown() -> None:
     config = replace(CONFIG, warmup_steps=0, cooldown_steps=0)
-    assert {config.learning_rate_at(step) for step in range(20)} == {0.05}
+    assert {config.learning_rate_at(step, max_steps=MAX_STEPS) for step in range(20)} == {0.05}
 
 
 def test_longer_runs_have_the_same_rates_until_either_cools_down() -> None:
-    longer = replace(CONFIG, max_steps=100)
-    for step in range(CONFIG.max_steps - CONFIG.cooldown_steps):
-        assert longer.learning_rate_at(step) == CONFIG.learning_rate_at(step)
+    for step in range(MAX_STEPS - CONFIG.cooldown_steps):
+        longer = CONFIG.learning_rate_at(step, max_steps=100)
+        assert longer == CONFIG.learning_rate_at(step, max_steps=MAX_STEPS)
 
 
 @pytest.mark.parametrize(
@@ -68,36 +74,36 @@ def test_longer_runs_have_the_same_rates_until_either_cools_down() -> None:
 )
 def test_values_that_cannot_train_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}={value}"):
-        replace(CONFIG, **{name: value})
+        options(**{name: value})
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e6, 0.1])
 def test_updates_are_those_of_torch_adamw_with_clipping(max_grad_norm: float) -> None:
-    config = replace(CONFIG, max_grad_norm=max_grad_norm, weight_decay=0.1, beta2=0.95)
-    subject, reference = learner(config), network()
+    changes = {"max_grad_norm": max_grad_norm, "weight_decay": 0.1, "beta2": 0.95}
+    subject, reference = learner(**changes), network()
     optimizer = torch.optim.AdamW(
         reference.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1
     )
     for step in range(20):
-        norm = subject.update(loss_of(subject.model, step))
+        norm = subject.update(loss_of(subject.forward_model, step))
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
+            group["lr"] = CONFIG.learning_rate_at(step, max_steps=MAX_STEPS)
         optimizer.zero_grad()
         loss_of(reference, step).backward()
         expected = nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
         optimizer.step()
         torch.testing.assert_close(norm, expected)
     torch.testing.assert_close(
-        dict(subject.raw.named_parameters()), dict(reference.named_parameters())
+        dict(subject.model.named_parameters()), dict(reference.named_parameters())
     )
 
 
 def test_ema_is_the_weighted_mean_of_all_weights_so_far() -> None:
     subject = learner()
-    weights = [[p.detach().clone() for p in subject.raw.parameters()]]
+    weights = [[p.detach().clone() for p in subject.model.parameters()]]
     for step in range(30):
-        subject.update(loss_of(subject.model, step % 20))
-        weights.append([p.detach().clone() for p in subject.raw.parameters()])
+        subject.update(loss_of(subject.forward_model, step % 20))
+        weights.append([p.detach().clone() for p in subject.model.parameters()])
     decays = [min(0.8, (1 + n) / (10 + n)) for n in range(1, 31)]
     shares = [1.0]  # of the initial weights, then of those after each update
     for decay in decays:
@@ -110,7 +116,7 @@ def test_ema_is_the_weighted_mean_of_all_weights_so_far() -> None:
 
 def test_ema_starts_as_the_network_and_takes_no_gradient() -> None:
     subject = learner()
-    torch.testing.assert_close(subject.ema.state_dict(), subject.raw.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(subject.ema.state_dict(), subject.model.state_dict(), rtol=0, atol=0)
     assert not subject.ema.training
     assert not any(p.requires_grad for p in subject.ema.parameters())
 
@@ -137,29 +143,28 @@ def test_a_learner_restored_before_its_first_update_is_new() -> None:
 
 
 def test_tensors_of_another_network_are_refused_by_name() -> None:
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
     wider = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
     shorter = nn.Sequential(nn.Linear(3, 5))
     for other in (wider, shorter):
-        state = Learner(other, CONFIG, accelerator).tensors()
+        state = make_learner(other).tensors()
         with pytest.raises(ValueError, match=r"(model|ema)\.\d\.\w+ is .* in the checkpoint"):
             learner().load_tensors(state, num_updates=0)
 
 
-def test_parts_of_a_batch_add_up_to_the_step_of_the_whole() -> None:
+def test_micro_batches_add_up_to_the_step_of_the_batch() -> None:
     whole, split = learner(), learner()
     draw = torch.Generator().manual_seed(0)
     for _ in range(5):
         x, y = torch.randn(8, 3, generator=draw), torch.randn(8, 2, generator=draw)
-        expected = whole.update((whole.model(x) - y).square().mean())
+        expected = whole.update((whole.forward_model(x) - y).square().mean())
         norms = []
-        for share in (Share(i, 4) for i in range(4)):
-            error = split.model(share.rows(x)) - share.rows(y)
-            norms.append(split.update(error.square().mean(), share))
+        for micro_batch in (MicroBatch(i, 4) for i in range(4)):
+            error = split.forward_model(micro_batch.rows(x)) - micro_batch.rows(y)
+            norms.append(split.update(error.square().mean(), micro_batch))
         assert [float(norm) for norm in norms[:3]] == [0.0] * 3
         torch.testing.assert_close(norms[3], expected)
     assert split.num_updates == 5
-    torch.testing.assert_close(split.raw.state_dict(), whole.raw.state_dict())
+    torch.testing.assert_close(split.model.state_dict(), whole.model.state_dict())
     torch.testing.assert_close(split.ema.state_dict(), whole.ema.state_dict())
 
 
@@ -170,7 +175,7 @@ def test_a_step_without_a_finite_gradient_changes_no_bit(bad: float) -> None:
     train(reference, 0, 3)
     before = {name: tensor.clone() for name, tensor in subject.tensors().items()}
     for count in (1, 2):
-        subject.update(loss_of(subject.model, 3) * bad)
+        subject.update(loss_of(subject.forward_model, 3) * bad)
         assert (int(subject.skipped), int(subject.skipped_in_a_row)) == (1, count)
     after = subject.tensors()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
@@ -183,14 +188,14 @@ def test_a_step_without_a_finite_gradient_changes_no_bit(bad: float) -> None:
 def test_the_scale_of_half_precision_is_restored() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    first = Learner(network(), CONFIG, accelerator)
+    first = learner(accelerator=accelerator)
     train(first, 0, 3)
     kept = {name: tensor.clone() for name, tensor in first.tensors().items()}
     assert float(kept["scaler.scale"]) == 16.0
     expected = train(first, 3, 8)
     again = Accelerator(cpu=True, mixed_precision="no")
     again.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    second = Learner(network(1), CONFIG, again)
+    second = learner(1, again)
     second.load_tensors(kept, num_updates=3)
     assert train(second, 3, 8) == expected
     assert second.tensors()["scaler.scale"] == first.tensors()["scaler.scale"]

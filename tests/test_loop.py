@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from support.runs import options
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -18,27 +17,28 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.tasks.clip.tokenizer import train_tokenizer
+from latentdiff.tasks.denoiser.loss import LossConfig
+from latentdiff.tasks.vae.losses import vae_loss
+from latentdiff.training.accelerator import computes_bf16
+from latentdiff.training.learner import Learner
+from latentdiff.training.logging.log import Log
+from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.loop import fit
-from latentdiff.training.losses import vae_loss
-from latentdiff.training.meter import Log, Metrics
-from latentdiff.training.objective import Objective
-from latentdiff.training.randomness import Share, generator
-from latentdiff.training.run_folder import RunFolder
-from latentdiff.training.setup import LoopConfig, computes_bf16, make_accelerator
-from latentdiff.training.tokenizer import train_tokenizer
+from latentdiff.training.randomness import MicroBatch, generator
+from latentdiff.training.run import Run
 
-OPTIMIZER = OptimizerConfig(
-    learning_rate=1e-2, max_steps=8, warmup_steps=3, cooldown_steps=3, ema_decay=0.9
-)
-LOOP = LoopConfig(
-    max_steps=8, batch_size=4, log_every=3, preview_every=4, checkpoint_every=4, seed=1
-)
+SEED = 1
+OPTIONS: dict[str, Any] = {
+    **{"learning_rate": 1e-2, "warmup_steps": 3, "cooldown_steps": 3, "ema_decay": 0.9},
+    **{"max_steps": 8, "batch_size": 4, "log_every": 3, "preview_every": 4},
+    **{"checkpoint_every": 4, "seed": SEED, "mixed_precision": "no"},
+}
 TIMED = ("samples_per_second", "data_wait", "memory")
-Step = Callable[[Any, int, Share], Metrics]
+Step = Callable[[Any, int, MicroBatch], Metrics]
 
 
-def unet(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
+def unet(run: Run) -> tuple[Learner, Step]:
     torch.manual_seed(0)
     blocks = UNetConfig(
         block_out_channels=(8, 16),
@@ -51,35 +51,35 @@ def unet(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, St
         in_channels=3,
         out_channels=3,
     )
-    learner = Learner(UNet(blocks), config, accelerator)
+    learner = run.learner(UNet(blocks))
     diffusion = Diffusion("flow", "flow_prediction")
 
-    def step(batch: list[Tensor], number: int, share: Share) -> Metrics:
-        draw = generator(LOOP.seed, number, "noise")
+    def step(batch: list[Tensor], number: int, micro_batch: MicroBatch) -> Metrics:
+        draw = generator(SEED, number, "noise")
         noise = torch.randn(batch[0].shape, generator=draw)
-        t = Objective().sample_t(diffusion, len(noise), generator=draw)
+        t = LossConfig().sample_t(diffusion, len(noise), generator=draw)
         context = torch.randn(len(noise), 5, 6, generator=draw)
-        loss = diffusion.loss(learner.model, batch[0], context, noise=noise, t=t).mean()
-        return {"loss": loss, "grad_norm": learner.update(loss, share)}
+        loss = diffusion.loss(learner.forward_model, batch[0], context, noise=noise, t=t).mean()
+        return {"loss": loss, "grad_norm": learner.update(loss, micro_batch)}
 
     return learner, step
 
 
-def vae(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
+def vae(run: Run) -> tuple[Learner, Step]:
     torch.manual_seed(0)
     blocks = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
-    learner = Learner(VAE(blocks), config, accelerator)
+    learner = run.learner(VAE(blocks))
 
-    def step(batch: list[Tensor], number: int, share: Share) -> Metrics:
-        noise = torch.randn(len(batch[0]), 4, 4, 4, generator=generator(LOOP.seed, number, "z"))
-        reconstruction, posterior = learner.model(batch[0], noise)
+    def step(batch: list[Tensor], number: int, micro_batch: MicroBatch) -> Metrics:
+        noise = torch.randn(len(batch[0]), 4, 4, 4, generator=generator(SEED, number, "z"))
+        reconstruction, posterior = learner.forward_model(batch[0], noise)
         loss, _, kl = vae_loss(reconstruction, batch[0], posterior, norm="l1", kl_weight=0.1)
-        return {"loss": loss, "kl": kl, "grad_norm": learner.update(loss, share)}
+        return {"loss": loss, "kl": kl, "grad_norm": learner.update(loss, micro_batch)}
 
     return learner, step
 
 
-def clip(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
+def clip(run: Run) -> tuple[Learner, Step]:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a cat", "a dog"], vocab_size=520, length=6)
     size = CLIPSize(
@@ -92,66 +92,71 @@ def clip(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, St
         patch_size=4,
         projection_dim=6,
     )
-    learner = Learner(new_clip(size, tokenizer, image_size=8), config, accelerator)
+    learner = run.learner(new_clip(size, tokenizer, image_size=8))
     words = ["a cat", "a dog", "cats", "dogs"]
     ids = tokenizer(words, padding="max_length", return_tensors="pt").input_ids
 
-    def step(batch: list[Tensor], number: int, share: Share) -> Metrics:
-        output = learner.model(input_ids=ids, pixel_values=batch[0], return_loss=True)
-        return {"loss": output.loss, "grad_norm": learner.update(output.loss, share)}
+    def step(batch: list[Tensor], number: int, micro_batch: MicroBatch) -> Metrics:
+        output = learner.forward_model(input_ids=ids, pixel_values=batch[0], return_loss=True)
+        return {"loss": output.loss, "grad_norm": learner.update(output.loss, micro_batch)}
 
     return learner, step
 
 
+class LoopTask:
+    """A learner with its step; Control-C comes in step number `until`; `saved` is in order."""
+
+    fingerprints: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+    data_summary = None
+
+    def __init__(self, made: tuple[Learner, Step], folder: Path, until: int | None) -> None:
+        self.learner, self._step = made
+        self.learners = {"net": self.learner}
+        self.folder, self.until, self.saved = folder, until, list[str]()
+
+    def step(self, batch: list[Tensor], step: int, micro_batch: MicroBatch) -> Metrics:
+        if step == self.until:
+            raise KeyboardInterrupt
+        return self._step(batch, step, micro_batch)
+
+    def validate(self) -> Metrics:
+        return {}
+
+    def save(self, folder: Path) -> None:
+        steps = self.learner.num_updates
+        assert not (self.folder / "checkpoints" / f"step-{steps}").exists()
+        self.saved.append(f"{folder.name} {steps}")
+
+    def preview(self, path: Path) -> None:
+        path.touch()
+        self.saved.append(path.name)
+
+
 def run(
     folder: Path,
-    make: Callable[[Accelerator, OptimizerConfig], tuple[Learner, Step]] = unet,
+    make: Callable[[Run], tuple[Learner, Step]] = unet,
     *,
     until: int | None = None,
-    **fields: int,
+    **changes: int,
 ) -> list[str]:
     """Train into `folder`; Control-C comes in step number `until`. What was saved, in order."""
-    config = replace(LOOP, output_dir=folder, **fields)
-    optimizer = replace(OPTIMIZER, max_steps=config.max_steps)
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    learner, step = make(accelerator, optimizer)
+    config = options(**{**OPTIONS, "output_dir": folder, **changes})
+    run = Run(config, f"max_steps: {config.loop.max_steps}\n")
     images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    saved = []
 
-    def data(start: int) -> Iterator[list[Tensor]]:
+    def loader(start: int) -> Iterator[list[Tensor]]:
         return batches(
             TensorDataset(images),
             start,
             num_samples=len(images),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            stop=config.max_steps,
+            batch_size=config.loop.batch_size,
+            seed=config.loop.seed,
+            stop=config.loop.max_steps,
         )
 
-    def interrupted(batch: list[Tensor], number: int, share: Share) -> Metrics:
-        if number == until:
-            raise KeyboardInterrupt
-        return step(batch, number, share)
-
-    def save(path: Path) -> None:
-        assert not (folder / "checkpoints" / f"step-{learner.num_updates}").exists()
-        saved.append(f"{path.name} {learner.num_updates}")
-
-    def preview(path: Path) -> None:
-        path.touch()
-        saved.append(path.name)
-
-    fit(
-        interrupted,
-        data,
-        {"net": learner},
-        config,
-        accelerator,
-        RunFolder(folder, f"max_steps: {config.max_steps}\n"),
-        save=save,
-        preview=preview,
-    )
-    return saved
+    task = LoopTask(make(run), folder, until)
+    fit(task, loader, run)
+    return task.saved
 
 
 def log(folder: Path) -> list[dict[str, float]]:
@@ -189,13 +194,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, make: Any) -> No
 
 def test_a_run_goes_on_to_more_steps(tmp_path: Path) -> None:
     """As if it had been that long from the start, without a cool-down to be repeated."""
-
-    def constant(accelerator: Accelerator, config: OptimizerConfig) -> tuple[Learner, Step]:
-        return unet(accelerator, replace(config, cooldown_steps=0))
-
-    run(tmp_path / "straight", constant)
-    run(tmp_path / "longer", constant, max_steps=4)
-    run(tmp_path / "longer", constant)
+    run(tmp_path / "straight", cooldown_steps=0)
+    run(tmp_path / "longer", cooldown_steps=0, max_steps=4)
+    run(tmp_path / "longer", cooldown_steps=0)
     expected, found = newest(tmp_path / "straight"), newest(tmp_path / "longer")
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert untimed(log(tmp_path / "longer")) == untimed(log(tmp_path / "straight"))
@@ -223,7 +224,8 @@ def test_logs_are_means_over_their_steps(tmp_path: Path) -> None:
     singles, (mean,) = log(tmp_path / "every"), log(tmp_path / "sparse")
     for name in ("loss", "grad_norm"):
         assert mean[name] == pytest.approx(sum(single[name] for single in singles) / 4)
-    rates = [replace(OPTIMIZER, max_steps=4).learning_rate_at(step) for step in range(4)]
+    optimizer = options(**OPTIONS).optimizer
+    rates = [optimizer.learning_rate_at(step, max_steps=4) for step in range(4)]
     assert [single["learning_rate"] for single in singles] == rates
     assert mean["learning_rate"] == rates[-1]
     assert all(record["samples_per_second"] > 0 for record in [mean, *singles])
@@ -252,8 +254,8 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
         "preview_every",
         "checkpoint_every",
         "keep_checkpoints",
-        "accumulation",
-        "max_bad_steps",
+        "gradient_accumulation_steps",
+        "max_nonfinite_steps",
         "timeout",
         "validate_every",
         "snapshot_every",
@@ -261,13 +263,13 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 )
 def test_counts_of_nothing_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
-        replace(LOOP, **{name: 0})
+        options(**{name: 0})
 
 
-def test_a_batch_that_cannot_be_cut_into_parts_is_refused() -> None:
-    config = replace(LOOP, batch_size=6, accumulation=4, mixed_precision="no")
+def test_a_batch_that_micro_batches_cannot_make_up_is_refused(tmp_path: Path) -> None:
+    config = options(output_dir=tmp_path, batch_size=6, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="batch_size=6 must be divisible by 4: 1 processes with"):
-        make_accelerator(config)
+        Run(config, "")
 
 
 def test_logs_say_where_time_and_memory_went(tmp_path: Path) -> None:
@@ -291,7 +293,7 @@ def test_the_progress_bar_says_how_training_goes(
 
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed=-1 must not be negative"):
-        replace(LOOP, seed=-1)
+        options(seed=-1)
 
 
 def test_bfloat16_is_for_devices_that_compute_in_it() -> None:

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
+from support.runs import make_learner
 
 from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import Posterior
-from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.losses import (
+from latentdiff.tasks.vae.losses import (
     OutputScale,
     Reconstruction,
     adversarial_weight,
@@ -110,12 +109,10 @@ def test_the_best_width_is_the_mean_error(norm: Reconstruction) -> None:
     (slope,) = torch.autograd.grad(pixel_nats(distance, best, norm=norm), best)
     assert float(slope) == pytest.approx(0, abs=1e-6)
     scale = OutputScale(norm)
-    config = OptimizerConfig(
-        learning_rate=scale.RATE, weight_decay=0.0, max_steps=600, cooldown_steps=200
-    )
-    learner = Learner(scale, config, Accelerator(cpu=True), averaged=False)
-    for error in (0.02, 0.04) * (config.max_steps // 2):
-        learner.update(learner.model(torch.tensor(error)))
+    options = {"learning_rate": scale.RATE, "weight_decay": 0.0, "cooldown_steps": 200}
+    learner = make_learner(scale, ema=False, max_steps=600, **options)
+    for error in (0.02, 0.04) * 300:
+        learner.update(learner.forward_model(torch.tensor(error)))
     assert scale.logvar.exp().item() == pytest.approx(0.03, rel=1e-2)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion import Diffusion, Prediction
-from latentdiff.training.objective import Density, Objective, Uncertainty, Weighting
+from latentdiff.tasks.denoiser.loss import LossConfig, TimestepDistribution, Uncertainty, Weighting
 
 PREDICTIONS = get_args(Prediction)
 MEAN, STD = 1.0, 0.5
@@ -44,7 +44,7 @@ def test_a_weighted_loss_is_the_same_for_every_prediction(prediction, weighting)
     alpha, sigma = diffusion.alpha_sigma(t)
     snr = (alpha / sigma) ** 2
     expected = snr.clamp(max=5) if weighting == "min_snr" else snr / (1 + snr)
-    weight = Objective(weighting=weighting).weight(diffusion, t)
+    weight = LossConfig(weighting=weighting).weight(diffusion, t)
     torch.testing.assert_close(weight * loss, expected * of_x0)
 
 
@@ -56,26 +56,26 @@ def test_min_snr_has_the_papers_forms() -> None:
     clamped = snr.clamp(max=5)
     forms = {"epsilon": clamped / snr, "v_prediction": clamped / (snr + 1), "sample": clamped}
     for prediction, expected in forms.items():
-        found = Objective("min_snr").weight(Diffusion("scaled_linear", prediction), t)
+        found = LossConfig("min_snr").weight(Diffusion("scaled_linear", prediction), t)
         torch.testing.assert_close(found, expected)
 
 
 def test_p2_without_gamma_is_the_plain_loss_of_the_noise() -> None:
     t = torch.arange(1, 1001)
-    found = Objective("p2", p2_gamma=0).weight(Diffusion("linear", "epsilon"), t)
+    found = LossConfig("p2", p2_gamma=0).weight(Diffusion("linear", "epsilon"), t)
     torch.testing.assert_close(found, torch.ones(1000, dtype=torch.float64))
 
 
 def test_without_a_weighting_all_weigh_one() -> None:
     t = torch.tensor([1.0, 400.0, 1000.0])
     for weighting in ("none", "uncertainty"):
-        weight = Objective(weighting).weight(Diffusion("flow", "flow_prediction"), t)
+        weight = LossConfig(weighting).weight(Diffusion("flow", "flow_prediction"), t)
         assert weight.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_uniform_times_come_up_equally_often(stratified: bool) -> None:
-    objective = Objective(stratified=stratified)
+    objective = LossConfig(stratified=stratified)
     t = objective.sample_t(
         Diffusion("cosine", "epsilon", num_timesteps=10), 20_000, generator=draw()
     )
@@ -87,7 +87,7 @@ def test_uniform_times_come_up_equally_often(stratified: bool) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_shift_moves_the_times_of_a_flow(shift: float) -> None:
-    t = Objective(timestep_shift=shift).sample_t(
+    t = LossConfig(timestep_shift=shift).sample_t(
         Diffusion("flow", "flow_prediction"), 20_000, generator=draw()
     )
     assert t.min() > 0
@@ -97,7 +97,7 @@ def test_a_shift_moves_the_times_of_a_flow(shift: float) -> None:
 
 
 def test_logit_normal_times_have_a_normal_logit() -> None:
-    objective = Objective(density="logit_normal", logit_mean=0.5, logit_std=0.8)
+    objective = LossConfig(timestep_distribution="logit_normal", logit_mean=0.5, logit_std=0.8)
     t = objective.sample_t(Diffusion("flow", "flow_prediction"), 50_000, generator=draw())
     logit = torch.logit(t.double() / 1000)
     assert float(logit.mean()) == pytest.approx(0.5, abs=0.02)
@@ -106,17 +106,17 @@ def test_logit_normal_times_have_a_normal_logit() -> None:
 
 def test_stratified_times_have_one_in_each_share_in_no_order() -> None:
     diffusion = Diffusion("flow", "flow_prediction")
-    t = Objective(stratified=True).sample_t(diffusion, 64, generator=draw())
+    t = LossConfig(stratified=True).sample_t(diffusion, 64, generator=draw())
     assert sorted((t * 64 / 1000).ceil().long().tolist()) == list(range(1, 65))
     assert t.tolist() != sorted(t.tolist())
-    again = Objective(stratified=True).sample_t(diffusion, 64, generator=draw())
+    again = LossConfig(stratified=True).sample_t(diffusion, 64, generator=draw())
     assert t.equal(again)
 
 
 def test_offset_noise_adds_to_the_variance_of_a_channels_mean() -> None:
     shape = (2000, 3, 8, 8)
     means = [
-        Objective(offset_noise=strength).noise(shape, generator=draw()).mean((2, 3)).var()
+        LossConfig(offset_noise=strength).noise(shape, generator=draw()).mean((2, 3)).var()
         for strength in (0.0, 0.3)
     ]
     assert float(means[0]) == pytest.approx(1 / 64, rel=0.1)
@@ -166,7 +166,7 @@ def best(diffusion: Diffusion, t: Tensor) -> Tensor:
     return network  # pyright: ignore[reportReturnType]
 
 
-def assert_learns(diffusion: Diffusion, objective: Objective) -> None:
+def assert_learns(diffusion: Diffusion, objective: LossConfig) -> None:
     """Train by Algorithm 1: four fifths of what there is to learn are learned, at least."""
     torch.manual_seed(0)
     source, model, uncertainty = draw(), Small(), Uncertainty()
@@ -206,23 +206,23 @@ def assert_learns(diffusion: Diffusion, objective: Objective) -> None:
 @pytest.mark.parametrize(
     ("diffusion", "objective"),
     [
-        (Diffusion("scaled_linear", "epsilon"), Objective("min_snr")),
-        (Diffusion("linear", "sample"), Objective("p2", density="logit_normal")),
-        (Diffusion("cosine", "v_prediction"), Objective(stratified=True, offset_noise=0.1)),
-        (Diffusion("linear", "v_prediction", rescale_betas_zero_snr=True), Objective()),
-        (Diffusion("linear", "score"), Objective("uncertainty")),
-        (Diffusion("flow", "flow_prediction"), Objective(timestep_shift=2.0, stratified=True)),
+        (Diffusion("scaled_linear", "epsilon"), LossConfig("min_snr")),
+        (Diffusion("linear", "sample"), LossConfig("p2", timestep_distribution="logit_normal")),
+        (Diffusion("cosine", "v_prediction"), LossConfig(stratified=True, offset_noise=0.1)),
+        (Diffusion("linear", "v_prediction", rescale_betas_zero_snr=True), LossConfig()),
+        (Diffusion("linear", "score"), LossConfig("uncertainty")),
+        (Diffusion("flow", "flow_prediction"), LossConfig(timestep_shift=2.0, stratified=True)),
     ],
     ids=lambda value: getattr(value, "prediction", None) or value.weighting,
 )
-def test_every_prediction_learns(diffusion: Diffusion, objective: Objective) -> None:
+def test_every_prediction_learns(diffusion: Diffusion, objective: LossConfig) -> None:
     assert_learns(diffusion, objective)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("weighting", "density"),
-    [*zip(get_args(Weighting), 2 * get_args(Density), strict=True)],
+    [*zip(get_args(Weighting), 2 * get_args(TimestepDistribution), strict=True)],
 )
 @pytest.mark.parametrize(
     ("schedule", "prediction"),
@@ -231,7 +231,9 @@ def test_every_prediction_learns(diffusion: Diffusion, objective: Objective) -> 
 def test_every_prediction_learns_with_every_weighting(
     schedule, prediction, weighting, density
 ) -> None:
-    assert_learns(Diffusion(schedule, prediction), Objective(weighting, density=density))
+    assert_learns(
+        Diffusion(schedule, prediction), LossConfig(weighting, timestep_distribution=density)
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,11 @@ def test_every_prediction_learns_with_every_weighting(
     [
         ("vlb_weight", 0.0, "vlb_weight=0.0 must be positive"),
         ("weighting", "snr", "weighting='snr' must be one of none, min_snr, p2, uncertainty"),
-        ("density", "normal", "density='normal' must be one of uniform, logit_normal"),
+        (
+            "timestep_distribution",
+            "normal",
+            "timestep_distribution='normal' must be one of uniform, logit_normal",
+        ),
         ("snr_gamma", 0.0, "snr_gamma=0.0 must be positive"),
         ("timestep_shift", -1.0, "timestep_shift=-1.0 must be positive"),
         ("offset_noise", -0.1, "offset_noise=-0.1 must not be negative"),
@@ -247,9 +253,9 @@ def test_every_prediction_learns_with_every_weighting(
 )
 def test_what_makes_no_sense_is_refused_by_name(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(Objective(), **{field: value})  # pyright: ignore[reportArgumentType]
+        replace(LossConfig(), **{field: value})  # pyright: ignore[reportArgumentType]
 
 
 def test_a_shift_is_for_flows() -> None:
     with pytest.raises(ValueError, match=r"timestep_shift=2\.0 must be 1 unless schedule=flow"):
-        Objective(timestep_shift=2.0).check(Diffusion("linear", "epsilon"))
+        LossConfig(timestep_shift=2.0).check(Diffusion("linear", "epsilon"))

@@ -10,7 +10,7 @@ from support.backbones import features, random_weights, write_backbone
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from latentdiff.formats.weights import save_safetensors
-from latentdiff.training.perceptual import SMALLEST, Perceptual
+from latentdiff.tasks.vae.perceptual import SMALLEST, Perceptual
 
 
 @pytest.fixture(scope="module")

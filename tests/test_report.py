@@ -15,8 +15,8 @@ from latentdiff.data.images import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.summary import cache_summary, images_summary
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.plots import plot_log
-from latentdiff.training.report import PREVIEWS, write_data, write_report
+from latentdiff.training.logging.plots import plot_log
+from latentdiff.training.logging.report import PREVIEWS, write_data, write_report
 
 
 class Tags(HTMLParser):
@@ -71,17 +71,17 @@ def test_memory_is_in_gibibytes(tmp_path: Path) -> None:
     assert "<td>memory (GiB)</td><td>1.5</td>" in page
 
 
-def test_held_out_losses_have_a_figure_of_their_own(tmp_path: Path) -> None:
+def test_val_losses_have_a_figure_of_their_own(tmp_path: Path) -> None:
     """Also in a run that was validated once, and where there is no loss in a bin."""
     folder = run_folder(tmp_path / "run", steps=4, previews=0)
-    record = {"step": 80, "held_out_loss": 0.25} | {f"held_out_loss_{i}": i / 14 for i in range(8)}
+    record = {"step": 80, "val_loss": 0.25} | {f"val_loss_{i}": i / 14 for i in range(8)}
     with (folder / "log.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
     write_report(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2
-    assert "Held-out loss" in page
-    assert "<td>held_out_loss_7</td><td>0.5</td>" in page
+    assert "Validation loss" in page
+    assert "<td>val_loss_7</td><td>0.5</td>" in page
     plot_log(folder / "log.jsonl", folder / "loss.png")
     with Image.open(folder / "loss.png") as image:
         assert image.width > 500

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.training.retrieval import Pool
+from latentdiff.tasks.clip.retrieval import Pool
 
 
 def make_images(*numbers: int) -> Tensor:
@@ -64,7 +64,7 @@ def test_equal_captions_are_one_and_right_for_each_of_their_images() -> None:
     assert pool.captions == ["a cat", "a dog", "a bird"]
     expected = [[True, False, False], [False, True, False], [True, False, False], [False] * 2]
     expected[3] += [True]
-    assert pool.right.tolist() == expected
+    assert pool.matches.tolist() == expected
     # The third image has the first one's embedding, and is not worse for it.
     image = torch.eye(3)[[0, 1, 0, 2]]
     assert shares(pool.recall(image, torch.eye(3))) == {1.0}
@@ -74,14 +74,18 @@ def test_equal_images_are_one_with_the_captions_of_all() -> None:
     captions = [["a cat"], ["a dog"], ["un chat", "a pet"]]
     pool = Pool.of(make_images(5, 6, 5), ["a cat", "a dog", "a pet"], captions)
     assert torch.equal(pool.images, make_images(5, 6))
-    assert pool.right.tolist() == [[True, False, True], [False, True, False]]
+    assert pool.matches.tolist() == [[True, False, True], [False, True, False]]
 
 
 def test_a_caption_of_another_form_of_the_same_image_is_right() -> None:
     """The pool has one caption of each image; one that others have as well is theirs too."""
     captions = [["red", "round"], ["blue", "round"], ["green"]]
     pool = Pool.of(make_images(0, 1, 2), ["red", "round", "green"], captions)
-    assert pool.right.tolist() == [[True, True, False], [False, True, False], [False, False, True]]
+    assert pool.matches.tolist() == [
+        [True, True, False],
+        [False, True, False],
+        [False, False, True],
+    ]
 
 
 @pytest.mark.parametrize("shift", [0, 3])

@@ -8,21 +8,22 @@ import multiprocessing
 import os
 import socket
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from support.runs import make_learner
 from support.tiny import UNET, randomise
 from torch import Tensor
 
 from latentdiff.models.unet import UNet
-from latentdiff.training.checkpoint import Stored, checkpoints, load_checkpoint, save_checkpoint
-from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.checkpoint import StoredTensors, load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint_files import checkpoints
 from latentdiff.training.processes import Processes
-from latentdiff.training.randomness import Share
+from latentdiff.training.randomness import MicroBatch
 
 pytestmark = pytest.mark.slow
 
@@ -30,13 +31,10 @@ BATCH, STEPS = 4, 4
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
-CONFIG = OptimizerConfig(
-    learning_rate=1e-2,
-    warmup_steps=2,
-    ema_decay=0.8,
-    ema_lengths=(0.1,),
-    gradient_checkpointing=True,
-)
+OPTIONS: dict[str, Any] = {
+    **{"learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.8, "ema_lengths": (0.1,)},
+    "gradient_checkpointing": True,
+}
 
 
 def zero(stage: str) -> Any:
@@ -50,7 +48,7 @@ class Job:
     folder: Path
     stop: int = STEPS
     sharding: str = "full"
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
 
 
 def work(job: Job) -> None:
@@ -59,19 +57,20 @@ def work(job: Job) -> None:
     torch.manual_seed(0)
     network = UNet(UNET).double()  # Adam makes steps of gradients that are rounding alone
     randomise(network)
-    learner = Learner(network, replace(CONFIG, sharding=job.sharding), accelerator)
+    learner = make_learner(network, accelerator, sharding=job.sharding, **OPTIONS)
     start = load_checkpoint(job.folder, {"unet": learner}, manifest={}, processes=processes)
-    count = processes.count * job.accumulation
+    count = processes.count * job.gradient_accumulation_steps
     with (job.folder / "norms.txt").open("a") as file:
         for step in range(start, job.stop):
             draw = torch.Generator().manual_seed(step)
             x = torch.randn(BATCH, 4, 8, 8, generator=draw).double()
             context = torch.randn(BATCH, 5, 16, generator=draw).double()
-            for part in range(job.accumulation):
-                share = Share(processes.rank * job.accumulation + part, count)
-                t = share.rows(torch.arange(BATCH))
-                output = learner.model(share.rows(x), t, share.rows(context))
-                norm = learner.update((output - share.rows(x)).square().mean(), share)
+            for number in range(job.gradient_accumulation_steps):
+                index = processes.rank * job.gradient_accumulation_steps + number
+                micro_batch = MicroBatch(index, count)
+                t, target = micro_batch.rows(torch.arange(BATCH)), micro_batch.rows(x)
+                output = learner.forward_model(target, t, micro_batch.rows(context))
+                norm = learner.update((output - target).square().mean(), micro_batch)
             if processes.rank == 0:
                 file.write(f"{float(norm)!r}\n")
     save_checkpoint(
@@ -82,7 +81,7 @@ def work(job: Job) -> None:
     snapshots = learner.snapshots()
     if processes.rank == 0:
         whole |= {f"ema-0.1.{name}": p for name, p in snapshots["0.1"].items()}
-        stored = Stored(checkpoints(job.folder)[-1][1], "unet")
+        stored = StoredTensors(checkpoints(job.folder)[-1][1], "unet")
         assert [name for name, tensor in whole.items() if not tensor.equal(stored[name])] == []
 
 
@@ -114,7 +113,7 @@ def run(job: Job, count: int) -> dict[str, Tensor]:
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * count
-    return dict(Stored(job.folder / f"step-{job.stop}", "unet"))
+    return dict(StoredTensors(job.folder / f"step-{job.stop}", "unet"))
 
 
 def norms(folder: Path) -> list[float]:
@@ -138,7 +137,7 @@ def assert_equivalent(
 
 
 @pytest.mark.parametrize(
-    ("sharding", "count", "accumulation"),
+    ("sharding", "count", "gradient_accumulation_steps"),
     [("full", 2, 1), ("full", 4, 1), ("full", 2, 2), zero("zero1"), zero("zero2")],
 )
 def test_a_shared_network_trains_as_a_whole_one(
@@ -149,7 +148,7 @@ def test_a_shared_network_trains_as_a_whole_one(
     accumulation: int,
 ) -> None:
     folder, expected = plain
-    found = run(Job(tmp_path, sharding=sharding, accumulation=accumulation), count)
+    found = run(Job(tmp_path, sharding=sharding, gradient_accumulation_steps=accumulation), count)
     zero = sharding != "full"  # DeepSpeed sums norms and steps in float32
     assert norms(tmp_path) == pytest.approx(norms(folder), rel=1e-6 if zero else 1e-9)
     assert_equivalent(found, expected, atol=1e-4 if zero else 1e-6)

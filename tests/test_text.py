@@ -20,7 +20,7 @@ from transformers import (
 
 from latentdiff.formats.weights import load_safetensors, save_safetensors
 from latentdiff.models.text import TextEncoder
-from latentdiff.training.tokenizer import train_tokenizer
+from latentdiff.tasks.clip.tokenizer import train_tokenizer
 
 TOKENS = 12
 STORY = "a red cat on the green hill beside two blue houses under the white moon"

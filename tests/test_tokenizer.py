@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from latentdiff.models.text import save_tokenizer
-from latentdiff.training.tokenizer import train_tokenizer
+from latentdiff.tasks.clip.tokenizer import train_tokenizer
 
 CAPTIONS = ["a red cat", "a red hat", "two red cats' hats", "三个红苹果", "红心 ❤️", "été à Zürich"]
 WORD_END = "</w>"

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from support.runs import options
 from support.small_run import STEPS, logged, small_run
 
-from latentdiff.training.setup import LoopConfig, make_accelerator
-from latentdiff.training.trackers import Tracker, TrackerName, make_trackers
+from latentdiff.training.logging.trackers import Tracker, TrackerName, make_trackers
+from latentdiff.training.run import Run
 
 
 def needs(name: str) -> None:
@@ -92,7 +93,7 @@ def test_trackio_keeps_its_database_in_the_run_folder(tmp_path: Path) -> None:
 
 
 def test_without_the_option_there_are_no_trackers(tmp_path: Path) -> None:
-    assert LoopConfig().report_to == ()
+    assert options().loop.report_to == ()
     assert train(tmp_path).trackers == []
     assert not (tmp_path / "trackers").exists()
 
@@ -100,10 +101,10 @@ def test_without_the_option_there_are_no_trackers(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_named_with_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentdiff.training.trackers.find_spec", lambda name: None)
-    config = LoopConfig(report_to=("wandb",), output_dir=tmp_path / "run")
+    monkeypatch.setattr("latentdiff.training.logging.trackers.find_spec", lambda name: None)
+    config = options(report_to=("wandb",), output_dir=tmp_path / "run")
     with pytest.raises(ValueError, match=r"^report_to=wandb needs the package wandb; .*\w$"):
-        make_accelerator(config)
+        Run(config, "")
     assert not (tmp_path / "run").exists()
 
 

@@ -22,9 +22,13 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors, save_safetensors
-from latentdiff.training.config import run_script
-from latentdiff.training.randomness import Share
-from latentdiff.training.validation import held_out
+from latentdiff.tasks.clip.augmentation import blur, crop
+from latentdiff.tasks.clip.config import TrainCLIP
+from latentdiff.tasks.clip.loss import contrastive_loss
+from latentdiff.tasks.clip.retrieval import validation_pool
+from latentdiff.training.command_line import run_script
+from latentdiff.training.randomness import MicroBatch
+from latentdiff.training.validation import val_indices
 
 BATCH, WIDTH = 6, 5
 
@@ -33,7 +37,7 @@ def test_a_blur_spreads_a_point_by_its_own_deviation_and_loses_nothing() -> None
     sigma = torch.tensor([0.0, 0.7, 1.5], dtype=torch.float64)
     points = torch.zeros(3, 1, 33, 33, dtype=torch.float64)
     points[:, :, 16, 16] = 1
-    blurred = script("train_clip").blur(points, sigma)
+    blurred = blur(points, sigma)
     assert torch.equal(blurred[0], points[0])
     away = torch.arange(-16, 17, dtype=torch.float64) ** 2
     for axis in (2, 3):
@@ -45,13 +49,13 @@ def test_a_blur_spreads_a_point_by_its_own_deviation_and_loses_nothing() -> None
 
 def test_a_blur_leaves_what_is_of_one_colour_and_mixes_no_channels_or_images() -> None:
     colours = torch.rand(2, 3, 1, 1).expand(-1, -1, 8, 8)
-    blurred = script("train_clip").blur(colours, torch.tensor([1.0, 2.0]))
+    blurred = blur(colours, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(blurred, colours, rtol=0, atol=1e-6)
 
 
 def test_a_crop_of_the_whole_image_is_the_image() -> None:
     images = torch.randn(3, 3, 12, 12)
-    cropped = script("train_clip").crop(images, torch.rand(3, 3), scale=1.0)
+    cropped = crop(images, torch.rand(3, 3), scale=1.0)
     torch.testing.assert_close(cropped, images, rtol=0, atol=1e-5)
 
 
@@ -61,10 +65,10 @@ def test_a_crop_is_a_square_inside_the_image_enlarged() -> None:
     along = (torch.arange(size) + 0.5) / size * 2 - 1
     images = torch.stack([along.expand(size, size), along[:, None].expand(size, size)])
     places = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.25], [1.0, 0.3, 0.9], [0.2, 1.0, 0.0]])
-    cropped = script("train_clip").crop(images.expand(4, 2, size, size), places, scale=scale)
-    for crop, (share, x, y) in zip(cropped, places.tolist(), strict=True):
-        side = scale + (1 - scale) * share
-        for channel, middle in ((crop[0], x), (crop[1].T, y)):
+    cropped = crop(images.expand(4, 2, size, size), places, scale=scale)
+    for image, (u, x, y) in zip(cropped, places.tolist(), strict=True):
+        side = scale + (1 - scale) * u
+        for channel, middle in ((image[0], x), (image[1].T, y)):
             seen = side * along + (2 * middle - 1) * (1 - side)
             # Between the outermost pixels' middles and the edge is only the outermost pixel.
             expected = seen.clamp(float(along[0]), float(along[-1])).expand(size, size)
@@ -83,9 +87,9 @@ def pairs() -> tuple[Tensor, Tensor, Any]:
 def loss_and_gradients(kind: str, rank: int, count: int) -> tuple[Tensor, list[Tensor]]:
     """Of a process's share of the batch: loss () and gradients, those of the rows whole."""
     image, text, clip = pairs()
-    share = Share(rank, count)
-    loss_of = script("train_clip").contrastive_loss(kind, rank=rank, world_size=count)
-    loss = loss_of(share.rows(image), share.rows(text), clip)
+    micro_batch = MicroBatch(rank, count)
+    loss_of = contrastive_loss(kind, rank=rank, world_size=count)
+    loss = loss_of(micro_batch.rows(image), micro_batch.rows(text), clip)
     loss.backward()
     leaves = [image, text, clip.logit_scale, clip.logit_bias]
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
@@ -141,8 +145,8 @@ TINY = (
 )
 COMMON = (
     "--caption_columns=[text,text_zh] --batch_size=8 --warmup_steps=2 --cooldown_steps=0 "
-    "--log_every=1 --mixed_precision=no --held_out=0.2 --checkpoint_every=2 --preview_every=100 "
-    "--validate_every=2 --image_size=16"
+    "--log_every=1 --mixed_precision=no --val_fraction=0.2 --checkpoint_every=2 "
+    "--preview_every=100 --validate_every=2 --image_size=16"
 )
 
 
@@ -244,10 +248,10 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     assert plain == other
     config = DataConfig(data=str(shapes), image_size=SIDE, caption_columns=("text", "text_zh"))
     dataset = CaptionedImages(config)
-    numbers = held_out(len(dataset), 0.2, seed=0).tolist()
+    numbers = val_indices(len(dataset), 0.2, seed=0).tolist()
     dataset.apart = frozenset(numbers)
-    module = script("train_clip")
-    pool = module.make_pool(dataset, seed=0)
+    pool = validation_pool(dataset, seed=0)
+    assert pool is not None
     assert len(pool.images) == len(numbers) == int(0.2 * len(dataset))
     processor = CLIPProcessor.from_pretrained(tmp_path / "source")
     words = processor.tokenizer(
@@ -263,15 +267,15 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
 
 
 @pytest.mark.slow
-def test_of_a_stream_nothing_is_held_out_which_is_said(
+def test_a_stream_has_no_validation_split_which_is_said(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(shapes, tmp_path / "run", *TINY.split(), "--max_steps=1", "--stream=true")
-    assert "a stream has no images to hold out" in capsys.readouterr().out
+    assert "a stream has no validation split" in capsys.readouterr().out
     assert found(tmp_path / "run") == []
     assert "held_out" not in json.loads((tmp_path / "run" / "data.json").read_text())
 
 
-def test_a_share_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"held_out=1\.0 must be in \[0, 1\)"):
-        script("train_clip").TrainCLIP(held_out=1.0)
+def test_a_fraction_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"val_fraction=1\.0 must be in \[0, 1\)"):
+        TrainCLIP(val_fraction=1.0)

@@ -16,22 +16,24 @@ from torch import Tensor
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_json
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.checkpoint import Stored
-from latentdiff.training.config import run_script
-from latentdiff.training.randomness import Share, generator
+from latentdiff.options import compose
+from latentdiff.tasks.vae.config import TrainVAE
+from latentdiff.tasks.vae.task import mirror
+from latentdiff.training.checkpoint import StoredTensors
+from latentdiff.training.command_line import run_script
+from latentdiff.training.randomness import MicroBatch, generator
 
 
 def test_about_half_of_the_images_are_mirrored_whoever_works_on_them() -> None:
     images = torch.rand(64, 3, 2, 4)
     places = torch.rand(64, generator=generator(0, 5, "flip"))
-    mirror = script("train_vae").mirror
     found = mirror(images, places)
     turned = [not torch.equal(a, b) for a, b in zip(found, images, strict=True)]
     assert 20 < sum(turned) < 44
     for before, after, was_turned in zip(images, found, turned, strict=True):
         assert torch.equal(after, before.flip(-1) if was_turned else before)
-    parts = [Share(index, 4) for index in range(4)]
-    alone = [mirror(part.rows(images), part.rows(places)) for part in parts]
+    slices = [MicroBatch(index, 4) for index in range(4)]
+    alone = [mirror(one.rows(images), one.rows(places)) for one in slices]
     assert torch.equal(torch.cat(alone), found)
 
 
@@ -62,7 +64,7 @@ def log(run: Path) -> list[dict[str, float]]:
 
 
 def stored(run: Path, step: int, name: str) -> dict[str, Tensor]:
-    return dict(Stored(run / "checkpoints" / f"step-{step}", name))
+    return dict(StoredTensors(run / "checkpoints" / f"step-{step}", name))
 
 
 def weights(run: Path, step: int, name: str) -> dict[str, Tensor]:
@@ -85,7 +87,7 @@ def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path
     again = train(images, tmp_path / "part", "--learn_logvar=true")
     for name in ("vae", "discriminator", "logvar"):
         found, expected = (
-            dict(Stored(tmp_path / run / "checkpoints" / "step-4", name))
+            dict(StoredTensors(tmp_path / run / "checkpoints" / "step-4", name))
             for run in ("part", "whole")
         )
         assert {k: t.equal(expected[k]) for k, t in found.items()} == dict.fromkeys(expected, True)
@@ -251,7 +253,10 @@ def test_two_processes_train_a_decoder_as_one_does(images: Path, tmp_path: Path)
     ("option", "message"),
     [
         ({"disc_weight": -1.0}, "disc_weight=-1.0 must not be negative"),
-        ({"disc_weight": 0.5, "accumulation": 2}, "accumulation=2 must be 1 with a disc_weight"),
+        (
+            {"disc_weight": 0.5, "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=2 must be 1 with a disc_weight",
+        ),
         ({"disc_weight": 0.5, "sharding": "full"}, "sharding='full' must be 'none' with a"),
         ({"perceptual_weight": 1.0}, "perceptual_weight=1.0 needs perceptual_weights, a safe"),
         ({"perceptual_weight": -1.0}, "perceptual_weight=-1.0 must not be negative"),
@@ -269,4 +274,4 @@ def test_two_processes_train_a_decoder_as_one_does(images: Path, tmp_path: Path)
 )
 def test_what_does_not_go_together_is_refused(option, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        script("train_vae").TrainVAE(**option)
+        compose(TrainVAE, option)

@@ -15,8 +15,8 @@ from latentdiff.data.images import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
-from latentdiff.training.autoencoder import latent_statistics
-from latentdiff.training.losses import vae_loss
+from latentdiff.tasks.vae.evaluation import latent_statistics
+from latentdiff.tasks.vae.losses import vae_loss
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,19 @@ from torch import Tensor
 from latentdiff.data.shapes import build_shapes
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.weights import load_safetensors
-from latentdiff.training.config import run_script
-from latentdiff.training.ema import find_snapshots
+from latentdiff.tasks.denoiser.loss import LossConfig
+from latentdiff.training.command_line import run_script
+from latentdiff.training.ema_synthesis import find_snapshots
 from latentdiff.training.learner import Learner
-from latentdiff.training.meter import Metrics
-from latentdiff.training.objective import Objective
+from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.processes import Processes
 from latentdiff.training.validation import (
     BINS,
-    MOST,
-    Rest,
-    held_out,
-    held_out_loss,
+    MAX_EXAMPLES,
+    Subset,
     stratified_t,
+    val_indices,
+    validation_loss,
 )
 
 FLOW = Diffusion("flow", "flow_prediction")
@@ -47,28 +47,28 @@ DDPM = Diffusion("linear", "epsilon")
 def test_every_example_is_either_held_out_or_trained_on(
     num_samples: int, share: float, seed: int
 ) -> None:
-    numbers = held_out(num_samples, share, seed=seed)
-    assert len(numbers) == min(int(share * num_samples), MOST)
-    rest = Rest(range(num_samples), numbers)
+    numbers = val_indices(num_samples, share, seed=seed)
+    assert len(numbers) == min(int(share * num_samples), MAX_EXAMPLES)
+    rest = Subset(range(num_samples), numbers)
     trained_on = [rest[i] for i in range(len(rest))]
     assert trained_on == sorted(trained_on)
     assert sorted([*trained_on, *numbers.tolist()]) == list(range(num_samples))
 
 
 def test_what_is_held_out_is_a_function_of_number_and_seed() -> None:
-    numbers = held_out(1000, 0.05, seed=1)
-    assert np.array_equal(numbers, held_out(1000, 0.05, seed=1))
-    assert not np.array_equal(numbers, held_out(1000, 0.05, seed=2))
-    assert np.isin(numbers, held_out(1000, 0.1, seed=1)).all()
+    numbers = val_indices(1000, 0.05, seed=1)
+    assert np.array_equal(numbers, val_indices(1000, 0.05, seed=1))
+    assert not np.array_equal(numbers, val_indices(1000, 0.05, seed=2))
+    assert np.isin(numbers, val_indices(1000, 0.1, seed=1)).all()
     assert numbers.tolist() == sorted(set(numbers.tolist()))
     assert abs(numbers.mean() - 500) < 150  # of all the data, not of its beginning
 
 
 @pytest.mark.parametrize(("num_samples", "share"), [(99, 0.01), (0, 0.5), (1000, 0.0)])
 def test_too_small_a_share_holds_out_nothing(num_samples: int, share: float) -> None:
-    numbers = held_out(num_samples, share, seed=0)
+    numbers = val_indices(num_samples, share, seed=0)
     assert numbers.tolist() == []
-    assert len(Rest(range(num_samples), numbers)) == num_samples
+    assert len(Subset(range(num_samples), numbers)) == num_samples
 
 
 def test_views_are_asked_for_of_the_right_example() -> None:
@@ -79,7 +79,7 @@ def test_views_are_asked_for_of_the_right_example() -> None:
         def __getitem__(self, index: tuple[int, int]) -> tuple[int, int]:
             return index
 
-    rest = Rest(Views(), np.array([0, 3]))
+    rest = Subset(Views(), np.array([0, 3]))
     assert [rest[i, 7] for i in range(len(rest))] == [(1, 7), (2, 7), (4, 7)]
 
 
@@ -98,7 +98,7 @@ def test_each_bin_has_a_time_of_each_example_and_they_fill_it_evenly(
         # Whole times are at most one above, and the bin is 125 wide.
         even = (torch.arange(count) + 0.5) / count
         assert torch.allclose(places, even.double(), rtol=0, atol=1 / width)
-    sampled = Objective().sample_t(diffusion, 1, generator=torch.Generator())
+    sampled = LossConfig().sample_t(diffusion, 1, generator=torch.Generator())
     assert t.dtype == sampled.dtype
     diffusion.alpha_sigma(t.flatten())  # refuses what is out of range
     assert torch.equal(t, stratified_t(diffusion, count, seed=0))
@@ -116,24 +116,24 @@ def test_the_losses_are_means_of_all_examples() -> None:
         asked.append(places)
         return LOSSES[list(places)]
 
-    found = held_out_loss(score, BUCKETS, batch_size=4, processes=Processes())
+    found = validation_loss(score, BUCKETS, batch_size=4, processes=Processes())
     assert sorted(place for places in asked for place in places) == list(range(20))
     for places in asked:
         assert len(places) <= 4
         assert len({BUCKETS[place] for place in places}) == 1
-    assert list(found) == ["held_out_loss", *(f"held_out_loss_{i}" for i in range(BINS))]
+    assert list(found) == ["val_loss", *(f"val_loss_{i}" for i in range(BINS))]
     means = LOSSES.double().mean(dim=0)
-    assert float(found["held_out_loss"]) == pytest.approx(float(means.mean()))
+    assert float(found["val_loss"]) == pytest.approx(float(means.mean()))
     for number in range(BINS):
-        assert float(found[f"held_out_loss_{number}"]) == pytest.approx(float(means[number]))
+        assert float(found[f"val_loss_{number}"]) == pytest.approx(float(means[number]))
 
 
 def validated(folder: Path) -> list[dict[str, float]]:
-    return [record for record in logged(folder) if "held_out_loss" in record]
+    return [record for record in logged(folder) if "val_loss" in record]
 
 
 def length_of_average(learner: Learner) -> Metrics:
-    return {"held_out_loss": sum((p.norm() for p in learner.ema.parameters()), torch.zeros(()))}
+    return {"val_loss": sum((p.norm() for p in learner.ema.parameters()), torch.zeros(()))}
 
 
 @pytest.mark.parametrize("until", [1, 4, 5])
@@ -146,7 +146,7 @@ def test_the_log_has_what_a_run_without_a_break_would_have(tmp_path: Path, until
     small_run(tmp_path / "broken", **options)
     whole, broken = validated(tmp_path / "whole"), validated(tmp_path / "broken")
     assert [record["step"] for record in whole] == [2, 4, 6]
-    assert len({record["held_out_loss"] for record in whole}) == 3
+    assert len({record["val_loss"] for record in whole}) == 3
     assert broken == whole
 
 
@@ -171,7 +171,7 @@ def test_without_lengths_there_are_no_snapshots(tmp_path: Path) -> None:
 
 TINY = (
     "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
-    "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --held_out=0.2 "
+    "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --val_fraction=0.2 "
     "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --batch_size=8 --warmup_steps=2 "
     "--cooldown_steps=0 --mixed_precision=no --preview_every=100 --checkpoint_every=100 "
     "--image_size=32 --preview_prompts=[circle]"
@@ -215,10 +215,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
     rows = validated(whole)
     assert [row["step"] for row in rows] == [2, 4]
-    names = ["step", "held_out_loss", *(f"held_out_loss_{i}" for i in range(BINS))]
+    names = ["step", "val_loss", *(f"val_loss_{i}" for i in range(BINS))]
     for row in rows:
         assert list(row) == names
-        assert row["held_out_loss"] == pytest.approx(
+        assert row["val_loss"] == pytest.approx(
             np.mean([row[name] for name in names[2:]]), rel=1e-12
         )
 
@@ -234,7 +234,7 @@ def test_it_scores_the_average_and_leaves_the_weights(
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     rows, others = validated(whole), validated(tmp_path / "run")
     assert [row["step"] for row in others] == [1, 2, 3, 4]
-    assert others[-1]["held_out_loss"] != rows[-1]["held_out_loss"]
+    assert others[-1]["val_loss"] != rows[-1]["val_loss"]
 
 
 @pytest.mark.slow

@@ -16,15 +16,16 @@ from latentdiff.data.opening import open_images
 from latentdiff.data.views import Views
 from latentdiff.formats.diffusers import find_component
 from latentdiff.models.vae import VAE
-from latentdiff.training.config import parse_config, run_script, write_config
+from latentdiff.options import group, option
+from latentdiff.training.accelerator import uses_cpu
+from latentdiff.training.command_line import parse_config, run_script, write_config
 from latentdiff.training.processes import Processes
-from latentdiff.training.setup import uses_cpu
 
 WEEK = 7 * 24 * 3600  # seconds
 
 
 @dataclass(frozen=True)
-class CacheLatents(DataConfig, Views):
+class CacheLatents:
     """Encode images with a trained VAE and keep the posterior moments and the captions."""
 
     output_dir: Path = Path("runs/shapes/cache")
@@ -32,42 +33,42 @@ class CacheLatents(DataConfig, Views):
     """The VAE's folder, that of a pipeline, or "emoji", the embedded one."""
     batch_size: int = 64
     """Images that are encoded at a time."""
-    gate: bool = True
+    check_latents: bool = option(True, former_name="gate")
     """Refuse a VAE whose latents are not fit to train on; false warns and goes on."""
     chunk_size: int = CHUNK
     """Samples of a file: a process that is killed has to encode the last so many again."""
+    data: DataConfig = group(DataConfig)
+    views: Views = group(Views)
 
     def __post_init__(self) -> None:
-        for part in (DataConfig, Views):
-            part.__post_init__(self)
         for name in ("batch_size", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 def main() -> None:
-    config, text = parse_config(CacheLatents)
+    config, settings = parse_config(CacheLatents)
     accelerator = Accelerator(cpu=uses_cpu(), mixed_precision="no")  # written once, so exactly
-    # The first to have encoded its share waits for the last, which is no sign of a fault.
+    # The first process that is done waits for the last, which is no sign of a fault.
     processes = Processes(accelerator, timeout=WEEK)
-    dataset = processes.in_turn(lambda: open_images(config))
+    dataset = processes.main_first(lambda: open_images(config.data))
     folder = find_component(config.vae, "vae")
     vae = VAE.from_pretrained(folder).to(accelerator.device)
-    size = config.batch_size
+    size, refuse = config.batch_size, config.check_latents
     write_cache(
         config.output_dir,
         dataset,
         vae,
         batch_size=size,
-        views=Views(crops=config.crops, flip=config.flip),
+        views=config.views,
         chunk_size=config.chunk_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        together=processes.everywhere,
-        gate=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=config.gate),
+        rank=processes.rank,
+        world_size=processes.count,
+        together=processes.on_all,
+        gate=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=refuse),
     )
     if accelerator.is_main_process:
-        write_config(text, config.output_dir)
+        write_config(settings, config.output_dir)
         cache = LatentCache(config.output_dir)
         sizes = Counter(cache.sizes[bucket] for bucket in cache.buckets.tolist())
         shapes = ", ".join(f"{count} of {w} x {h}" for (w, h), count in sorted(sizes.items()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentdiff.diffusion import Diffusion, Prediction
 from latentdiff.levels import NoiseLevel
-from latentdiff.training.objective import Objective
+from latentdiff.tasks.denoiser.loss import LossConfig
 
 TYPES: dict[Prediction, str] = {
     "epsilon": r"$\epsilon$",
@@ -31,7 +31,7 @@ def draw(out: Path) -> dict[str, float]:
 
 def in_errors_of_noise(diffusion: Diffusion, t: Tensor) -> Tensor:
     """What the loss makes of a squared error of eps at t: 1 for `epsilon`, (B,)."""
-    plain = Objective(weighting="p2", p2_gamma=0.0)  # the error of the noise, weight 1
+    plain = LossConfig(weighting="p2", p2_gamma=0.0)  # the error of the noise, weight 1
     return 1 / plain.weight(diffusion, t)
 
 
@@ -48,9 +48,9 @@ def weights(out: Path) -> None:
     label(plain, "plain loss of each type", "SNR, dB", r"weight of $|\epsilon-\epsilon_\theta|^2$")
     diffusion = Diffusion("cosine", "epsilon")
     objectives = {
-        r"$\epsilon$, none": Objective(),
-        r"min-SNR, $\gamma$ = 5": Objective(weighting="min_snr"),
-        r"P2, $\gamma$ = 1": Objective(weighting="p2"),
+        r"$\epsilon$, none": LossConfig(),
+        r"min-SNR, $\gamma$ = 5": LossConfig(weighting="min_snr"),
+        r"P2, $\gamma$ = 1": LossConfig(weighting="p2"),
     }
     for colour, (name, objective) in zip((GREY, *COLOURS[:2]), objectives.items(), strict=True):
         found = objective.weight(diffusion, t)
@@ -58,9 +58,9 @@ def weights(out: Path) -> None:
     weighted.legend(frameon=False, fontsize=8.5)
     label(weighted, "weightings, the same for all types", "SNR, dB", "")
     drawn = {
-        "uniform": Objective(),
-        "logit-normal (0, 1)": Objective(density="logit_normal"),
-        "uniform, shift 3": Objective(timestep_shift=3.0),
+        "uniform": LossConfig(),
+        "logit-normal (0, 1)": LossConfig(timestep_distribution="logit_normal"),
+        "uniform, shift 3": LossConfig(timestep_shift=3.0),
     }
     flow = Diffusion("flow", "flow_prediction")
     for colour, (name, objective) in zip(COLOURS, drawn.items(), strict=False):

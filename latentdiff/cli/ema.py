@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latentdiff.training.ema import Snapshot
+    from latentdiff.training.ema_synthesis import Snapshot
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,7 +24,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _ema(arguments: argparse.Namespace) -> None:
-    from latentdiff.training.ema import FILES, find_snapshots, synthesize, write_model
+    from latentdiff.training.ema_synthesis import FILES, find_snapshots, synthesize, write_model
 
     run: Path = arguments.folder
     folders = sorted(path for path in run.glob("ema/*") if path.is_dir())

@@ -5,22 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latentdiff.training.footprint import Passes
-    from latentdiff.training.plan import Plan
+    from latentdiff.planning.footprint import Passes
+    from latentdiff.planning.plan import Plan
 
 GIB = 2**30
-COUNTS = ("batch_size", "accumulation", "image_size", "max_steps", "crops")
-REPLACING = (
-    *COUNTS,
-    "mixed_precision",
-    "sharding",
-    "gradient_checkpointing",
-    "ema_lengths",
-    "flip",
-    "vae",
-    "text_encoder",
-)
-"""Options that come in place of what the configuration says."""
+COUNTS = ("batch_size", "gradient_accumulation_steps", "image_size", "max_steps", "crops")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,14 +35,15 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     given.add_argument("--flip", action=argparse.BooleanOptionalAction)
     for name in ("vae", "text_encoder"):
         given.add_argument(f"--{name}", help="a folder, emoji, or sd15 for SD 1.x's shapes")
+    parser.set_defaults(overrides=[action.dest for action in given._group_actions])
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from latentdiff.training.devices import DEVICES, measure_cpu
-    from latentdiff.training.plan import make_plan, read_settings
+    from latentdiff.planning.devices import DEVICES, measure_cpu
+    from latentdiff.planning.plan import make_plan, read_settings
 
-    given = {name: getattr(arguments, name) for name in REPLACING}
-    settings = read_settings(arguments.config, given)
+    overrides = {name: getattr(arguments, name) for name in arguments.overrides}
+    settings = read_settings(arguments.config, overrides)
     name: str = arguments.device
     if name != "cpu" and name not in DEVICES:
         raise ValueError(f"device={name!r} must be one of cpu, {', '.join(DEVICES)}")

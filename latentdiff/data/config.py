@@ -8,6 +8,7 @@ from latentdiff.data.buckets import Size, bucket_sizes
 from latentdiff.data.decode import Decoding
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.sources import splits
+from latentdiff.options import option
 
 SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its images, once
 MOST_ASPECT = 16.0  # beyond it an image is a strip
@@ -51,7 +52,7 @@ class DataConfig:
     """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
     max_bad: float = 0.01
     """The share of bad samples above which the data is refused."""
-    num_workers: int = 0
+    num_workers: int = option(0, may_change=True)
     """Processes that read images ahead; threads where a set is gone through in order."""
     stream: bool = False
     """Read the data shard by shard, without an index of all samples: for sets that are too large
@@ -76,11 +77,11 @@ class DataConfig:
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad={self.max_bad} must be in [0, 1]")
         self.decoding()
-        for option in ("caption_templates", "caption_weights"):
-            for name in getattr(self, option):
+        for field_name in ("caption_templates", "caption_weights"):
+            for name in getattr(self, field_name):
                 if name not in self.caption_columns:
                     raise ValueError(
-                        f"{option}: {name!r} must be one of "
+                        f"{field_name}: {name!r} must be one of "
                         f"caption_columns={list(self.caption_columns)}"
                     )
         for name, forms in self.caption_templates.items():

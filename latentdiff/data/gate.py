@@ -156,7 +156,7 @@ def check_latents(
     if found:
         sentence = f"the VAE in {folder} is not fit to train on: {'; '.join(found)}"
         if refuse:
-            raise ValueError(f"{sentence}; --gate false goes on all the same")
+            raise ValueError(f"{sentence}; --check_latents false goes on all the same")
         warnings.warn(sentence, stacklevel=2)
 
 

@@ -1,218 +1,266 @@
-"""fit(): the one training loop; it owns cadence, resume and logging, a script owns its step."""
+"""fit(): the one training loop. It owns cadence, resume and logging; a task owns its step."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from latentdiff.training.checkpoint import load_checkpoint, origin, save_checkpoint
-from latentdiff.training.ema import save_snapshot
-from latentdiff.training.finite import watching
+from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from latentdiff.training.checkpoint_files import origin
+from latentdiff.training.ema_synthesis import save_snapshot
 from latentdiff.training.learner import Learner
-from latentdiff.training.meter import Log, Meter, Metrics
-from latentdiff.training.plots import plot_log
+from latentdiff.training.logging.log import Log
+from latentdiff.training.logging.meter import Meter, Metrics
+from latentdiff.training.logging.plots import plot_log
+from latentdiff.training.logging.report import write_data, write_report
+from latentdiff.training.logging.trackers import finishing, start_trackers, track_image
+from latentdiff.training.nonfinite import first_nonfinite_module
 from latentdiff.training.processes import StopSignals
-from latentdiff.training.randomness import Share
-from latentdiff.training.report import write_data, write_report
-from latentdiff.training.run_folder import RunFolder
-from latentdiff.training.setup import LoopConfig
-from latentdiff.training.trackers import finishing, start_trackers, track_image
+from latentdiff.training.randomness import MicroBatch, micro_batches
+from latentdiff.training.run import Run
 
 STOPPED = 143
 """Exit code of a run that a signal stopped: 128 + 15, as shells and batch systems know SIGTERM."""
 NOTABLE_WAIT = 0.02  # of the time: more is worth more of num_workers
 
 
-def fit(
-    step: Callable[[Any, int, Share], Metrics],
-    data: Callable[[int], Iterator[Any]],
-    learners: Mapping[str, Learner],
-    config: LoopConfig,
-    accelerator: Accelerator,
-    run: RunFolder,
-    *,
-    save: Callable[[Path], None],
-    preview: Callable[[Path], None] | None = None,
-    validate: Callable[[], Metrics] | None = None,
-    fingerprints: Mapping[str, str] | None = None,
-    summary: Mapping[str, Any] | None = None,
-) -> None:
-    """Train until `config.max_steps`, going on from the newest checkpoint of the run folder.
+class Task(Protocol):
+    """What `fit` trains: the learners of one module, and what is done with them."""
 
-    `step(batch, number, share)` works on one part of the global batch, hands its loss to the
-    learners and returns scalar tensors, `loss` among them. `data(number)` gives this process's
-    parts from that step on. `save(folder)` writes the trained model and `preview(path)` an image
-    grid; both are called on the main process alone. `validate()` is called in every process and
-    returns scalar tensors for the log; like the others it finds each learner's `ema` up to date.
-    `fingerprints` say what the data and frozen networks are: a checkpoint made with others is
-    refused. `summary` is what data.json and the report say of the data.
+    @property
+    def learners(self) -> Mapping[str, Learner]:
+        """What is trained, by the name that its checkpoint file has."""
+        ...
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """What the data and the frozen networks are: a checkpoint made with others is refused."""
+        ...
+
+    @property
+    def data_summary(self) -> Mapping[str, Any] | None:
+        """What data.json and the report say of the data."""
+        ...
+
+    def step(self, batch: Any, step: int, micro_batch: MicroBatch) -> Metrics:
+        """Work on one micro-batch and hand its loss to the learners; scalars, `loss` among them."""
+        ...
+
+    def validate(self) -> Metrics:
+        """Scalars for the log, or none; called in every process, with each `ema` up to date."""
+        ...
+
+    def preview(self, path: Path) -> None:
+        """Write an image grid; called in the main process alone, with each `ema` up to date."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the trained model; called in the main process alone, with each `ema` up to date."""
+        ...
+
+
+def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
+    """Train until `max_steps`, going on from the newest checkpoint of the run folder.
+
+    `loader(step)` gives this process's batches from that step on.
 
     SIGTERM or SIGUSR1 in any process makes all write a checkpoint after the step that they are in
-    and raise SystemExit(143). Raises ValueError when `max_bad_steps` steps in a row had no finite
-    gradient, and for what cannot be read or written.
+    and raise SystemExit(143). Raises ValueError when `max_nonfinite_steps` steps in a row had no
+    finite gradient, and for what cannot be read or written.
     """
-    processes, folder = run.processes, run.path
-    main = accelerator.is_main_process
-    manifest = {"configuration": run.configuration, "fingerprints": dict(fingerprints or {})}
-    if config.resume_from is not None:
-        manifest["resumed_from"] = origin(run.checkpoints, config.resume_from)
-
-    def take_step(parts: Sequence[Any], number: int) -> Metrics:
-        """One step of the optimizers: means of what `step` gives over this process's parts."""
-        sums: Metrics = {}
-        for part, batch in enumerate(parts):
-            index = processes.rank * len(parts) + part
-            with ExitStack() as stack:
-                if part + 1 < len(parts):  # the processes join their gradients once a step
-                    for learner in learners.values():
-                        stack.enter_context(accelerator.no_sync(learner.model))
-                metrics = step(batch, number, Share(index, processes.count * len(parts)))
-            for name, value in metrics.items():
-                # A gradient's norm is one of the whole step, and comes with its last part.
-                weight = 1.0 if name.startswith("grad_norm") else 1.0 / len(parts)
-                sums[name] = sums.get(name, 0) + weight * value.detach().float()
-        return sums
-
-    def check_finite(parts: Sequence[Any], number: int) -> None:
-        """Stop if the last steps were all left out; taken again, the step shows what was wrong."""
-        if all(int(one.skipped_in_a_row) < config.max_bad_steps for one in learners.values()):
-            return
-        with watching({name: learner.raw for name, learner in learners.items()}) as found:
-            take_step(parts, number)
-        places = [place for all_found in processes.gather(found) for place in all_found]
-        first = (places or ["in the loss"])[0]
-        advice = "a lower learning_rate may help"
-        if first.startswith("the input of"):
-            advice = "the data or the latent cache may be damaged: make it anew"
-        raise ValueError(
-            f"step {number + 1}: the gradient was not finite for {config.max_bad_steps} steps in a "
-            f"row, and the first number that was not is {first}; the weights are "
-            f"those before these steps; {advice}"
-        )
-
-    def write(record: Mapping[str, float]) -> None:
-        processes.on_first(lambda: log.write(record))
-        accelerator.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
-
-    def gather() -> None:
-        for learner in learners.values():
-            learner.gather()
-
-    def show(done: int, preview: Callable[[Path], None]) -> None:
-        def draw() -> None:
-            path = folder / "previews" / f"step-{done:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            preview(path)
-            track_image(accelerator, path, done)
-
-        gather()
-        processes.on_first(draw)
-
-    def score(done: int, validate: Callable[[], Metrics]) -> None:
-        gather()
-        write({"step": done} | {name: float(value) for name, value in validate().items()})
-
-    def keep_averages(done: int) -> None:
-        for name, learner in learners.items():
-            if found := learner.snapshots():
-                path = folder / "ema" / name
-                processes.on_first(partial(save_snapshot, path, done, found))
-
-    def keep(done: int, *, results: bool) -> None:
-        if results:
-            gather()
-            processes.on_first(lambda: save(folder / "model"))
-            processes.on_first(lambda: plot_log(folder / "log.jsonl", folder / "loss.png"))
-            processes.on_first(lambda: write_report(folder))
-        # Last: a run that is cut off before it is resumed before it and writes all of them.
-        save_checkpoint(
-            run.checkpoints,
-            done,
-            learners,
-            keep=config.keep_checkpoints,
-            manifest=manifest,
-            processes=processes,
-        )
-
+    loop, config, accelerator = _Loop(task, run), run.config.loop, run.accelerator
     stopped = False
     # The bar is closed in any case, so that messages begin on a line of their own.
     with (
-        run,
-        StopSignals(processes) as stop,
+        run.folder,
+        StopSignals(run.processes) as signals,
         finishing(accelerator),
-        tqdm(disable=not main, unit="step") as progress,
+        tqdm(disable=not accelerator.is_main_process, unit="step") as progress,
     ):
-        start = load_checkpoint(
-            run.checkpoints,
-            learners,
-            manifest=manifest,
-            path=config.resume_from,
-            processes=processes,
-        )
-        # After loading: a configuration that does not fit must not replace the one that does.
-        processes.on_first(run.write_config)
-        if summary is not None:
-            processes.on_first(lambda: write_data(folder, summary))
-        log = processes.on_first(lambda: Log(folder / "log.jsonl", start))
-        progress.total, progress.initial, progress.n = config.max_steps, start, start
-        if start:
-            progress.write(f"going on from step {start}")
-        meter = Meter(accelerator, learners, start, batch_size=config.batch_size)
-        batches = data(start)
-        if start < config.max_steps:  # after the data, whose workers should not be their children
-            start_trackers(accelerator, run.configuration, start)
-        done = start
+        done = loop.resume()
+        progress.total, progress.initial, progress.n = config.max_steps, done, done
+        if done:
+            progress.write(f"going on from step {done}")
+        meter = Meter(accelerator, task.learners, done, batch_size=config.batch_size)
+        batches = loader(done)
+        if done < config.max_steps:  # after the data, whose workers should not be their children
+            start_trackers(accelerator, run.folder.configuration, done)
         while done < config.max_steps and not stopped:
-            stop.ask()
+            signals.ask()
             with meter.waiting():
-                parts = [next(batches) for _ in range(config.accumulation)]
-            meter.add(take_step(parts, done))
+                batch = next(batches)
+            meter.add(loop.take_step(batch, done))
             progress.update()
             done += 1
-            last = done == config.max_steps
-            stopped = stop.answer()
-            checkpoint = done % config.checkpoint_every == 0 or last or stopped
-            logging = done % config.log_every == 0 or checkpoint
-            # Reading a number makes the host wait for the device, which costs nothing on a CPU.
-            if logging or accelerator.device.type == "cpu":
-                check_finite(parts, done - 1)
+            stopped = signals.answer()
+            checkpoint = done % config.checkpoint_every == 0 or done == config.max_steps or stopped
             # Before a checkpoint too: no mean reaches back over a place where runs are resumed.
-            record = meter.read(done) if logging else None
+            log = done % config.log_every == 0 or checkpoint
+            # Reading a number makes the host wait for the device, which costs nothing on a CPU.
+            if log or accelerator.device.type == "cpu":
+                loop.check_finite(batch, done - 1)
+            record = meter.read(done) if log else None
             with meter.paused():  # the rate is that of training alone
                 if record is not None:
                     progress.set_postfix_str(_shown(record))
-                    write(record)
-                if done % config.snapshot_every == 0 or last:
-                    keep_averages(done)
-                if stopped and not last:  # whoever sent a signal may not wait for more
-                    keep(done, results=False)
-                if validate is not None and (done % config.validate_every == 0 or last):
-                    score(done, validate)
-                if preview is not None and (done % config.preview_every == 0 or last):
-                    show(done, preview)
-                if checkpoint and (last or not stopped):
-                    keep(done, results=True)
+                    loop.log(record)
+                loop.act(done, checkpoint=checkpoint, stopped=stopped)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     if stopped and done < config.max_steps:
         accelerator.print(f"stopped by a signal after step {done}; the same command goes on there")
     else:
-        accelerator.print(f"the model is in {folder / 'model'}")
+        accelerator.print(f"the model is in {run.folder.path / 'model'}")
     if stopped:
         raise SystemExit(STOPPED)
 
 
+class _Loop:
+    """What is done in a step and between steps; `done` is the number of steps taken."""
+
+    def __init__(self, task: Task, run: Run) -> None:
+        self.task, self.run = task, run
+        self.processes, self.folder = run.processes, run.folder.path
+        self.manifest: dict[str, Any] = {
+            "configuration": run.folder.configuration,
+            "fingerprints": dict(task.fingerprints),
+        }
+        if (path := run.config.loop.resume_from) is not None:
+            self.manifest["resumed_from"] = origin(run.folder.checkpoints, path)
+
+    def resume(self) -> int:
+        """Load the newest checkpoint and open the log there; returns its step, or 0."""
+        start = load_checkpoint(
+            self.run.folder.checkpoints,
+            self.task.learners,
+            manifest=self.manifest,
+            path=self.run.config.loop.resume_from,
+            processes=self.processes,
+        )
+        # After loading: a configuration that does not fit must not replace the one that does.
+        self.processes.on_main(self.run.folder.write_config)
+        if (summary := self.task.data_summary) is not None:
+            self.processes.on_main(lambda: write_data(self.folder, summary))
+        self._log = self.processes.on_main(lambda: Log(self.folder / "log.jsonl", start))
+        return start
+
+    def take_step(self, batch: Any, step: int) -> Metrics:
+        """One step of the optimizers: the task's metrics, means over this process's batch."""
+        batches = micro_batches(batch, self.run.config.parallel.gradient_accumulation_steps)
+        count, means = len(batches), Metrics()
+        for number, micro_batch in enumerate(batches):
+            index = self.processes.rank * count + number
+            with ExitStack() as stack:
+                if number + 1 < count:  # the processes join their gradients once a step
+                    for learner in self.task.learners.values():
+                        stack.enter_context(self.run.accelerator.no_sync(learner.forward_model))
+                metrics = self.task.step(
+                    micro_batch, step, MicroBatch(index, self.processes.count * count)
+                )
+            for name, value in metrics.items():
+                # A gradient's norm is one of the whole step, and comes with the last micro-batch.
+                weight = 1.0 if name.startswith("grad_norm") else 1.0 / count
+                means[name] = means.get(name, 0) + weight * value.detach().float()
+        return means
+
+    def check_finite(self, batch: Any, step: int) -> None:
+        """Stop if the last steps were all left out; taken again, the step shows what was wrong."""
+        learners, limit = self.task.learners, self.run.config.loop.max_nonfinite_steps
+        if all(int(learner.skipped_in_a_row) < limit for learner in learners.values()):
+            return
+        networks = {name: learner.model for name, learner in learners.items()}
+        with first_nonfinite_module(networks) as phrases:
+            self.take_step(batch, step)
+        first = next((p for local in self.processes.gather(phrases) for p in local), "in the loss")
+        advice = "a lower learning_rate may help"
+        if first.startswith("the input of"):
+            advice = "the data or the latent cache may be damaged: make it anew"
+        raise ValueError(
+            f"step {step + 1}: the gradient was not finite for {limit} steps in a row, and the "
+            f"first number that was not is {first}; the weights are those before these steps; "
+            f"{advice}"
+        )
+
+    def log(self, record: Mapping[str, float]) -> None:
+        """Write a record into log.jsonl and to the trackers."""
+        self.processes.on_main(lambda: self._log.write(record))
+        numbers = {name: value for name, value in record.items() if name != "step"}
+        self.run.accelerator.log(numbers, step=int(record["step"]))
+
+    def act(self, done: int, *, checkpoint: bool, stopped: bool) -> None:
+        """What is due after a step. Whoever sent a signal may not wait for more than a checkpoint.
+
+        A checkpoint comes last: a run that is cut off before it is resumed before all of it, and
+        does all of it again.
+        """
+        config, snapshot_every = self.run.config.loop, self.run.config.ema.snapshot_every
+        last = done == config.max_steps
+        if done % snapshot_every == 0 or last:
+            self._snapshot(done)
+        if stopped and not last:
+            self._checkpoint(done)
+        if done % config.validate_every == 0 or last:
+            self._validate(done)
+        if done % config.preview_every == 0 or last:
+            self._preview(done)
+        if checkpoint and (last or not stopped):
+            self._save()
+            self._checkpoint(done)
+
+    def _snapshot(self, done: int) -> None:
+        for name, learner in self.task.learners.items():
+            if snapshots := learner.snapshots():
+                path = self.folder / "ema" / name
+                self.processes.on_main(partial(save_snapshot, path, done, snapshots))
+
+    def _validate(self, done: int) -> None:
+        self._gather()
+        if metrics := self.task.validate():
+            self.log({"step": done} | {name: float(value) for name, value in metrics.items()})
+
+    def _preview(self, done: int) -> None:
+        path = self.folder / "previews" / f"step-{done:07d}.png"
+
+        def draw() -> None:
+            path.parent.mkdir(exist_ok=True)
+            self.task.preview(path)
+            track_image(self.run.accelerator, path, done)
+
+        self._gather()
+        self.processes.on_main(draw)
+
+    def _save(self) -> None:
+        self._gather()
+        self.processes.on_main(lambda: self.task.save(self.folder / "model"))
+        log = self.folder / "log.jsonl"
+        self.processes.on_main(lambda: plot_log(log, self.folder / "loss.png"))
+        self.processes.on_main(lambda: write_report(self.folder))
+
+    def _checkpoint(self, done: int) -> None:
+        save_checkpoint(
+            self.run.folder.checkpoints,
+            done,
+            self.task.learners,
+            keep=self.run.config.loop.keep_checkpoints,
+            manifest=self.manifest,
+            processes=self.processes,
+        )
+
+    def _gather(self) -> None:
+        for learner in self.task.learners.values():
+            learner.gather()
+
+
 def _shown(record: Mapping[str, float]) -> str:
     """What the progress bar says of a record."""
-    parts = [f"loss={record['loss']:.4f}"]
+    phrases = [f"loss={record['loss']:.4f}"]
     if "grad_norm" in record:
-        parts.append(f"grad_norm={record['grad_norm']:.2g}")
-    parts.append(f"{record['samples_per_second']:.1f} images/s")
+        phrases.append(f"grad_norm={record['grad_norm']:.2g}")
+    phrases.append(f"{record['samples_per_second']:.1f} images/s")
     if record["data_wait"] > NOTABLE_WAIT:
-        parts.append(f"{record['data_wait']:.0%} waiting for data")
-    parts.append(f"{record['memory'] / 2**30:.1f} GiB")
-    return ", ".join(parts)
+        phrases.append(f"{record['data_wait']:.0%} waiting for data")
+    phrases.append(f"{record['memory'] / 2**30:.1f} GiB")
+    return ", ".join(phrases)

@@ -40,7 +40,7 @@ class Processes:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def everywhere(self, act: Callable[[], T]) -> T:
+    def on_all(self, act: Callable[[], T]) -> T:
         """Call `act` in every process; when it fails in one, all raise ValueError and say which.
 
         Without it the others would wait for the one that failed, until a timeout.
@@ -58,15 +58,15 @@ class Processes:
                 raise ValueError(failure) from error
         return result  # pyright: ignore[reportReturnType] # nobody failed, so act() returned
 
-    def in_turn(self, act: Callable[[], T]) -> T:
+    def main_first(self, act: Callable[[], T]) -> T:
         """Call `act` in the first process, and then, with what it left on disk, in the others."""
-        first = self.everywhere(lambda: act() if self.rank == 0 else None)
-        other = self.everywhere(lambda: act() if self.rank > 0 else None)
+        first = self.on_all(lambda: act() if self.rank == 0 else None)
+        other = self.on_all(lambda: act() if self.rank > 0 else None)
         return first if self.rank == 0 else other  # pyright: ignore[reportReturnType]
 
-    def on_first(self, act: Callable[[], T]) -> T:
+    def on_main(self, act: Callable[[], T]) -> T:
         """Call `act` in the first process alone; all get what it returns, or raise if it fails."""
-        result = self.everywhere(lambda: act() if self.rank == 0 else None)
+        result = self.on_all(lambda: act() if self.rank == 0 else None)
         if self.group is not None:
             box = [result]
             dist.broadcast_object_list(box, src=0, group=self.group)

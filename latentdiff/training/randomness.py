@@ -1,7 +1,7 @@
 """Random numbers as functions of (seed, step, purpose): a resumed run needs no RNG state."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,28 +11,29 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which of `count` equal parts of a global batch is worked on: number `index`.
+class MicroBatch:
+    """Which of `count` equal slices of a global batch is worked on: number `index`.
 
-    Every process works through its parts one after the other, and the parts of process 0 come
-    first: index = rank * accumulation + part and count = processes * accumulation.
+    Every process works through its micro-batches one after the other, and those of process 0 come
+    first: index = rank * gradient_accumulation_steps + number, and count is the product of
+    processes and gradient_accumulation_steps.
     """
 
     index: int = 0
     count: int = 1
 
-    def rows(self, whole: Any) -> Any:
-        """The part's rows of a sequence or of a tensor's first axis, of the global batch."""
-        size = len(whole) // self.count
-        return whole[self.index * size : (self.index + 1) * size]
+    def rows(self, batch: Any) -> Any:
+        """The slice of a global batch: of a sequence or of a tensor's first axis."""
+        size = len(batch) // self.count
+        return batch[self.index * size : (self.index + 1) * size]
 
 
-def parts(batches: Iterator[Mapping[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    """Cut each batch of sequences and tensors, by name, into `count` parts, one after the other."""
-    for batch in batches:
-        for index in range(count):
-            share = Share(index, count)
-            yield {name: share.rows(value) for name, value in batch.items()}
+def micro_batches(batch: Any, count: int) -> list[Any]:
+    """Slice one process's batch, a mapping of sequences and tensors, into `count` equal ones."""
+    if count == 1:
+        return [batch]
+    slices = [MicroBatch(index, count) for index in range(count)]
+    return [{name: one.rows(values) for name, values in batch.items()} for one in slices]
 
 
 def generator(seed: int, step: int, purpose: str) -> torch.Generator:
@@ -45,6 +46,6 @@ def generator(seed: int, step: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def choose(options: Sequence[Sequence[T]], places: Sequence[float]) -> list[T]:
-    """One of each row's options: the one at its place, which is uniform in [0, 1)."""
-    return [row[int(place * len(row))] for row, place in zip(options, places, strict=True)]
+def choose(options: Sequence[Sequence[T]], u: Sequence[float]) -> list[T]:
+    """One of each row's options, by a number u of each that is uniform in [0, 1)."""
+    return [row[int(x * len(row))] for row, x in zip(options, u, strict=True)]

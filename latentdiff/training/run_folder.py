@@ -1,7 +1,7 @@
 """RunFolder: one run at a time in a folder, and always with the configuration it began with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,38 +9,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from latentdiff.formats.weights import load_json
-from latentdiff.training.checkpoint import MANIFEST, checkpoints
-from latentdiff.training.config import write_config
+from latentdiff.training.checkpoint_files import MANIFEST, checkpoints
+from latentdiff.training.command_line import write_config
 from latentdiff.training.processes import Processes
-
-MAY_CHANGE = frozenset(
-    {
-        # Where the run ends and how it gets there: its past is the same.
-        "max_steps",
-        "cooldown_steps",
-        # What it reports and keeps.
-        "output_dir",
-        "log_every",
-        "preview_every",
-        "preview_prompts",
-        "validate_every",
-        "snapshot_every",
-        "report_to",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "resume_from",
-        "max_bad_steps",
-        # Who does the work and how: the numbers are the same up to rounding.
-        "accumulation",
-        "sharding",
-        "gradient_checkpointing",
-        "compile",
-        "num_workers",
-        "timeout",
-        "config",
-    }
-)
-"""Keys that may differ when a run is resumed; any other makes another run."""
 
 
 class RunFolder:
@@ -48,19 +19,28 @@ class RunFolder:
 
     Open it before anything that takes long: it raises ValueError when the folder cannot be
     written, when another run is in it, and when it holds checkpoints of another configuration,
-    and then names the keys. `settings` is the script's configuration as YAML.
+    and then names the keys. `settings` is the script's configuration as YAML, of which a resumed
+    run may have other values of the options in `may_change`.
     """
 
-    def __init__(self, path: Path, settings: str, processes: Processes | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: str,
+        processes: Processes | None = None,
+        *,
+        may_change: Collection[str] = (),
+    ) -> None:
         self.path = path
         self.settings = settings
+        self.may_change = may_change
         self.processes = Processes() if processes is None else processes
         # As JSON would give it back: that is what it will be compared with.
         self.configuration: dict[str, Any] = json.loads(
             json.dumps(yaml.safe_load(settings) or {}, default=str)
         )
         self._lock = FileLock(path / ".lock")
-        self.processes.on_first(self._open)
+        self.processes.on_main(self._open)
 
     @property
     def checkpoints(self) -> Path:
@@ -113,7 +93,7 @@ class RunFolder:
             recorded = load_json(found[-1][1] / MANIFEST)["configuration"]
         except (ValueError, KeyError):
             return  # damaged: loading will say so, and may find an older one
-        changed = differences(recorded, self.configuration)
+        changed = differences(recorded, self.configuration, self.may_change)
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with another configuration: {'; '.join(changed)}; "
@@ -121,14 +101,16 @@ class RunFolder:
             )
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    recorded: Mapping[str, Any], current: Mapping[str, Any], may_change: Collection[str]
+) -> list[str]:
     """A phrase for each key that differs and may not, such as `seed was 1 and is 2`."""
-    before, after = _flat(was), _flat(now)
+    before, after = _flat(recorded), _flat(current)
+    fixed = {key for key in before | after if key.split(".")[0] not in may_change} - {"config"}
     return [
         f"{key} was {before.get(key, 'absent')!r} and is {after.get(key, 'absent')!r}"
-        for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] not in MAY_CHANGE
-        and (key not in before or key not in after or before[key] != after[key])
+        for key in sorted(fixed)
+        if key not in before or key not in after or before[key] != after[key]
     ]
 
 

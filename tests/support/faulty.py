@@ -23,6 +23,7 @@ import torch
 import yaml
 from accelerate.tracking import TensorBoardTracker
 from datasets import config as datasets_config
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -30,17 +31,15 @@ from latentdiff.data.batches import batches
 from latentdiff.data.config import DataConfig
 from latentdiff.data.images import CaptionedImages
 from latentdiff.diffusion import Diffusion
+from latentdiff.tasks.denoiser.loss import LossConfig
 from latentdiff.training import loop
-from latentdiff.training.config import parse_config, run_script
-from latentdiff.training.learner import Learner, OptimizerConfig
+from latentdiff.training.command_line import parse_config, run_script
+from latentdiff.training.logging.meter import Metrics
+from latentdiff.training.logging.trackers import TrackerName
 from latentdiff.training.loop import fit
-from latentdiff.training.meter import Metrics
-from latentdiff.training.objective import Objective
-from latentdiff.training.processes import Processes
-from latentdiff.training.randomness import Share, choose, generator, parts
-from latentdiff.training.run_folder import RunFolder
-from latentdiff.training.setup import LoopConfig, make_accelerator
-from latentdiff.training.trackers import TrackerName
+from latentdiff.training.randomness import MicroBatch, choose, generator
+from latentdiff.training.run import Run
+from support.runs import options
 
 STEPS, SAMPLES, BATCH = 12, 36, 8  # an epoch is four and a half steps
 WIDTH = 3
@@ -79,12 +78,12 @@ class Toy:
 
     folder: Path
     steps: int = STEPS
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     checkpoint_every: int = 3
     keep: int = 2
     workers: int = 0
     seed: int = 1
-    max_bad_steps: int = 3
+    max_nonfinite_steps: int = 3
     timeout: int = 60
     looked_at: bool = False
     """Whether previews are drawn and the average is validated."""
@@ -138,127 +137,135 @@ def together(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def train(toy: Toy) -> None:
+class ToyTask:
     """Two networks of two layers each, that learn to undo noise, one of the other's output."""
-    config = LoopConfig(
+
+    fingerprints: dict[str, str] = {"data": "toy"}  # noqa: RUF012 - nobody changes it
+    data_summary = None
+
+    def __init__(self, toy: Toy, run: Run, fault: "Trigger") -> None:
+        self.toy, self.fault = toy, fault
+        self.rank = run.processes.rank
+        self.notes = toy.folder if toy.notes is None else toy.notes
+        torch.manual_seed(toy.disturbed)  # of the first weights, which a checkpoint replaces
+        self.learners = {
+            name: run.learner(
+                nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH)),
+            )
+            for name in ("net", "critic")
+        }
+
+    def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
+        """Note what was drawn, let the fault happen, and train both."""
+        toy = self.toy
+
+        def uniform(purpose: str) -> list[float]:
+            source = generator(toy.seed, step, purpose)
+            return micro_batch.rows(torch.rand(BATCH, generator=source)).tolist()
+
+        crops, flips = uniform("crop"), uniform("flip")
+        rows = zip(batch["x"], crops, flips, strict=True)
+        x = torch.stack([cut(row, crop, flip) for row, crop, flip in rows])
+        source = generator(toy.seed, step, "noise")
+        noise = micro_batch.rows(torch.randn(BATCH, WIDTH, generator=source))
+        t = micro_batch.rows(
+            LossConfig().sample_t(FLOW, BATCH, generator=generator(toy.seed, step, "t"))
+        )
+        words = choose(batch["captions"], uniform("caption"))
+        dropout = uniform("dropout")
+        words = [word if u >= 0.25 else "" for word, u in zip(words, dropout, strict=True)]
+        weights = 1.0 + 0.1 * torch.tensor([len(word) for word in words])
+        drawn = {"batch": digest([x]), "noise": digest([noise]), "t": t.tolist()}
+        drawn |= {"captions": words, "dropout": dropout}
+        self._note(step, micro_batch, batch["ids"], drawn)
+        disturb(toy, step)
+        self.fault.at(step)
+        net, critic = self.learners["net"], self.learners["critic"]
+        guess = net.forward_model(x + t[:, None] / FLOW.num_timesteps * noise)
+        loss = ((guess - x).square().mean(1) * weights).mean() * self.fault.factor(step)
+        other = (critic.forward_model(guess.detach()) - noise).square().mean()
+        norms = [net.update(loss, micro_batch), critic.update(other, micro_batch)]
+        return {"loss": loss, "critic": other, "grad_norm": norms[0], "grad_norm_critic": norms[1]}
+
+    def _note(
+        self, step: int, micro_batch: MicroBatch, ids: list[int], drawn: dict[str, Any]
+    ) -> None:
+        learners = self.learners
+        state = {
+            "weights": {name: digest([*one.model.parameters()]) for name, one in learners.items()},
+            "averages": {name: digest([*one.ema.parameters()]) for name, one in learners.items()},
+            "updates": [one.num_updates for one in learners.values()],
+        }
+        with (self.notes / f"notes-{self.rank}.jsonl").open("a") as file:
+            file.write(json.dumps([step, micro_batch.index, ids, drawn | state]) + "\n")
+        workers = [worker.pid for worker in multiprocessing.active_children()]
+        (self.notes / f"pids-{self.rank}.json").write_text(json.dumps([os.getpid(), *workers]))
+
+    @torch.no_grad()
+    def validate(self) -> Metrics:
+        """The error of the average without noise, if this run is looked at."""
+        if not self.toy.looked_at:
+            return {}
+        x = Samples().x[:, :WIDTH]
+        return {"val_loss": (self.learners["net"].ema(x) - x).square().mean()}
+
+    def preview(self, path: Path) -> None:
+        """An image of one pixel, and beside it what validation says."""
+        Image.new("RGB", (1, 1)).save(path)
+        if self.toy.looked_at:
+            path.with_suffix(".txt").write_text(f"{float(self.validate()['val_loss'])!r}")
+
+    def save(self, folder: Path) -> None:
+        """An empty folder."""
+        folder.mkdir(exist_ok=True)
+
+
+def train(toy: Toy) -> None:
+    """The run."""
+    config = options(
         output_dir=toy.folder,
         max_steps=toy.steps,
         batch_size=BATCH,
-        accumulation=toy.accumulation,
+        gradient_accumulation_steps=toy.gradient_accumulation_steps,
         seed=toy.seed,
         log_every=1,
         preview_every=4,
         checkpoint_every=toy.checkpoint_every,
         keep_checkpoints=toy.keep,
         mixed_precision="no",
-        max_bad_steps=toy.max_bad_steps,
+        max_nonfinite_steps=toy.max_nonfinite_steps,
         resume_from=toy.resume_from,
         timeout=toy.timeout,
         validate_every=4,
         report_to=toy.report_to,
+        learning_rate=1e-2,
+        warmup_steps=4,
+        cooldown_steps=4,
+        ema_decay=0.9,
     )
-    optimizer = OptimizerConfig(
-        learning_rate=1e-2, max_steps=toy.steps, warmup_steps=4, cooldown_steps=4, ema_decay=0.9
-    )
-    accelerator = make_accelerator(config)
-    rank = accelerator.process_index
-    settings = yaml.safe_dump({"seed": toy.seed, "max_steps": toy.steps, "workers": "any"})
-    processes = Processes(accelerator, timeout=toy.timeout)
-    run = RunFolder(toy.folder, settings, processes)
+    run = Run(config, yaml.safe_dump({"seed": toy.seed, "max_steps": toy.steps, "workers": "any"}))
     images = toy.images
-    dataset = processes.in_turn(lambda: Samples() if images is None else Images(images))
-    torch.manual_seed(toy.disturbed)  # of the first weights, which a checkpoint replaces
-    learners = {
-        name: Learner(
-            nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH)),
-            optimizer,
-            accelerator,
-        )
-        for name in ("net", "critic")
-    }
-    fault = Trigger(toy.fault, toy.folder, rank)
-    notes = toy.folder if toy.notes is None else toy.notes
+    dataset = run.processes.main_first(lambda: Samples() if images is None else Images(images))
+    fault = Trigger(toy.fault, toy.folder, run.processes.rank)
     loop.plot_log = lambda log, out: None  # these take longer than all the rest
     loop.write_report = lambda folder: None
 
-    def step(batch: dict[str, Any], number: int, share: Share) -> Metrics:
-        def uniform(purpose: str) -> list[float]:
-            source = generator(toy.seed, number, purpose)
-            return share.rows(torch.rand(BATCH, generator=source)).tolist()
-
-        crops, flips = uniform("crop"), uniform("flip")
-        rows = zip(batch["x"], crops, flips, strict=True)
-        x = torch.stack([cut(row, crop, flip) for row, crop, flip in rows])
-        source = generator(toy.seed, number, "noise")
-        noise = share.rows(torch.randn(BATCH, WIDTH, generator=source))
-        t = share.rows(
-            Objective().sample_t(FLOW, BATCH, generator=generator(toy.seed, number, "t"))
-        )
-        words = choose(batch["captions"], uniform("caption"))
-        dropout = uniform("dropout")
-        words = [w if place >= 0.25 else "" for w, place in zip(words, dropout, strict=True)]
-        weights = 1.0 + 0.1 * torch.tensor([len(word) for word in words])
-        note = {
-            "batch": digest([x]),
-            "noise": digest([noise]),
-            "t": t.tolist(),
-            "captions": words,
-            "dropout": dropout,
-            "weights": {name: digest([*one.raw.parameters()]) for name, one in learners.items()},
-            "averages": {name: digest([*one.ema.parameters()]) for name, one in learners.items()},
-            "updates": [one.num_updates for one in learners.values()],
-        }
-        with (notes / f"notes-{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([number, share.index, batch["ids"], note]) + "\n")
-        workers = [worker.pid for worker in multiprocessing.active_children()]
-        (notes / f"pids-{rank}.json").write_text(json.dumps([os.getpid(), *workers]))
-        disturb(toy, number)
-        fault.at(number)
-        guess = learners["net"].model(x + t[:, None] / FLOW.num_timesteps * noise)
-        loss = ((guess - x).square().mean(1) * weights).mean() * fault.factor(number)
-        other = (learners["critic"].model(guess.detach()) - noise).square().mean()
-        norms = [learners["net"].update(loss, share), learners["critic"].update(other, share)]
-        return {"loss": loss, "critic": other, "grad_norm": norms[0], "grad_norm_critic": norms[1]}
-
-    def data(start: int) -> Iterator[dict[str, Any]]:
+    def loader(start: int) -> Iterator[dict[str, Any]]:
         fault.at(-1)
-        shares = batches(
+        return batches(
             dataset,
             start,
             num_samples=len(dataset),
             batch_size=BATCH,
             seed=toy.seed,
             stop=toy.steps,
-            rank=rank,
-            world_size=accelerator.num_processes,
+            rank=run.processes.rank,
+            world_size=run.processes.count,
             num_workers=toy.workers,
             collate=together,
         )
-        return parts(shares, toy.accumulation)
 
-    def save(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-
-    @torch.no_grad()
-    def validate() -> Metrics:
-        x = Samples().x[:, :WIDTH]
-        return {"held_out": (learners["net"].ema(x) - x).square().mean()}
-
-    def preview(path: Path) -> None:
-        path.with_suffix(".txt").write_text(f"{float(validate()['held_out'])!r}")
-
-    fit(
-        step,
-        data,
-        learners,
-        config,
-        accelerator,
-        run,
-        save=save,
-        preview=preview if toy.looked_at else None,
-        validate=validate if toy.looked_at else None,
-        fingerprints={"data": "toy"},
-    )
+    fit(ToyTask(toy, run, fault), loader, run)
 
 
 def cut(row: Tensor, crop: float, flip: float) -> Tensor:

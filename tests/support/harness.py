@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from latentdiff.training.checkpoint import checkpoints, verify
-from latentdiff.training.config import run_script
+from latentdiff.training.checkpoint_files import checkpoints, verify
+from latentdiff.training.command_line import run_script
 from support.faulty import STEPS, Toy, notes, output, train
 
 # The first optimizer of a process imports torch._dynamo, which takes longer than a toy run.

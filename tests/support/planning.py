@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.plan import work_of
-from latentdiff.training.randomness import Share
+from latentdiff.planning.plan import work_of
+from latentdiff.training.randomness import MicroBatch
+from support.runs import make_learner
 
 OF_THE_LEARNER = ("gradient_checkpointing", "ema_lengths", "sharding")
 
@@ -27,15 +27,16 @@ OF_THE_LEARNER = ("gradient_checkpointing", "ema_lengths", "sharding")
 def train(settings: Mapping[str, Any], accelerator: Accelerator, *, steps: int) -> None:
     """The steps of a Learner on numbers that are made up."""
     work = work_of(settings, processes=accelerator.num_processes)[1]
-    kept = {key: settings[key] for key in OF_THE_LEARNER if key in settings}
-    learner = Learner(work.model(), OptimizerConfig(**kept), accelerator)
+    options = {key: settings[key] for key in OF_THE_LEARNER if key in settings}
+    learner = make_learner(work.model(), accelerator, **options)
     frozen = [accelerator.prepare_model(one, evaluation_mode=True) for one in work.frozen()]
-    parts = settings.get("accumulation", 1)
-    count = accelerator.num_processes * parts
+    per_process = settings.get("gradient_accumulation_steps", 1)
+    count = accelerator.num_processes * per_process
     for _ in range(steps):
-        for part in range(parts):
-            loss = work.loss(learner.model, frozen, settings["batch_size"] // count)
-            learner.update(loss, Share(accelerator.process_index * parts + part, count))
+        for number in range(per_process):
+            loss = work.loss(learner.forward_model, frozen, settings["batch_size"] // count)
+            index = accelerator.process_index * per_process + number
+            learner.update(loss, MicroBatch(index, count))
             del loss
 
 

@@ -13,6 +13,7 @@ CONFIGS = {
     "cache_latents": "CacheLatents",
     "train_unet": "TrainUNet",
 }
+"""The scripts, and the configuration that each imports or defines."""
 
 
 def script(name: str) -> ModuleType:

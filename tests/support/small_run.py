@@ -12,14 +12,43 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff.training import loop
-from latentdiff.training.learner import Learner, OptimizerConfig
-from latentdiff.training.meter import Metrics
-from latentdiff.training.processes import Processes
-from latentdiff.training.randomness import Share, generator
-from latentdiff.training.run_folder import RunFolder
-from latentdiff.training.setup import LoopConfig, make_accelerator
+from latentdiff.training.learner import Learner
+from latentdiff.training.logging.meter import Metrics
+from latentdiff.training.randomness import MicroBatch, generator
+from latentdiff.training.run import Run
+from support.runs import options
 
 STEPS = 6
+
+
+class SmallTask:
+    """Makes the output of a linear layer its input."""
+
+    fingerprints: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+    data_summary = None
+
+    def __init__(
+        self, run: Run, until: int | None, validate: Callable[[Learner], Metrics] | None
+    ) -> None:
+        torch.manual_seed(0)
+        self.learner = run.learner(nn.Linear(3, 3))
+        self.learners = {"net": self.learner}
+        self.until, self._validate = until, validate
+
+    def step(self, batch: Tensor, step: int, micro_batch: MicroBatch) -> Metrics:
+        if step == self.until:
+            raise KeyboardInterrupt
+        loss = (self.learner.forward_model(batch) - batch).square().mean()
+        return {"loss": loss, "grad_norm": self.learner.update(loss, micro_batch)}
+
+    def validate(self) -> Metrics:
+        return {} if self._validate is None else self._validate(self.learner)
+
+    def preview(self, path: Path) -> None:
+        Image.new("RGB", (6, 4), (255, 0, 0)).save(path)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
 
 
 def small_run(
@@ -27,46 +56,23 @@ def small_run(
     *,
     until: int | None = None,
     validate: Callable[[Learner], Metrics] | None = None,
-    ema_lengths: tuple[float, ...] = (),
     **fields: Any,
 ) -> Accelerator:
     """Train, logged at each step, with checkpoints at 3 and 6; Control-C comes in step `until`."""
-    options: dict[str, Any] = {"log_every": 1, "preview_every": STEPS, "checkpoint_every": 3}
-    config = LoopConfig(
-        output_dir=folder, max_steps=STEPS, batch_size=2, mixed_precision="no", **(options | fields)
-    )
-    accelerator = make_accelerator(config)
-    torch.manual_seed(0)
-    optimizer = OptimizerConfig(
-        learning_rate=1e-2, max_steps=STEPS, warmup_steps=1, ema_lengths=ema_lengths
-    )
-    learner = Learner(nn.Linear(3, 3), optimizer, accelerator)
+    defaults: dict[str, Any] = {"log_every": 1, "preview_every": STEPS, "checkpoint_every": 3}
+    defaults |= {"max_steps": STEPS, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 1}
+    config = options(output_dir=folder, mixed_precision="no", **(defaults | fields))
+    run = Run(config, "seed: 0\nname: '<b>猫</b>'\n")
 
-    def step(batch: Tensor, number: int, share: Share) -> Metrics:
-        if number == until:
-            raise KeyboardInterrupt
-        loss = (learner.model(batch) - batch).square().mean()
-        return {"loss": loss, "grad_norm": learner.update(loss, share)}
-
-    def data(start: int) -> Iterator[Tensor]:
-        for number in range(start, STEPS):
-            yield torch.randn(2, 3, generator=generator(0, number, "data"))
+    def loader(start: int) -> Iterator[Tensor]:
+        for step in range(start, STEPS):
+            yield torch.randn(2, 3, generator=generator(0, step, "data"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_log", lambda log, out: None)  # these take longer than the rest
         patch.setattr(loop, "write_report", lambda folder: None)
-        loop.fit(
-            step,
-            data,
-            {"net": learner},
-            config,
-            accelerator,
-            RunFolder(folder, "seed: 0\nname: '<b>猫</b>'\n", Processes(accelerator)),
-            save=lambda path: path.mkdir(exist_ok=True),
-            preview=lambda path: Image.new("RGB", (6, 4), (255, 0, 0)).save(path),
-            validate=None if validate is None else lambda: validate(learner),
-        )
-    return accelerator
+        loop.fit(SmallTask(run, until, validate), loader, run)
+    return run.accelerator
 
 
 def logged(folder: Path) -> list[dict[str, float]]:

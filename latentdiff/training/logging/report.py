@@ -19,7 +19,7 @@ from latentdiff.formats.weights import load_json, replacing
 PREVIEWS = 6  # of all that a run leaves, evenly spaced and with the newest; each weighs its bytes
 DATA = "data.json"
 FEW = 30  # points that a curve shows one by one
-HELD_OUT = "held_out_loss"
+VAL_LOSS = "val_loss"
 FROM_ZERO = ("samples_per_second", "data_wait", "memory", "skipped")  # else chance looks like much
 GIB = 2**30
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "safetensors", "numpy", "pillow")
@@ -61,8 +61,8 @@ def write_report(folder: Path) -> None:
     parts = [f"<h1>{title}</h1>", _subtitle(records)]
     if records:
         parts += ["<h2>Curves</h2>", f"<figure>{_curves(records)}</figure>"]
-    if any(HELD_OUT in record for record in records):
-        parts += ["<h2>Held-out loss by t</h2>", f"<figure>{_held_out(records)}</figure>"]
+    if any(VAL_LOSS in record for record in records):
+        parts += ["<h2>Validation loss by t</h2>", f"<figure>{_val_loss(records)}</figure>"]
     if records:
         parts += ["<h2>Numbers</h2>", _table(records)]
     if grids := _grids(folder / "previews"):
@@ -90,10 +90,10 @@ def _subtitle(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:
-    """Every logged number over the steps but those that are held out, as one SVG."""
+    """Every logged number over the steps but the validation loss, as one SVG."""
     from matplotlib.figure import Figure  # here: it takes half a second that a resume can spare
 
-    names = [name for name in _names(records) if not name.startswith(HELD_OUT)]
+    names = [name for name in _names(records) if not name.startswith(VAL_LOSS)]
     rows = (len(names) + 1) // 2
     figure = Figure(figsize=(9, 2.4 * rows), layout="constrained")
     for axes, name in zip(figure.subplots(rows, 2, squeeze=False).flat, names, strict=False):
@@ -106,19 +106,19 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure)
 
 
-def _held_out(records: Sequence[Mapping[str, Any]]) -> str:
-    """The held-out loss of all bins of t in one SVG: little noise is dark, much is light."""
+def _val_loss(records: Sequence[Mapping[str, Any]]) -> str:
+    """The validation loss of all bins of t in one SVG: little noise is dark, much is light."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    bins = [name for name in _names(records) if name.startswith(f"{HELD_OUT}_")]
+    bins = [name for name in _names(records) if name.startswith(f"{VAL_LOSS}_")]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(bins)))
     for number, (name, colour) in enumerate(zip(bins, colours, strict=True)):
         label = f"{number / len(bins):g} to {(number + 1) / len(bins):g}"
         _draw(axes, *_series(records, name), color=colour, label=label)
-    _draw(axes, *_series(records, HELD_OUT), color="black", linestyle="--", label="mean")
+    _draw(axes, *_series(records, VAL_LOSS), color="black", linestyle="--", label="mean")
     if all(value > 0 for name in bins for value in _series(records, name)[1]):
         axes.set_yscale("log")
         for format_axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: at which times, on what noise, and how much each error weighs."""
+"""LossConfig: at which timesteps and on what noise a denoiser is trained, and how errors weigh."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion import Diffusion
+from latentdiff.options import option
 
 Weighting = Literal["none", "min_snr", "p2", "uncertainty"]
-Density = Literal["uniform", "logit_normal"]
+TimestepDistribution = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)
-class Objective:
-    """Weighting of the loss, density of the times, and the noise of training."""
+class LossConfig:
+    """Weighting of the loss, distribution of the timesteps, and the noise of training."""
 
     weighting: Weighting = "none"
     """none: the plain error of what is predicted. min_snr: that of x0 by min(SNR, snr_gamma) (Hang
@@ -23,14 +24,14 @@ class Objective:
     each noise level by its own error, which is learned (Karras et al. 2024, EDM2)."""
     snr_gamma: float = 5.0
     p2_gamma: float = 1.0
-    density: Density = "uniform"
-    """Of the times of a step; logit_normal has most in the middle (Esser et al. 2024, eq. 19)."""
+    timestep_distribution: TimestepDistribution = option("uniform", former_name="density")
+    """Of the timesteps; logit_normal has most in the middle (Esser et al. 2024, eq. 19)."""
     logit_mean: float = 0.0
-    """Above 0, the middle lies at higher noise."""
+    """Above 0, the middle of logit_normal lies at higher noise."""
     logit_std: float = 1.0
     stratified: bool = False
-    """One time from each of batch_size equal shares of the density: less noise in the gradient
-    (Kingma et al. 2021, appendix I.1)."""
+    """One timestep from each of batch_size quantiles of the distribution: less noise in the
+    gradient (Kingma et al. 2021, appendix I.1)."""
     timestep_shift: float = 1.0
     """Above 1 a flow is trained more at high noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024,
     eq. 23)."""
@@ -42,7 +43,10 @@ class Objective:
     bits a dimension, counts, whose gradient reaches the variance alone (Nichol & Dhariwal 2021)."""
 
     def __post_init__(self) -> None:
-        for name, words in (("weighting", Weighting), ("density", Density)):
+        for name, words in {
+            "weighting": Weighting,
+            "timestep_distribution": TimestepDistribution,
+        }.items():
             if getattr(self, name) not in get_args(words):
                 allowed = ", ".join(get_args(words))
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
@@ -59,13 +63,13 @@ class Objective:
             raise ValueError(f"timestep_shift={self.timestep_shift} must be 1 unless schedule=flow")
 
     def sample_t(self, diffusion: Diffusion, n: int, *, generator: torch.Generator) -> Tensor:
-        """n times to train at, (n,): whole ones from 1 to T, or for `flow` real ones in (0, T]."""
+        """n timesteps to train at, (n,): integers 1 to T, or for `flow` real numbers in (0, T]."""
         u = torch.rand(n, generator=generator, dtype=torch.float64)
         if self.stratified:
             # In no order: the rows of a batch, and so the processes, all see all of them.
             u = (torch.randperm(n, generator=generator) + u) / n
         u = 1 - u  # in (0, 1]
-        if self.density == "logit_normal":
+        if self.timestep_distribution == "logit_normal":
             u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
         u = self.timestep_shift * u / (1 + (self.timestep_shift - 1) * u)
         T = diffusion.num_timesteps
@@ -74,7 +78,7 @@ class Objective:
         return (T * u).ceil().long().clamp(1, T)
 
     def noise(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
-        """Noise to train on, of the shape (B, C, H, W)."""
+        """Noise to train on, of shape (B, C, H, W)."""
         noise = torch.randn(shape, generator=generator)
         if self.offset_noise == 0:
             return noise

@@ -1,14 +1,11 @@
-"""What a run measures about itself, and `log.jsonl`, where it goes."""
+"""Meter: what a run measures of itself between two records of its log."""
 
-import json
-import math
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -73,7 +70,7 @@ class Meter:
         counts = {name: max(1, self.counts[name] - skipped) for name in sums}
         record |= {name: float(value) / counts[name] for name, value in sums.items()}
         learner = next(iter(self.learners.values()))
-        record["learning_rate"] = learner.config.learning_rate_at(learner.num_updates - 1)
+        record["learning_rate"] = learner.learning_rate
         seconds = time.perf_counter() - self.clock
         record["samples_per_second"] = self.batch_size * steps / seconds
         record["data_wait"] = self.waited / seconds
@@ -103,32 +100,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux
-
-
-class Log:
-    """`log.jsonl`: one JSON object a logged step; what a crash left after the checkpoint goes."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        with path.open("rb+") as file:
-            size = 0
-            for line in file:
-                if _step(line) > start:
-                    break
-                size += len(line)
-            file.truncate(size)
-        self.path = path
-
-    def write(self, record: Mapping[str, float]) -> None:
-        """Append one record."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def _step(line: bytes) -> float:
-    """The step of a logged line; infinite for a line that a crash cut short."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except ValueError:
-        return math.inf

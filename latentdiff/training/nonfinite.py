@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def watching(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Watch forward passes; the list that is given gets a phrase for the first bad module.
+def first_nonfinite_module(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Watch forward passes; the list that it yields gets a phrase for the first such module.
 
     Each tensor that goes through is read by the host, which is slow: this is for a step that is
     known to be bad and is taken a second time.
     """
-    found: list[str] = []
+    phrases: list[str] = []
     handles = []
 
     def watch(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, inputs: Any) -> None:
-            if not found and not _finite(inputs):
-                found.append(f"the input of {name}")
+            if not phrases and not _finite(inputs):
+                phrases.append(f"the input of {name}")
 
         def after(_: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not _finite(output):
-                found.append(f"the output of {name} ({type(module).__name__})")
+            if not phrases and not _finite(output):
+                phrases.append(f"the output of {name} ({type(module).__name__})")
 
         handles.append(module.register_forward_pre_hook(before))
         handles.append(module.register_forward_hook(after))
@@ -35,7 +35,7 @@ def watching(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
             watch(f"{name}.{path}" if path else name, module)
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code would be compiled anew
-            yield found
+            yield phrases
     finally:
         for handle in handles:
             handle.remove()
@@ -46,7 +46,7 @@ def _finite(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, Mapping):
-        return all(_finite(part) for part in value.values())
+        return all(_finite(item) for item in value.values())
     if isinstance(value, tuple | list):
-        return all(_finite(part) for part in value)
+        return all(_finite(item) for item in value)
     return True

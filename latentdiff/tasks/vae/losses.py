@@ -1,7 +1,9 @@
-"""Losses of the three modules, apart from the diffusion loss, which is `Diffusion.loss`."""
+"""The losses of a VAE: negative ELBO, learned width of the pixels' density, discriminator."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +13,37 @@ from torch.nn import functional as F
 from latentdiff.models.vae import Posterior
 
 Reconstruction = Literal["l1", "l2"]
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """What a reconstruction is judged by."""
+
+    reconstruction: Reconstruction = "l1"
+    kl_weight: float = 1e-3
+    """Weight of the KL in nats per pixel value; without one for `vae.encoder: downsample`."""
+    learn_logvar: bool = False
+    """Learn the width of the pixels' density too, so that the reconstruction counts in nats:
+    Gaussian for l2, Laplace for l1. With a kl_weight of 1 the loss is then the negative ELBO."""
+    perceptual_weight: float = 0.0
+    """Above 0, LPIPS (LDM: 1) is added, by the network in perceptual_weights."""
+    perceptual_weights: Path | None = None
+    """A safetensors file with torchvision's VGG16, as in LDM, or AlexNet."""
+    disc_weight: float = 0.0
+    """Above 0 a PatchGAN judges the reconstructions (LDM: 0.5): its gradient at the decoder's last
+    layer relative to that of all the rest."""
+    disc_start: int = 0
+    """Steps before that begins; a decoder that knows nothing yet would only lose."""
+
+    def __post_init__(self) -> None:
+        for name in ("perceptual_weight", "disc_weight", "disc_start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.perceptual_weight > 0 and self.perceptual_weights is None:
+            raise ValueError(
+                f"perceptual_weight={self.perceptual_weight} needs perceptual_weights, a "
+                "safetensors file of torchvision's VGG16 or AlexNet"
+            )
 
 
 def vae_loss(

@@ -1,4 +1,4 @@
-"""An autoencoder around its training: what a given one starts as, and what is measured of it."""
+"""A VAE before and after training: one to train on, its latent statistics, its discriminator."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.images import to_floats
-from latentdiff.models.vae import VAE, Posterior
-from latentdiff.training.losses import hinge_loss
+from latentdiff.models.vae import VAE
+from latentdiff.tasks.vae.losses import hinge_loss
 
-TOGETHER = 16  # images that are measured at a time, in float32
+BATCH = 16  # images that are measured at a time, in float32
 
 
-def given_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
+def initial_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
     """The VAE of a folder, to be trained on; with `decoder_only` its encoder needs no gradient.
 
     `image_size` is the side of the images in pixels. Raises ValueError for a folder that holds no
@@ -35,13 +35,12 @@ def given_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
 
 def latent_statistics(vae: VAE, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel of the latents of images (3, H, W) uint8: (C,), (C,)."""
-    posteriors = [vae.encode(images) for images in _parts(vae, images)]
-    whole = Posterior(
-        torch.cat([p.mean for p in posteriors]), torch.cat([p.logvar for p in posteriors])
-    )
-    mean = whole.mean.mean(dim=(0, 2, 3))
+    posteriors = [vae.encode(batch) for batch in _batches(vae, images)]
+    means = torch.cat([p.mean for p in posteriors])
+    logvars = torch.cat([p.logvar for p in posteriors])
+    mean = means.mean(dim=(0, 2, 3))
     # The variance of a sampled latent: that of its mean plus the mean of its variance.
-    variance = whole.mean.var(dim=(0, 2, 3)) + whole.logvar.exp().mean(dim=(0, 2, 3))
+    variance = means.var(dim=(0, 2, 3)) + logvars.exp().mean(dim=(0, 2, 3))
     return mean, variance.sqrt()
 
 
@@ -53,10 +52,10 @@ def discriminator_scores(
     The loss is 1 where the discriminator tells nothing and 0 where it is always sure.
     """
     scores = [
-        (discriminator(images), discriminator(vae.decode(vae.encode(images).mean)))
-        for images in _parts(vae, images)
+        (discriminator(batch), discriminator(vae.decode(vae.encode(batch).mean)))
+        for batch in _batches(vae, images)
     ]
-    real, fake = (torch.cat(part) for part in zip(*scores, strict=True))
+    real, fake = (torch.cat(column) for column in zip(*scores, strict=True))
     return {
         "disc_real": float(real.mean()),
         "disc_fake": float(fake.mean()),
@@ -64,9 +63,9 @@ def discriminator_scores(
     }
 
 
-def _parts(vae: VAE, images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Images (3, H, W) uint8, some at a time as the VAE takes them: (B, 3, H, W) in [-1, 1]."""
+def _batches(vae: VAE, images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Images (3, H, W) uint8 as batches for the VAE, (B, 3, H, W) in [-1, 1]."""
     device = next(vae.parameters()).device
-    left = iter(images)
-    while part := list(islice(left, TOGETHER)):
-        yield to_floats(torch.stack(part).to(device))
+    source = iter(images)
+    while batch := list(islice(source, BATCH)):
+        yield to_floats(torch.stack(batch).to(device))

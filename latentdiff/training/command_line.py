@@ -1,16 +1,18 @@
-"""A script's configuration: a frozen dataclass, filled from a YAML file and the command line."""
+"""A script's command line: its configuration from a YAML file and options, and how it ends."""
 
 import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from latentdiff.options import compose, former_names, groups
 
 T = TypeVar("T")
 
@@ -35,56 +37,66 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
     description = (cls.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    parser.add_class_arguments(cls)
+    parser.add_class_arguments(cls, skip={one.name for one in groups(cls)})
+    for one in groups(cls):
+        default = one.default_factory()  # pyright: ignore[reportCallIssue] # a group has one
+        parser.add_class_arguments(type(default))
+        parser.set_defaults({each.name: getattr(default, each.name) for each in fields(default)})
     try:
         namespace: Namespace = parser.parse_args(args)
         text = parser.dump(namespace, skip_unset=False)
         namespace.pop("config", None)
-        kinds = get_type_hints(cls)
-        for name, value in vars(namespace).items():
-            if is_dataclass(kinds[name]) and not isinstance(value, Namespace):
-                raise ValueError(f"{name}={value} must be {ALLOWED['Mapping']}")
-        return cls(**vars(parser.instantiate(namespace))), text
+        for name, kind in get_type_hints(cls).items():
+            is_flat = name in {one.name for one in groups(cls)}
+            if is_dataclass(kind) and not is_flat and not isinstance(namespace[name], Namespace):
+                raise ValueError(f"{name}={namespace[name]} must be {ALLOWED['Mapping']}")
+        return compose(cls, vars(parser.instantiate(namespace))), text
     except (ArgumentError, ValueError) as error:
-        raise ValueError(_sentence(str(error), list(_options(cls)))) from error
+        raise ValueError(_sentence(str(error), cls)) from error
 
 
-def _options(cls: Any) -> Iterator[str]:
-    """The names of a configuration's options, those of its parts as part.name."""
-    for name, kind in get_type_hints(cls).items():
+def _option_paths(config: Any) -> Iterator[str]:
+    """How options are typed: those of a group flat, those of another dataclass as outer.inner."""
+    flat = {one.name for one in groups(config)}
+    for name, kind in get_type_hints(config).items():
+        if name in flat:
+            yield from _option_paths(kind)
+            continue
         yield name
-        for part in get_args(kind) or (kind,):
-            if is_dataclass(part):
-                yield from (f"{name}.{option}" for option in _options(part))
+        for member in get_args(kind) or (kind,):
+            if is_dataclass(member):
+                yield from (f"{name}.{path}" for path in _option_paths(member))
 
 
-def _sentence(text: str, options: Sequence[str]) -> str:
+def _sentence(text: str, config: type[Any]) -> str:
     """What jsonargparse says in one sentence: the option, its value and what is allowed."""
     text, path = " ".join(text.split()), ""
-    # Of a part that may be left out it says all that is allowed; the first is wrong with it.
-    if part := re.match(
+    # Of a dataclass that may be None it lists all that is allowed; the first error is the user's.
+    if nested := re.match(
         r'(?:Parser key "(.+?)": )?Does not validate against any of .*? Errors: - '
         r"(?:Problem with given class_path '.*?': )?(.*?) - Expected a",
         text,
     ):
-        path, text = f"{part[1]}." if part[1] else "", part[2]
+        path, text = f"{nested[1]}." if nested[1] else "", nested[2]
         if value := re.fullmatch("Expected a dot import path string: (.*)", text):
-            return f"{part[1]}={value[1]} must be {ALLOWED['Mapping']}"
+            return f"{nested[1]}={value[1]} must be {ALLOWED['Mapping']}"
     if wrong := re.fullmatch(r'Parser key "(.+?)": Expected a (.+)\. Got value: (.*)', text):
         kind = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", wrong[2])
         kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)
         return f"{path}{wrong[1]}={wrong[3]} must be {ALLOWED.get(kind, kind)}"
-    if group := re.fullmatch("Group '(.+?)' does not accept option '(.+?)'", text):
-        path, text = f"{group[1]}.", f"Option '{group[2]}' is not accepted"
+    if inner := re.fullmatch("Group '(.+?)' does not accept option '(.+?)'", text):
+        path, text = f"{inner[1]}.", f"Option '{inner[2]}' is not accepted"
     if unknown := re.match(r"unrecognized arguments: --([\w.]+)|Option '(.+?)' is not acc", text):
         name = path + (unknown[1] or unknown[2])
-        near = get_close_matches(name, options, 1, cutoff=0.75)
+        if name in (renamed := former_names(config)):
+            return f"{name} is named {renamed[name]} now"
+        near = get_close_matches(name, list(_option_paths(config)), 1, cutoff=0.75)
         return f"{name} is no option" + (f"; did you mean {near[0]}?" if near else "")
     return text.removeprefix('Parser key "config": ')
 
 
 def write_config(text: str, folder: Path) -> None:
-    """Write `config.yaml` into the run folder."""
+    """Write `config.yaml` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 

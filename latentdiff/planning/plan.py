@@ -23,9 +23,9 @@ from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.text_config import tower_config
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
-from latentdiff.training.devices import Device
-from latentdiff.training.footprint import Footprint, Model, Passes, Sharding, Work, footprint
-from latentdiff.training.losses import vae_loss
+from latentdiff.planning.devices import Device
+from latentdiff.planning.footprint import Footprint, Model, Passes, Sharding, Work, footprint
+from latentdiff.tasks.vae.losses import vae_loss
 
 SD15 = "sd15"
 """In place of a folder for `vae` and `text_encoder`: the shapes of Stable Diffusion 1.x."""
@@ -118,12 +118,12 @@ def make_plan(
     for name, value in (("processes", processes), ("efficiency", efficiency), ("memory", memory)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value} must be positive")
-    batch, accumulation = _count(settings, "batch_size"), _count(settings, "accumulation", 1)
-    share = processes * accumulation
-    if batch % share:
+    batch_size = _count(settings, "batch_size")
+    accumulation = _count(settings, "gradient_accumulation_steps", 1)
+    if batch_size % (processes * accumulation):
         raise ValueError(
-            f"batch_size={batch} must be divisible by {share}: "
-            f"{processes} processes with accumulation={accumulation}"
+            f"batch_size={batch_size} must be divisible by {processes * accumulation}: "
+            f"{processes} processes with gradient_accumulation_steps={accumulation}"
         )
     passes = _passes(settings, device=device, gpu=gpu, processes=processes)
     lengths = len(settings.get("ema_lengths") or ())
@@ -139,7 +139,7 @@ def make_plan(
             resident["weights before they were split"] = found.weights
         return found, resident, sum(resident.values()) + found.step * heap
 
-    part = batch // share
+    part = batch_size // (processes * accumulation)
     found, resident, peak = look(part)
     limit = device.memory if memory is None else memory
     limit = None if limit is None else limit * (1 - MARGIN if gpu else 1.0)

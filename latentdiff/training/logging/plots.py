@@ -26,9 +26,9 @@ def plot_log(log: Path, out: Path) -> None:
         axes.plot(
             steps[middle : middle + len(smooth)], smooth, color="C0", label=f"mean of {window} logs"
         )
-    held_out = [(r["step"], r["held_out_loss"]) for r in lines if "held_out_loss" in r]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="C1", markersize=3, label="held out")
+    val = [(r["step"], r["val_loss"]) for r in lines if "val_loss" in r]
+    if val:
+        axes.plot(*zip(*val, strict=True), "o-", color="C1", markersize=3, label="validation")
     if (loss > 0).all():
         axes.set_yscale("log")
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

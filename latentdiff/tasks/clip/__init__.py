@@ -1,0 +1,1 @@
+"""Training a tokenizer and both towers of a CLIP."""

@@ -1,0 +1,63 @@
+"""TrainCLIP: what `train_clip.py` can be told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from latentdiff.data.config import DataConfig
+from latentdiff.models.clip import CLIPSize
+from latentdiff.options import group, option
+from latentdiff.tasks.clip.augmentation import AugmentationConfig
+from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
+from latentdiff.training.ema import EMAConfig
+from latentdiff.training.optimizer import OptimizerConfig
+from latentdiff.training.run import LoopConfig
+
+
+@dataclass(frozen=True)
+class TrainCLIP:
+    """Train a tokenizer on the captions, then text and image tower contrastively on the pairs.
+
+    With `init`, train on from towers and a tokenizer that are there."""
+
+    init: str | None = None
+    """What to start from: a folder of transformers' CLIPModel gives both towers; a pipeline's or
+    run's folder, "emoji", a hub id or open_clip:NAME:WEIGHTS the text tower. Its shapes and its
+    tokenizer are then taken in place of those of `clip`, `vocab_size` and `max_tokens`."""
+    contrastive: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: which of the batch's captions is an image's, and which image a caption's (CLIP);
+    sigmoid: of each pair, whether it is one (SigLIP)."""
+    val_fraction: float = option(0.01, former_name="held_out")
+    """Fraction of the images, 256 at most, that are not trained on: the validation split, in which
+    retrieval is measured. None if that is fewer than two, and none of a stream."""
+    clip: CLIPSize = field(default_factory=CLIPSize)
+    vocab_size: int = 3072
+    """Tokens at most, of them 514 fixed: bytes, start and end."""
+    max_tokens: int = 24
+    """Tokens of a prompt, start and end among them; what is longer is cut off with a warning."""
+    augmentation: AugmentationConfig = group(AugmentationConfig)
+    data: DataConfig = group(DataConfig)
+    optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=200)
+    ema: EMAConfig = group(EMAConfig)
+    loop: LoopConfig = group(
+        LoopConfig, output_dir=Path("runs/shapes/clip"), max_steps=600, batch_size=128
+    )
+    compute: ComputeConfig = group(ComputeConfig)
+    parallel: ParallelConfig = group(ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.parallel.sharding != "none":
+            raise ValueError(
+                f"sharding={self.parallel.sharding!r} must be 'none': CLIP's temperature is one "
+                "number, which cannot be split, and is kept below a limit after each step"
+            )
+        if (steps := self.parallel.gradient_accumulation_steps) != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={steps} must be 1: the contrastive loss compares "
+                "each image with every caption of the batch, so that micro-batches have another "
+                "loss"
+            )
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
+        if not self.data.caption_columns:
+            raise ValueError("caption_columns is empty: CLIP is trained on images with captions")

@@ -1,0 +1,81 @@
+"""The towers and the tokenizer that a CLIP's training begins with: new ones, or those of `init`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from torch import nn
+from transformers import CLIPModel, CLIPTokenizer
+
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.opening import some_captions
+from latentdiff.data.stream import StreamedImages
+from latentdiff.models.clip import new_clip
+from latentdiff.models.clip_start import Pixels, load_start
+from latentdiff.options import groups
+from latentdiff.tasks.clip.config import TrainCLIP
+from latentdiff.tasks.clip.tokenizer import train_tokenizer
+
+MAX_CAPTIONED = 200_000  # images of a stream whose captions the tokenizer learns from
+# SigLIP (Zhai et al. 2023, section 3.2): so that the many wrong pairs do not overwhelm at first.
+SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a CLIP's training begins with."""
+
+    clip: CLIPModel
+    tokenizer: CLIPTokenizer
+    scaling: Pixels
+    """What images in [-1, 1] are scaled to for the image tower."""
+
+
+def begin(config: TrainCLIP, dataset: CaptionedImages | StreamedImages) -> Start:
+    """Both towers as training finds them, the tokenizer, and how images are scaled.
+
+    Raises ValueError where `init` is no CLIP or has other shapes than the configuration asks for.
+    """
+    torch.manual_seed(config.loop.seed)
+    size = config.data.image_size
+    if config.init is None:
+        tokenizer = train_tokenizer(
+            some_captions(dataset, MAX_CAPTIONED),
+            vocab_size=config.vocab_size,
+            length=config.max_tokens,
+        )
+        clip, scaling, bias = new_clip(config.clip, tokenizer, image_size=size), Pixels(), None
+    else:
+        start = load_start(config.init, config.clip, image_size=size)
+        check_shapes(config, start.shapes)
+        tokenizer, (clip, scaling, bias) = start.tokenizer, start.towers
+    if config.contrastive == "sigmoid":
+        if bias is None:
+            bias = SIGMOID_BIAS
+            clip.logit_scale.data.fill_(SIGMOID_SCALE)
+        clip.register_parameter("logit_bias", nn.Parameter(torch.tensor(bias)))
+    return Start(clip, tokenizer, scaling)
+
+
+def check_shapes(config: TrainCLIP, shapes: Mapping[str, int]) -> None:
+    """Raise ValueError for an option that asks for other shapes than those of `init`.
+
+    One that has its default value asks for nothing.
+    """
+    defaults = TrainCLIP()
+    for name, shape in shapes.items():
+        value, default = _value(config, name), _value(defaults, name)
+        if value not in (default, shape):
+            raise ValueError(
+                f"{name}={value} contradicts init={config.init!r}, whose is {shape}: leave it out"
+            )
+
+
+def _value(config: TrainCLIP, name: str) -> object:
+    """The value of an option as it is typed: those of groups are flat."""
+    for one in groups(TrainCLIP):
+        if hasattr(member := getattr(config, one.name), name):
+            return getattr(member, name)
+    return attrgetter(name)(config)

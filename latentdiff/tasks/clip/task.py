@@ -1,0 +1,168 @@
+"""CLIPTask: trains a text and an image tower on captioned images (CLIP, Radford et al. 2021).
+
+Shapes: B images of a global batch, b of this process's, L tokens, D width of the embeddings.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
+
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.opening import some_examples
+from latentdiff.data.stream import StreamedImages
+from latentdiff.data.summary import images_summary
+from latentdiff.images import image_grid, to_floats, to_pil
+from latentdiff.models.fingerprint import fingerprint
+from latentdiff.models.text import TextEncoder, save_tokenizer
+from latentdiff.tasks.clip.augmentation import augment
+from latentdiff.tasks.clip.config import TrainCLIP
+from latentdiff.tasks.clip.loss import contrastive_loss
+from latentdiff.tasks.clip.retrieval import Pool
+from latentdiff.tasks.clip.start import begin
+from latentdiff.training.logging.meter import Metrics
+from latentdiff.training.randomness import MicroBatch, choose, generator
+from latentdiff.training.run import Run
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5: clipped to keep training stable
+POOL_BATCH = 64  # validation images at a time, the same in every run, as sums are not
+
+
+class CLIPTask:
+    """The step, retrieval, preview and saved folders of a CLIP and its tokenizer."""
+
+    def __init__(
+        self,
+        config: TrainCLIP,
+        run: Run,
+        *,
+        dataset: CaptionedImages | StreamedImages,
+        pool: Pool | None,
+        num_val: int = 0,
+    ) -> None:
+        """`pool` is of the validation split, which has `num_val` images.
+
+        Raises ValueError where `init` is no CLIP or has other shapes than the configuration asks
+        for.
+        """
+        self.config, self.run, self.dataset, self.pool = config, run, dataset, pool
+        start = begin(config, dataset)
+        self.tokenizer, self.scaling = start.tokenizer, start.scaling
+        self.fingerprints = {"data": dataset.fingerprint}
+        if config.init is not None:  # a resumed run reads it again
+            facts = {"scaling": asdict(self.scaling), "tokens": self.tokenizer.get_vocab()}
+            self.fingerprints["init"] = fingerprint(start.clip, facts)
+        self.data_summary = images_summary(dataset, held_out=num_val)
+        self.learner = run.learner(start.clip)
+        self.learners = {"clip": self.learner}
+        self.clip: Any = self.learner.model
+        self.ema: Any = self.learner.ema  # whose methods' types say nothing
+        if run.device.type == "cpu":
+            # torch's fused attention is slower than plain products there, see models/layers.py.
+            self.clip.set_attn_implementation("eager")
+        self.loss = contrastive_loss(
+            config.contrastive, rank=run.processes.rank, world_size=run.processes.count
+        )
+
+    def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
+        """One batch of images (b, 3, S, S) uint8 and all their captions."""
+        loop = self.config.loop
+
+        def draw(purpose: str, *shape: int, of: Callable[..., Tensor] = torch.rand) -> Tensor:
+            """This process's rows of what is drawn for the global batch, (b, *shape)."""
+            source = generator(loop.seed, step, purpose)
+            return micro_batch.rows(of(loop.batch_size, *shape, generator=source))
+
+        images = to_floats(batch["images"].to(self.run.device))
+        images = augment(images, self.config.augmentation, draw)
+        captions = choose(batch["captions"], draw("caption").tolist())
+        output = self.learner.forward_model(
+            input_ids=self._tokenize(captions), pixel_values=self.scaling(images)
+        )
+        image, text = output.image_embeds, output.text_embeds  # (b, D), of length 1
+        loss = self.loss(image, text, self.clip)
+        accuracy = self._accuracy(image, text)
+        grad_norm = self.learner.update(loss, micro_batch)
+        self.clip.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+        return {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
+
+    @torch.no_grad()
+    def _accuracy(self, image: Tensor, text: Tensor) -> Tensor:
+        """The fraction () of this process's images whose caption is the nearest of the batch's."""
+        first = self.run.processes.rank * len(image)
+        targets = torch.arange(len(image), device=image.device) + first
+        texts = self.run.accelerator.gather(text)
+        assert isinstance(texts, Tensor)
+        return (image @ texts.T).argmax(dim=1).eq(targets).float().mean()
+
+    def _tokenize(self, prompts: list[str]) -> Tensor:
+        """(B, L) token ids; training captions may be cut, so here nobody is warned."""
+        encoded = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            # What pads may be a word too, such as "!": see models/text.py.
+            split_special_tokens=self.tokenizer.pad_token_id != self.tokenizer.eos_token_id,
+        )
+        return encoded.input_ids.to(self.run.device)
+
+    def validate(self) -> Metrics:
+        """Retrieval in the validation split, in one process: the same numbers in any run."""
+        pool = self.pool
+        return {} if pool is None else self.run.processes.on_main(lambda: self._retrieval(pool))
+
+    @torch.no_grad()
+    def _retrieval(self, pool: Pool) -> Metrics:
+        images, texts = [], []
+        for batch in pool.images.split(POOL_BATCH):
+            pixels = self.scaling(to_floats(batch.to(self.run.device)))
+            images.append(self.ema.get_image_features(pixel_values=pixels).pooler_output)
+        for start in range(0, len(pool.captions), POOL_BATCH):
+            ids = self._tokenize(list(pool.captions[start : start + POOL_BATCH]))
+            texts.append(self.ema.get_text_features(input_ids=ids).pooler_output)
+        return pool.recall(torch.cat(images), torch.cat(texts))
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """A row for each of eight captions: the true image, then the seven nearest of 1,024."""
+        examples = list(some_examples(self.dataset, 1024))
+        count = len(examples)
+        images = torch.stack([example["image"] for example in examples])
+        pixels = to_floats(images.to(self.run.device))
+        queries = [i * count // 8 for i in range(8)]
+        ids = self._tokenize([examples[i]["captions"][0] for i in queries])
+        output = self.ema(input_ids=ids, pixel_values=self.scaling(pixels))
+        nearest = (output.text_embeds @ output.image_embeds.T).topk(min(7, count)).indices
+        rows = [[i, *row.tolist()] for i, row in zip(queries, nearest, strict=True)]
+        cells = [to_pil(pixels[i]) for row in rows for i in row]
+        image_grid(cells, columns=1 + nearest.shape[1]).save(path)
+
+    def save(self, folder: Path) -> None:
+        """`text_encoder/` and `tokenizer/` for the UNet; `clip/`, both towers, for the rest.
+
+        A CLIPModel has no `logit_bias`: it goes into `clip/config.json`, where `init` finds it.
+        """
+        assert isinstance(self.ema.config.text_config, CLIPTextConfig)
+        tower = CLIPTextModel(self.ema.config.text_config)
+        names = tower.state_dict().keys()
+        weights = {n.removeprefix("text_model."): v for n, v in self.ema.state_dict().items()}
+        tower.load_state_dict({name: weights[name.removeprefix("text_model.")] for name in names})
+        TextEncoder(tower, self.tokenizer).save_pretrained(folder)
+        state = self.ema.state_dict()
+        if (bias := state.pop("logit_bias", None)) is not None:
+            self.ema.config.logit_bias = float(bias)
+        self.ema.save_pretrained(folder / "clip", state_dict=state)
+        save_tokenizer(self.tokenizer, folder / "clip")
+        side = {"height": self.config.data.image_size, "width": self.config.data.image_size}
+        CLIPImageProcessor(
+            size=side,
+            crop_size=side,
+            image_mean=list(self.scaling.mean),
+            image_std=list(self.scaling.std),
+        ).save_pretrained(folder / "clip")

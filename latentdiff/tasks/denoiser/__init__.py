@@ -1,0 +1,1 @@
+"""Training a UNet or a DiT to denoise latents."""

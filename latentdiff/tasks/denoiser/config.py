@@ -1,0 +1,69 @@
+"""TrainUNet: what `train_unet.py` can be told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from latentdiff.data.config import DataConfig
+from latentdiff.data.views import Views
+from latentdiff.diffusion import Diffusion
+from latentdiff.models.dit import DiTConfig
+from latentdiff.models.unet import UNetConfig
+from latentdiff.options import group, option
+from latentdiff.tasks.denoiser.loss import LossConfig
+from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
+from latentdiff.training.ema import EMAConfig
+from latentdiff.training.optimizer import OptimizerConfig
+from latentdiff.training.run import LoopConfig
+
+SMALL = UNetConfig(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(64, 128, 256),
+    layers_per_block=1,
+    attention_head_dim=(1, 2, 4),
+    use_linear_projection=True,
+)
+
+
+@dataclass(frozen=True)
+class TrainUNet:
+    """Train a UNet or a DiT to denoise latents of captioned images; leaves a pipeline folder."""
+
+    cache: Path | None = None
+    """What cache_latents.py made, with its own sizes, crops and flips; without it `data` is encoded
+    first, into the run folder."""
+    vae: str = "emoji"
+    """Folder of the VAE or of a pipeline, or "emoji", the embedded one."""
+    check_latents: bool = option(True, former_name="gate")
+    """Where `data` is encoded: refuse a VAE whose latents are not fit to train on; false warns."""
+    text_encoder: str = "emoji"
+    """Folder with text_encoder/ and tokenizer/, or "emoji"."""
+    diffusion: Diffusion = field(default_factory=lambda: Diffusion("flow", "flow_prediction"))
+    unet: UNetConfig = field(default_factory=lambda: SMALL)
+    """Channels, context width and sample_size follow from VAE, text encoder and cache."""
+    dit: DiTConfig | None = None
+    """Given, a diffusion transformer is trained instead of the UNet; the same three follow."""
+    caption_dropout: float = 0.1
+    """Fraction of examples whose caption is emptied, for classifier-free guidance."""
+    val_fraction: float = option(0.01, former_name="held_out")
+    """Fraction of the examples, 256 at most, that are not trained on but validated on."""
+    preview_prompts: Sequence[str] = option((), may_change=True)
+    """Captions of the preview grid; by default up to eight of the training data's."""
+    loss: LossConfig = group(LossConfig)
+    data: DataConfig = group(DataConfig)
+    views: Views = group(Views)
+    optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=300)
+    ema: EMAConfig = group(EMAConfig)
+    loop: LoopConfig = group(
+        LoopConfig, output_dir=Path("runs/shapes/unet"), max_steps=800, batch_size=64
+    )
+    compute: ComputeConfig = group(ComputeConfig)
+    parallel: ParallelConfig = group(ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
+        self.loss.check(self.diffusion)

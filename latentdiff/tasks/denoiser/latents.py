@@ -1,0 +1,101 @@
+"""What a denoiser is trained on: a cache of latents, opened or made now, as batches."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentdiff.data.batches import batches, check_batch
+from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.cache_writer import write_cache
+from latentdiff.data.gate import check_latents
+from latentdiff.data.images import CaptionedImages
+from latentdiff.data.opening import open_images
+from latentdiff.formats.diffusers import find_component
+from latentdiff.models.dit import DiT
+from latentdiff.models.unet import UNet
+from latentdiff.models.vae import VAE
+from latentdiff.tasks.denoiser.config import TrainUNet
+from latentdiff.training.randomness import choose, generator
+from latentdiff.training.run import Run
+from latentdiff.training.validation import Subset
+
+
+def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
+    """The cache that the configuration names, or one made now from its data; and its VAE.
+
+    Raises ValueError for less data than a batch, before any network is loaded.
+    """
+    batch_size = config.loop.batch_size
+
+    def load_vae() -> VAE:
+        return VAE.from_pretrained(find_component(config.vae, "vae")).to(run.device)
+
+    if config.cache is not None:
+        cache = LatentCache(config.cache)
+        check_batch(batch_size, len(cache))
+        vae = load_vae()
+        cache.check_vae(vae)
+        return cache, vae
+    dataset = run.processes.main_first(lambda: open_images(config.data))
+    if isinstance(dataset, CaptionedImages):  # the length of a stream is known when it is cached
+        check_batch(batch_size, len(dataset))
+    vae, vae_folder = load_vae(), find_component(config.vae, "vae")
+    cache_folder = config.loop.output_dir / "cache"
+    write_cache(
+        cache_folder,
+        dataset,
+        vae,
+        batch_size=64,
+        views=config.views,
+        rank=run.processes.rank,
+        world_size=run.processes.count,
+        together=run.processes.on_all,
+        gate=partial(
+            check_latents, vae, dataset, vae_folder, batch_size=64, refuse=config.check_latents
+        ),
+    )
+    return LatentCache(cache_folder), vae
+
+
+def check_sizes(cache: LatentCache, vae: VAE, unet: UNet | DiT) -> None:
+    """Raise ValueError for a cache with a size that the network cannot take."""
+    multiple = vae.config.factor * unet.multiple
+    for width, height in cache.sizes:
+        if width % multiple or height % multiple:
+            raise ValueError(
+                f"patch_size={unet.multiple} needs sides divisible by {multiple} pixels, and the "
+                f"cache has {width}x{height}; choose another patch_size, image_size or bucket_step"
+            )
+
+
+def latent_batches(
+    start: int, *, cache: LatentCache, val: np.ndarray, config: TrainUNet, run: Run
+) -> Iterator[dict[str, Any]]:
+    """This process's batches of moments and captions from step `start` on, see `collate_moments`.
+
+    `val` (n,) are the indices of the validation split.
+    """
+    loop, train = config.loop, Subset(cache, val)
+
+    def views(step: int) -> list[int]:
+        """Which view of each example of a global batch is seen."""
+        u = torch.rand(loop.batch_size, generator=generator(loop.seed, step, "view"))
+        return choose([range(cache.views.count)] * loop.batch_size, u.tolist())
+
+    return batches(
+        train,
+        start,
+        num_samples=len(train),
+        batch_size=loop.batch_size,
+        seed=loop.seed,
+        stop=loop.max_steps,
+        rank=run.processes.rank,
+        world_size=run.processes.count,
+        num_workers=config.data.num_workers,
+        collate=collate_moments,
+        buckets=np.delete(cache.buckets, val),
+        views=views,
+    )

@@ -1,0 +1,179 @@
+"""DenoiserTask: trains a UNet or a DiT to denoise latents (Algorithm 1 of DDPM, Ho et al. 2020).
+
+Shapes: B images of a global batch, C latent channels, H/W latent size, L tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.summary import cache_summary
+from latentdiff.images import image_grid
+from latentdiff.models.dit import DiT
+from latentdiff.models.fingerprint import fingerprint
+from latentdiff.models.text import TextEncoder
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.vae import VAE, Posterior
+from latentdiff.pipeline import Pipeline
+from latentdiff.tasks.denoiser.config import TrainUNet
+from latentdiff.tasks.denoiser.latents import check_sizes
+from latentdiff.tasks.denoiser.loss import Uncertainty
+from latentdiff.training.logging.meter import Metrics
+from latentdiff.training.randomness import MicroBatch, choose, generator
+from latentdiff.training.run import Run
+from latentdiff.training.validation import BINS, stratified_t, validation_loss
+
+
+class DenoiserTask:
+    """The step, validation loss, preview and pipeline folder of a denoiser."""
+
+    def __init__(
+        self,
+        config: TrainUNet,
+        run: Run,
+        *,
+        cache: LatentCache,
+        val: np.ndarray,
+        vae: VAE,
+        text_encoder: TextEncoder,
+    ) -> None:
+        """`val` (n,): the indices of the validation split. Raises ValueError for a cache with a
+        size that the network cannot take."""
+        self.config, self.run, self.cache, self.val = config, run, cache, val
+        self.text_encoder = text_encoder.to(run.device)
+        self.channels = vae.config.latent_channels
+        network = new_denoiser(config, cache=cache, vae=vae, text_encoder=text_encoder)
+        check_sizes(cache, vae, network)
+        self.denoiser = run.learner(network)
+        self.learners = {"unet" if isinstance(network, UNet) else "dit": self.denoiser}
+        self.uncertainty = None
+        if config.loss.weighting == "uncertainty":
+            self.uncertainty = run.learner(Uncertainty(), ema=None, sharding="none")
+            self.learners["uncertainty"] = self.uncertainty
+        self.ema: Any = self.denoiser.ema
+        self.val_t = stratified_t(config.diffusion, len(val), seed=config.loop.seed).to(run.device)
+        self.pipeline = Pipeline(
+            unet=self.ema, vae=vae, text_encoder=text_encoder, diffusion=config.diffusion
+        )
+        self.fingerprints = {
+            "data": cache.fingerprint,
+            "vae": cache.header["vae"],
+            "text_encoder": fingerprint(text_encoder.model, {}),
+        }
+        data = config.data.place() if config.cache is None else str(config.cache)
+        self.data_summary = cache_summary(cache, data, held_out=len(val))
+
+    def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
+        """One micro-batch of moments (b, 2C, H, W) and captions."""
+        diffusion, loss = self.config.diffusion, self.config.loss
+        batch_size, seed = self.config.loop.batch_size, self.config.loop.seed
+        shape = (batch_size, self.channels, *batch["moments"].shape[2:])
+
+        def local(global_batch: Tensor) -> Tensor:
+            """The micro-batch's rows: every process draws the same random numbers for all."""
+            return micro_batch.rows(global_batch).to(self.run.device)
+
+        def draw(purpose: str) -> torch.Generator:
+            return generator(seed, step, purpose)
+
+        posterior = Posterior.from_moments(batch["moments"].to(self.run.device))
+        x0 = posterior.sample(local(torch.randn(shape, generator=draw("posterior"))))
+        with self.run.accelerator.autocast():
+            context = self.text_encoder(self._captions(batch, step, micro_batch))
+        t = local(loss.sample_t(diffusion, batch_size, generator=draw("t")))
+        noise = local(loss.noise(shape, generator=draw("noise")))
+        # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
+        errors, bound = diffusion.losses(self.denoiser.forward_model, x0, context, noise=noise, t=t)
+        metrics = {"loss": errors.mean()}
+        weight = loss.weight(diffusion, t).to(errors)  # (b,)
+        if self.uncertainty is not None:
+            u = self.uncertainty.forward_model(*diffusion.alpha_sigma(t))
+            weight = torch.exp(-u.detach())
+            u_loss = (errors.detach() * torch.exp(-u) + u).mean()
+            metrics["grad_norm_uncertainty"] = self.uncertainty.update(u_loss, micro_batch)
+            metrics["uncertainty"] = u.mean()
+        total = (weight * errors).mean()
+        if bound is not None:
+            metrics["bound"] = bound.mean()
+            total = total + loss.vlb_weight * metrics["bound"]
+        return metrics | {"grad_norm": self.denoiser.update(total, micro_batch)}
+
+    def _captions(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> list[str]:
+        """One caption an example, or none: the same whatever the number of micro-batches."""
+        source = generator(self.config.loop.seed, step, "caption")
+        u = micro_batch.rows(torch.rand(self.config.loop.batch_size, 2, generator=source))
+        which, dropout = u.T.tolist()
+        captions = zip(choose(batch["captions"], which), dropout, strict=True)
+        return ["" if x < self.config.caption_dropout else caption for caption, x in captions]
+
+    def validate(self) -> Metrics:
+        """The EMA network's loss on the validation split, in bins of t."""
+        if len(self.val) == 0:
+            return {}
+        loop, parallel = self.config.loop, self.config.parallel
+        count = self.run.processes.count * parallel.gradient_accumulation_steps
+        return validation_loss(
+            self._validation_errors,
+            self.cache.buckets[self.val].tolist(),
+            batch_size=max(1, loop.batch_size // count // BINS),
+            processes=self.run.processes,
+        )
+
+    @torch.no_grad()
+    def _validation_errors(self, rows: Sequence[int]) -> Tensor:
+        """Losses of validation examples of one size, (B, BINS): each has its own random numbers."""
+        indices = self.val[rows].tolist()
+        seed = self.config.loop.seed
+        sources = [generator(seed, index, "held out noise") for index in indices]
+
+        def draw(*shape: int) -> Tensor:
+            """Each example's own N(0, I), (B, *shape)."""
+            noise = [torch.randn(*shape, generator=source) for source in sources]
+            return torch.stack(noise).to(self.run.device)
+
+        batch = collate_moments([self.cache[index] for index in indices])
+        captions = choose(batch["captions"], [float(torch.rand((), generator=s)) for s in sources])
+        size = batch["moments"].shape[2:]
+        posterior = Posterior.from_moments(batch["moments"].to(self.run.device))
+        x0 = posterior.sample(draw(self.channels, *size))
+        noise = draw(BINS, self.channels, *size).flatten(0, 1)
+        t = self.val_t[rows].flatten()
+        with self.run.accelerator.autocast():
+            context = self.text_encoder(captions)
+            x0, context = (x.repeat_interleave(BINS, 0) for x in (x0, context))
+            errors = self.config.diffusion.loss(self.ema, x0, context, noise=noise, t=t)
+        return errors.unflatten(0, (-1, BINS))
+
+    def preview(self, path: Path) -> None:
+        """Images of up to eight captions, the same each time."""
+        spread = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
+        prompts = list(self.config.preview_prompts or dict.fromkeys(spread))
+        seed = self.config.loop.seed
+        output = self.pipeline(prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False)
+        image_grid(output.images, prompts).save(path)
+
+    def save(self, folder: Path) -> None:
+        """A pipeline folder with the EMA network."""
+        self.pipeline.save_pretrained(folder)
+
+
+def new_denoiser(
+    config: TrainUNet, *, cache: LatentCache, vae: VAE, text_encoder: TextEncoder
+) -> UNet | DiT:
+    """The network that training begins with, of the shapes that the other modules ask for."""
+    channels = vae.config.latent_channels
+    network = replace(
+        config.unet if config.dit is None else config.dit,
+        in_channels=channels,
+        out_channels=2 * channels if config.diffusion.learned_variance else channels,
+        sample_size=cache.image_size // vae.config.factor,
+        cross_attention_dim=text_encoder.width,
+    )
+    torch.manual_seed(config.loop.seed)
+    return UNet(network) if isinstance(network, UNetConfig) else DiT(network)

@@ -1,0 +1,92 @@
+"""How a run computes: precision, memory, processes; and the accelerator that does it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import parse_flag_from_env
+
+from latentdiff.options import option
+
+Sharding = Literal["none", "full", "zero1", "zero2"]
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Precision, and what is traded between memory and time; nothing here changes the objective."""
+
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the processor computes in it, else no."""
+    gradient_checkpointing: bool = option(False, may_change=True)
+    """Compute each block's activations again in the backward pass instead of keeping them."""
+    compile: bool = option(False, may_change=True)
+    """Compile the blocks of the network (torch.compile): minutes at the start, faster steps."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a global batch and a network are divided over time and over processes."""
+
+    gradient_accumulation_steps: int = option(1, may_change=True, former_name="accumulation")
+    """Micro-batches in which each process works through its rows of the batch: less memory, the
+    same step."""
+    sharding: Sharding = option("none", may_change=True)
+    """What the processes divide among them: full splits weights, gradients, moments and averages
+    (FSDP2); zero1 the moments alone and zero2 the gradients too, with DeepSpeed."""
+    timeout: int = option(1800, may_change=True)
+    """Seconds for which a process waits for the others before the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_accumulation_steps", "timeout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def make_accelerator(
+    compute: ComputeConfig, parallel: ParallelConfig, trackers: Sequence[GeneralTracker] = ()
+) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises ValueError where accelerate's own sharding is on, which would be a second one.
+    """
+    for name, sharding in (("FSDP", "full"), ("DEEPSPEED", "zero2")):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"accelerate's own {name} is on, from its options or its configuration file; "
+                f"turn it off there and give the script --sharding {sharding}"
+            )
+    cpu = uses_cpu()
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=parallel.timeout))
+    precision = compute.mixed_precision
+    if precision == "auto":
+        assert state.device is not None
+        precision = "bf16" if computes_bf16(state.device) else "no"
+    return Accelerator(
+        cpu=cpu, mixed_precision=precision, log_with=[*trackers] if trackers else None
+    )
+
+
+def check_divisible(batch_size: int, parallel: ParallelConfig, num_processes: int) -> None:
+    """Raise ValueError if micro-batches of one size cannot make up a global batch."""
+    count = num_processes * parallel.gradient_accumulation_steps
+    if batch_size % count:
+        raise ValueError(
+            f"batch_size={batch_size} must be divisible by {count}: {num_processes} processes with "
+            f"gradient_accumulation_steps={parallel.gradient_accumulation_steps}"
+        )
+
+
+def uses_cpu() -> bool:
+    """Whether training is on CPUs: what accelerate must be told, or else it joins no processes."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,125 @@
+"""Run: a training run that is open, with its configuration, processes, accelerator and folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from latentdiff.options import changeable, option
+from latentdiff.training.accelerator import (
+    ComputeConfig,
+    ParallelConfig,
+    check_divisible,
+    make_accelerator,
+)
+from latentdiff.training.ema import EMAConfig
+from latentdiff.training.learner import Learner
+from latentdiff.training.logging.trackers import TrackerName, make_trackers
+from latentdiff.training.optimizer import OptimizerConfig
+from latentdiff.training.processes import Processes
+from latentdiff.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long a run is, how often it does what, and where to."""
+
+    output_dir: Path = option(Path("run"), may_change=True)
+    """The run folder; if it holds checkpoints, the run goes on from the newest."""
+    max_steps: int = option(1000, may_change=True)
+    """Optimizer steps of the whole run."""
+    batch_size: int = 32
+    """Examples of one step, of all processes together."""
+    seed: int = 0
+    log_every: int = option(20, may_change=True)
+    validate_every: int = option(500, may_change=True)
+    preview_every: int = option(500, may_change=True)
+    checkpoint_every: int = option(500, may_change=True)
+    keep_checkpoints: int = option(2, may_change=True)
+    max_nonfinite_steps: int = option(10, may_change=True, former_name="max_bad_steps")
+    """The run stops after so many steps in a row whose gradient was not finite."""
+    resume_from: Path | None = option(None, may_change=True)
+    """A checkpoint to go on from, such as run/checkpoints/step-500, in place of the newest."""
+    report_to: Sequence[TrackerName] = option((), may_change=True)
+    """Trackers that get what log.jsonl gets, such as '[tensorboard]'; each must be installed."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("max_steps", "batch_size", "log_every", "validate_every", "preview_every"),
+            *("checkpoint_every", "keep_checkpoints", "max_nonfinite_steps"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+
+
+class RunConfig(Protocol):
+    """What every script's configuration has, beside its own options."""
+
+    @property
+    def loop(self) -> LoopConfig:
+        """How long, how often, where to."""
+        ...
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer of each learner."""
+        ...
+
+    @property
+    def ema(self) -> EMAConfig:
+        """The averages of the weights."""
+        ...
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """Precision and memory."""
+        ...
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Micro-batches and processes."""
+        ...
+
+
+class Run:
+    """A run whose folder is locked and whose processes have found each other.
+
+    Raises ValueError for a tracker that is not installed, for a batch that the processes cannot
+    divide evenly, and for a folder that cannot be used (see `RunFolder`).
+    """
+
+    def __init__(self, config: RunConfig, settings: str) -> None:
+        """`settings` is the whole configuration as YAML."""
+        self.config = config
+        loop = config.loop
+        trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
+        self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
+        self.processes = Processes(self.accelerator, timeout=config.parallel.timeout)
+        check_divisible(loop.batch_size, config.parallel, self.processes.count)
+        self.folder = RunFolder(
+            loop.output_dir,
+            settings,
+            self.processes,
+            may_change=changeable(type(config)),
+        )
+
+    @property
+    def device(self) -> Any:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def learner(self, model: nn.Module, **changes: Any) -> Learner:
+        """A learner of a network by this run's configuration, but for `changes` (see `Learner`)."""
+        config = self.config
+        options: dict[str, Any] = {
+            "optimizer": config.optimizer,
+            "max_steps": config.loop.max_steps,
+            "ema": config.ema,
+            "compute": config.compute,
+            "sharding": config.parallel.sharding,
+        }
+        return Learner(model, self.accelerator, **(options | changes))
