@@ -69,11 +69,9 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         for field, words in _WORDS.items():
-            if getattr(self, field) not in words:
+            if (value := getattr(self, field)) not in words:
                 allowed = ", ".join(words)
-                raise ValueError(
-                    f"{field}={short_repr(getattr(self, field))} must be one of {allowed}"
-                )
+                raise ValueError(f"{field}={short_repr(value)} must be one of {allowed}")
         if not 2 <= self.num_timesteps <= MOST_TIMESTEPS:
             raise ValueError(f"num_timesteps={self.num_timesteps} must be 2 to {MOST_TIMESTEPS}")
         if self.steps_offset < 0:
