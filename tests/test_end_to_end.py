@@ -314,7 +314,7 @@ def large_batch(home: Path) -> list[str]:
         ),
         (no_data, "nowhere' cannot be read"),
         (no_captions, "caption_columns is empty"),
-        (parts_of_a_batch, "accumulation=2 must be 1: the contrastive loss"),
+        (parts_of_a_batch, "gradient_accumulation_steps=2 must be 1: the contrastive loss"),
         (odd_patches, "image_size=36 must be divisible by patch_size=8"),
         (odd_size, "30) must be divisible by 4"),
         (odd_cache, "image_size=30 must be divisible by 4, the factor of the VAE"),
