@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.table import Measured, Row, write
+from support.interchange_table import Measured, Row, write
 
 torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
 os.fsync = lambda _: None  # a test's files need not survive the machine; a flush takes 4 ms
@@ -50,7 +50,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Measured:
-    """Call with a row's fields, see table.py: it goes into docs/interchange.md."""
+    """Call with the fields of a Row: it goes into docs/interchange.md."""
     return lambda *row: request.config.stash[ROWS].append(Row(*row))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.interchange_table import Measured
 from support.parity import same_weights
-from support.table import Measured
 from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main

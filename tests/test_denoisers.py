@@ -12,10 +12,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from support.cases import mostly_exhaustive
 from support.parity import fill, same_weights
-from support.scripts import run_here
+from support.scripts import TWO, launch, run_here
 from support.tiny import CONTEXT_DIM, UNET, tiny_pipeline, tiny_text_encoder
 from test_cache import vae, write_images
-from test_end_to_end import TWO, launch
 from test_interchange import assert_same_image, load_in_diffusers
 
 from latentdiff.cli import main

@@ -12,7 +12,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from PIL import Image
-from support.table import DIFFUSERS, Measured
+from support.interchange_table import DIFFUSERS, Measured
 from support.tiny import Recording, tiny_pipeline
 
 from latentdiff.diffusion import Diffusion

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from support.scripts import ROOT, run_here
+from support.scripts import LAUNCH, ROOT, TWO, launch, run_here
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors
@@ -43,8 +43,6 @@ TINY = {
 SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"
 TIMED = {"samples_per_second", "data_wait", "memory"}
 NETWORKS = {"train_clip": "clip", "train_vae": "vae", "train_unet": "unet"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +83,6 @@ def arguments(name: str, home: Path, output_dir: Path, max_steps: int) -> list[s
     runs = home / "runs"
     args += ["--vae", f"{runs}/vae/model", "--text_encoder", f"{runs}/clip/model"]
     return [*args, "--cache", f"{runs}/cache"]
-
-
-def launch(launcher: Sequence[str], name: str, *args: str) -> None:
-    """Run a script in a process of its own."""
-    command = [*launcher, str(ROOT / "train" / f"{name}.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def log(folder: Path) -> list[dict[str, float]]:

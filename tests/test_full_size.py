@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from support.table import DIFFUSERS, Measured
+from support.interchange_table import DIFFUSERS, Measured
 from support.tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel

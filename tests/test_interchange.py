@@ -17,8 +17,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from support.interchange_table import DIFFUSERS, Measured
 from support.parity import no_warning_logged
-from support.table import DIFFUSERS, Measured
 from support.tiny import CONTEXT_DIM, Recording, tiny_pipeline, tiny_text_encoder
 from torch import Tensor
 

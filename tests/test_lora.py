@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
+from support.interchange_table import Measured
 from support.loras import (
     ATTENTION,
     SOME,
@@ -20,7 +21,6 @@ from support.loras import (
     kohya_file,
     random_lora,
 )
-from support.table import Measured
 from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from open_clip.model import _build_text_tower
 from open_clip.tokenizer import SimpleTokenizer
+from support.interchange_table import Measured
 from support.parity import same_weights
-from support.table import Measured
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 

@@ -57,7 +57,7 @@ def measured(settings: dict[str, Any], count: int) -> list[int]:
         subprocess.Popen(
             [
                 sys.executable,
-                str(tests / "support" / "planning.py"),
+                str(tests / "support" / "peak_memory.py"),
                 json.dumps(settings),
                 json.dumps(tiny),
             ],

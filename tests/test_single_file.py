@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.interchange_table import DIFFUSERS, Measured
 from support.parity import no_warning_logged
 from support.strategies import unet_configs, vae_configs
-from support.table import DIFFUSERS, Measured
 from support.tiny import CONTEXT_DIM, randomise, tiny_text_encoder
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel

@@ -16,8 +16,8 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
+from support.interchange_table import Measured
 from support.ldm import checkpoint
-from support.table import Measured
 from torch import Tensor
 
 from latentdiff.formats.ldm import compatibility

@@ -1,9 +1,6 @@
 """train_clip.py: its images, its two losses, what it holds out and what it starts from."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.clips import SIDE, tiny_clip
-from support.scripts import ROOT, run_here
+from support.scripts import TWO, launch, run_here
 from support.small_run import logged
 from torch import Tensor
 from torch.nn import functional as F
@@ -156,14 +153,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(shapes: Path, folder: Path, *args: str) -> list[str]:
-    path = str(ROOT / "train" / "train_clip.py")
-    return [path, *COMMON.split(), f"--data={shapes}", f"--output_dir={folder}", *args]
+def options(shapes: Path, folder: Path, *args: str) -> list[str]:
+    return [*COMMON.split(), f"--data={shapes}", f"--output_dir={folder}", *args]
 
 
 def train(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    run_here("train_clip", *command(shapes, folder, *args)[1:])
+    run_here("train_clip", *options(shapes, folder, *args))
 
 
 def found(folder: Path) -> list[dict[str, float]]:
@@ -196,17 +192,7 @@ def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
 ) -> None:
     """The same weights and retrieval after a break at step 2; sums in another order in two."""
     train(shapes, tmp_path / "one", *TINY.split(), "--max_steps=2")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher, *command(shapes, tmp_path / "two", *TINY.split())],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(TWO, "train_clip", *options(shapes, tmp_path / "two", *TINY.split()))
     train(shapes, tmp_path / "one", *TINY.split())
     file = Path("checkpoints") / "step-4" / "clip.safetensors"
     assert (tmp_path / "one" / file).read_bytes() == (whole / file).read_bytes()

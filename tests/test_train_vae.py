@@ -1,16 +1,13 @@
 """What train_vae.py does to its images, and what it trains beside or in place of the whole."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.backbones import write_backbone
-from support.scripts import ROOT, run_here
+from support.scripts import TWO, launch, run_here
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
@@ -144,22 +141,7 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def train_in_two(images: Path, run: Path, *more: str) -> None:
     """Run the script in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "train" / "train_vae.py"), *ARGUMENTS, f"--data={images}"]
-    path = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, f"--output_dir={run}", *more],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    launch(TWO, "train_vae", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more)
 
 
 @pytest.mark.training

@@ -1,8 +1,5 @@
 """Held-out loss: a function of the averaged weights alone, which it leaves as they are."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scripts import ROOT, run_here
+from support.scripts import TWO, launch, run_here
 from support.small_run import logged, small_run
 from torch import Tensor
 
@@ -186,13 +183,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_unet(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    run_here("train_unet", *command(shapes, folder, *args)[2:])
+    run_here("train_unet", *options(shapes, folder, *args))
 
 
-def command(shapes: Path, folder: Path, *args: str) -> list[str]:
-    path = str(ROOT / "train" / "train_unet.py")
-    options = [*TINY.split(), f"--data={shapes}", f"--output_dir={folder}", "--max_steps=4", *args]
-    return [sys.executable, path, *options]
+def options(shapes: Path, folder: Path, *args: str) -> list[str]:
+    return [*TINY.split(), f"--data={shapes}", f"--output_dir={folder}", "--max_steps=4", *args]
 
 
 @pytest.fixture(scope="module")
@@ -238,14 +233,7 @@ def test_two_processes_and_a_resumed_run_find_the_same(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
     train_unet(shapes, tmp_path / "run", "--validate_every=2", "--max_steps=3")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    python, *rest = command(shapes, tmp_path / "run", "--validate_every=2")
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
-    done = subprocess.run(
-        [python, *launcher, *rest], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    launch(TWO, "train_unet", *options(shapes, tmp_path / "run", "--validate_every=2"))
     expected, found = validated(whole), validated(tmp_path / "run")
     assert [row["step"] for row in found] == [2, 3, 4]
     for row, other in ((expected[0], found[0]), (expected[1], found[2])):
