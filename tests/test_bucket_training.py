@@ -1,4 +1,4 @@
-"""A UNet trained on images of several shapes, in several views: one batch, one size."""
+"""A UNet trained on images of several shapes, with crops and flips: one batch, one size."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from latentdiff.data.cache import LatentCache
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
 
-# The networks have learned nothing, and the gate before a cache says so.
+# The networks have learned nothing, and the latent check before a cache says so.
 pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
 
 SHAPES = "--image_size=16 --bucket_step=8 --max_aspect=4 --flip=true --crops=2"
@@ -74,7 +74,7 @@ def test_parts_and_an_own_cache_train_as_whole_batches_do(home: Path) -> None:
 
 def test_what_is_trained_on_has_three_sizes_and_four_views(home: Path) -> None:
     cache = LatentCache(home / "cache")
-    assert cache.views.count == 4
+    assert cache.crop_flip.num_variants == 4
     assert len(np.unique(cache.buckets)) == 3
 
 

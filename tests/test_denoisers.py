@@ -23,7 +23,7 @@ from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 
-# The networks of the trainings here have learned nothing, and the gate before a cache says so.
+# The networks of the trainings here have learned nothing, which the latent check says.
 pytestmark = pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")
 
 DIT = DiTConfig(

@@ -195,7 +195,7 @@ def test_two_processes_train_the_decoder_as_one_does(shapes: Path, tmp_path: Pat
 
 @pytest.mark.training
 def test_the_four_scripts_make_a_pipeline_of_it(shapes: Path, tmp_path: Path) -> None:
-    """Through the gate, which does not ask whether a decoder has learned."""
+    """Through the latent check, which does not ask whether a decoder has learned."""
     train(shapes, tmp_path / "vae", *ENLARGER, "--disc_weight=0")
     data = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae' / 'model'}"]
     run_here("cache_latents", *data, f"--output_dir={tmp_path / 'cache'}")

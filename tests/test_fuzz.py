@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import check_pipeline_folder, load_scheduler_config
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig

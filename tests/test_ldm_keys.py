@@ -27,7 +27,7 @@ from latentdiff.formats.ldm.keys import (
 from latentdiff.formats.ldm.keys import (
     UNET as UNET_PREFIX,
 )
-from latentdiff.formats.ldm.shapes import unet_config, vae_config
+from latentdiff.formats.ldm.shapes import infer_unet_config, infer_vae_config
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 
@@ -90,7 +90,7 @@ def test_a_vae_of_any_shape_has_ldms_names_and_diffusers_reads_them(config: VAEC
 def test_what_shows_of_a_unets_configuration_is_read_from_its_shapes(config: UNetConfig) -> None:
     theirs = shapes(empty(UNet, config))
     attends = any(".attentions." in name for name in theirs)
-    found = unet_config(theirs)
+    found = infer_unet_config(theirs)
     assert ("cross_attention_dim" in found) == attends
     expected = config.to_dict()
     if not attends:  # then it shows in nothing
@@ -102,7 +102,7 @@ def test_what_shows_of_a_unets_configuration_is_read_from_its_shapes(config: UNe
 @settings(same_examples, max_examples=20)
 @given(vae_configs())
 def test_what_shows_of_a_vaes_configuration_is_read_from_its_shapes(config: VAEConfig) -> None:
-    found = vae_config(shapes(empty(VAE, config)))
+    found = infer_vae_config(shapes(empty(VAE, config)))
     expected = config.to_dict() | {"block_out_channels": list(config.block_out_channels)}
     assert found == {key: expected[key] for key in found}
 

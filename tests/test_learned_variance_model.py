@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.diffusion import Diffusion
-from latentdiff.editing import Given
+from latentdiff.editing import inpainting_denoiser
 from latentdiff.levels import NoiseLevel
 from latentdiff.pipeline import Pipeline
 
@@ -46,7 +46,7 @@ def test_a_folder_says_that_the_variance_is_learned(folder: Path) -> None:
     assert Pipeline.from_pretrained(folder).diffusion == LEARNED
 
 
-def test_a_image_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
+def test_an_image_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
     pipeline = Pipeline.from_pretrained(folder)
     options: dict[str, Any] = {"steps": 3, "sampler": "ddpm", "progress": False}
     together = pipeline(["a cat", "a dog"], seed=[4, 5], **options).images
@@ -85,19 +85,18 @@ def test_a_model_whose_channels_and_scheduler_disagree_is_refused(
         Pipeline.from_pretrained(tmp_path / "model")
 
 
-def test_what_is_kept_of_a_image_is_kept_and_the_share_is_the_networks() -> None:
-    latents, eps, share, x = torch.randn(4, 1, 2, 4, 4)
+def test_inpainting_keeps_the_init_image_and_the_v_of_the_network() -> None:
+    latents, eps, v, x = torch.randn(4, 1, 2, 4, 4)
     masks = torch.zeros(1, 1, 4, 4)
     masks[..., :2] = 1
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-        return torch.cat([x, share], dim=1)
+        return torch.cat([x, v], dim=1)
 
     level = NoiseLevel(torch.tensor(5.0), torch.tensor(0.8), torch.tensor(0.6))
-    given = Given(torch.zeros(1, 3, 4, 4), masks)
-    found = given.keep(denoise, latents, eps, noise_only=None)(x, level)
-    torch.testing.assert_close(found[:, :2], masks * x + (1 - masks) * latents)
-    assert torch.equal(found[:, 2:], share)
+    estimate = inpainting_denoiser(denoise, masks, latents, eps, noise_only=None)(x, level)
+    torch.testing.assert_close(estimate[:, :2], masks * x + (1 - masks) * latents)
+    assert torch.equal(estimate[:, 2:], v)
 
 
 def test_an_inpainting_network_learns_variances_too(tmp_path: Path) -> None:

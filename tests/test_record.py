@@ -122,7 +122,7 @@ def test_another_model_is_said_to_be_another(
     assert "torch" not in line
 
 
-def test_a_image_of_the_webui_is_drawn_with_what_it_says(
+def test_an_image_of_the_webui_is_drawn_with_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     diffusion = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats import scheduler as configuration
+from latentdiff.guidance import guided_denoiser
 from latentdiff.samplers import find_sampler, pndm
 from latentdiff.samplers.adapter import SCHEDULERS
 
@@ -109,7 +110,7 @@ def assert_same(ours: Tensor, theirs: Tensor, within: float = 1e-12) -> None:
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
 def test_a_scheduler_gives_the_samples_of_its_own_loop(name, schedule, prediction, steps):
     diffusion, sampler = Diffusion(schedule, prediction), find_sampler(name)
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     with no_warning_logged():
         levels = sampler.levels(diffusion, steps)
     previews = list(sampler(denoise, normal(1), levels, noise=noise_from(5)))
@@ -131,7 +132,7 @@ def test_the_last_steps_are_those_of_diffusers_image_to_image(name, schedule, pr
     levels = sampler.levels(diffusion, 10).last(6)
     alpha, sigma = levels.alpha[0], levels.sigma[0]
     image, eps = normal(3), normal(4)
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     previews = list(sampler(denoise, alpha * image + sigma * eps, levels, noise=noise_from(5)))
     assert len(previews) == 6
     if name == "PNDMScheduler":
@@ -178,7 +179,9 @@ def test_noise_is_drawn_from_each_images_own_seed(name):
 
     def sample(seeds: list[int]) -> Tensor:
         noise = noise_of_each(seeds)
-        denoise = diffusion.denoiser(lambda x, *_: x.tanh(), torch.zeros(len(seeds)), None, 1.0)
+        denoise = guided_denoiser(
+            diffusion, lambda x, *_: x.tanh(), torch.zeros(len(seeds)), None, 1.0
+        )
         return list(sampler(denoise, noise(), levels, noise=noise))[-1]
 
     both = sample([3, 8])
@@ -198,7 +201,7 @@ SPACINGS = [
 @pytest.mark.parametrize(("name", "spacing", "options"), SPACINGS)
 def test_a_spacing_sets_the_schedulers_option(name, spacing, options):
     diffusion, sampler = Diffusion("scaled_linear", "epsilon"), find_sampler(name)
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     levels = sampler.levels(diffusion, 8, spacing=spacing)
     *_, sample = sampler(denoise, normal(1), levels, noise=noise_from(5))
     scheduler = plain_scheduler(name, diffusion, 8, **options)
@@ -211,7 +214,7 @@ def test_a_spacing_sets_the_schedulers_option(name, spacing, options):
 def test_predictions_that_a_scheduler_has_no_word_for_are_sampled_in_another(prediction):
     """Whatever the network's output is called, the samplers are given x0."""
     diffusion, own = Diffusion("scaled_linear", prediction), find_sampler("ddim")
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     levels = find_sampler("DDIMScheduler").levels(diffusion, 10)
     *_, theirs = find_sampler("DDIMScheduler")(denoise, normal(1), levels, noise=noise_from(5))
     *_, ours = own(denoise, normal(1), own.levels(diffusion, 10), noise=noise_from(5))
@@ -225,7 +228,7 @@ def test_zero_terminal_snr_is_passed_on(name):
     diffusion = Diffusion("scaled_linear", "v_prediction", rescale_betas_zero_snr=True)
     levels = find_sampler(name).levels(diffusion, 6)
     assert levels.alpha[0] < 3e-4
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     for preview in find_sampler(name)(denoise, normal(1), levels, noise=noise_from(5)):
         assert preview.isfinite().all()
 

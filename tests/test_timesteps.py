@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.diffusion import Diffusion, Schedule
+from latentdiff.diffusion import Diffusion
+from latentdiff.schedules import Schedule
 
 # diffusers hands tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors, save_safetensors
 from latentdiff.tasks.clip.augmentation import blur, crop
@@ -230,7 +230,7 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     config = DataConfig(data=str(shapes), image_size=SIDE, caption_columns=("text", "text_zh"))
     dataset = CaptionedImages(config)
     numbers = val_indices(len(dataset), 0.2, seed=0).tolist()
-    dataset.apart = frozenset(numbers)
+    dataset.validation = frozenset(numbers)
     pool = validation_pool(dataset, seed=0)
     assert pool is not None
     assert len(pool.images) == len(numbers) == int(0.2 * len(dataset))
@@ -254,7 +254,7 @@ def test_a_stream_has_no_validation_split_which_is_said(
     train(shapes, tmp_path / "run", *TINY.split(), "--max_steps=1", "--stream=true")
     assert "a stream has no validation split" in capsys.readouterr().out
     assert found(tmp_path / "run") == []
-    assert "held_out" not in json.loads((tmp_path / "run" / "data.json").read_text())
+    assert "num_val" not in json.loads((tmp_path / "run" / "data.json").read_text())
 
 
 def test_a_fraction_that_is_none_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import load_json
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.dit import DiT, DiTConfig
@@ -294,11 +294,11 @@ def _frozen(settings: Mapping[str, Any]) -> tuple[VAEConfig, CLIPTextConfig]:
     if vae == SD15:
         vae_config = VAEConfig()
     else:
-        vae_config = VAEConfig.from_dict(load_json(find_part(vae, "vae") / "config.json"))
+        vae_config = VAEConfig.from_dict(load_json(find_component(vae, "vae") / "config.json"))
     if text == SD15:
         text_config = tower_config(_SD15_TEXT)
     else:
-        folder = find_part(text, "text_encoder") / "text_encoder"
+        folder = find_component(text, "text_encoder") / "text_encoder"
         text_config = tower_config(load_json(folder / "config.json"))
     return vae_config, text_config
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion, Network
+from latentdiff.guidance import guided_denoiser
 from latentdiff.levels import NoiseLevels
 from support.cases import mostly_exhaustive
 from support.toys import network, normal
@@ -34,7 +35,7 @@ def our_path(
     levels: NoiseLevels,
     *,
     network: Network = network,
-    shares: bool = False,
+    with_v: bool = False,
     **options: Any,
 ) -> list[Tensor]:
     inputs = []
@@ -43,7 +44,7 @@ def our_path(
         inputs.append(x)
         return network(x, timestep, context)
 
-    denoise = diffusion.denoiser(recorded, normal(7), None, 1.0, shares=shares)
+    denoise = guided_denoiser(diffusion, recorded, normal(7), None, 1.0, with_v=with_v)
     samples = list(sampler(denoise, x, levels, **options))
     assert len(samples) == len(levels)
     return [*inputs, samples[-1]]
