@@ -13,6 +13,7 @@ SOURCES = SHIPPED + sorted(
     path for top in ("benchmarks", "tests") for path in (ROOT / top).rglob("*.py")
 )
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
 DRAWERS = {"common.py", "helpers.py", "misc.py", "util.py", "utils.py"}
 UNSAFE_LOADERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
@@ -85,6 +86,38 @@ def test_no_file_is_longer_than_400_lines() -> None:
             f"{name(path)} ({lines})"
             for path in SOURCES
             if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+        ],
+    )
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    offenders(
+        f"split functions of more than {MAX_FUNCTION_LINES} lines by what they do",
+        [
+            f"{name(path)}: {node.name} ({lines})"
+            for path in SHIPPED
+            for node in ast.walk(parse(path))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.end_lineno is not None
+            and (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+        ],
+    )
+
+
+def test_configurations_are_composed_and_never_inherited() -> None:
+    """Of 69 flat fields from five base classes nobody could say where one came from."""
+    offenders(
+        "give a dataclass a field of the other's type in place of a base class",
+        [
+            f"{name(path)}: {node.name}"
+            for path in SHIPPED
+            for node in ast.walk(parse(path))
+            if isinstance(node, ast.ClassDef)
+            and node.bases != []
+            and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+            and re.search(
+                r"Config\b|^Train|^Cache", " ".join([node.name, *map(ast.unparse, node.bases)])
+            )
         ],
     )
 
