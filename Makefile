@@ -7,15 +7,21 @@ DEMO := outputs/demo
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
+unexport PYTHONDONTWRITEBYTECODE # pytest keeps the assertions that it rewrites: 4 s a worker
+
+# A worker takes a file's tests in a row, for the fixtures that they share; an idle one, of another's.
+TWO := --numprocesses=2 --dist=worksteal
+QUICK := not full_size and not processes and not training \
+    and not interchange and not exhaustive
 
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check quick test interchange theory lint types clean
+.PHONY: help setup demo check quick test test-faults interchange theory lint types clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed-dev ## make .venv with everything that development needs
 
@@ -31,26 +37,25 @@ demo: $(VENV)/.installed ## draw "a cat" and a grid of twelve prompts with the e
 	@echo "The images:"
 	@printf '  %s\n' "$(CURDIR)/$(DEMO)"/a-cat/*.png "$(CURDIR)/$(DEMO)/grid/grid.png"
 
-check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests: two minutes
+check: $(VENV)/.installed-dev ## style, types, architecture and the quick tests
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick lint types
 
 quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow" --numprocesses=2
+	$(BIN)/python -m pytest -q -m "$(QUICK)" $(TWO)
 
-test: lint types ## every check and every test: half an hour on two busy cores
-	$(BIN)/python -m pytest -q -m "not faults" --durations=10 --numprocesses=2
+test: lint types ## every check and every test but those of test-faults
+	$(BIN)/python -m pytest -q -m "not faults" --durations=10 $(TWO)
 
-.PHONY: test-faults
-test-faults: $(VENV)/.installed-dev ## kill, stop and starve real training runs in every way: 15 minutes
+test-faults: $(VENV)/.installed-dev ## kill, stop and starve real training runs in every way
 	$(BIN)/python -m pytest -q --durations=10 tests/test_faults.py tests/test_faults_within.py
 
 interchange: $(VENV)/.installed-dev ## measure every file format against other tools, into docs/interchange.md
-	$(BIN)/python -m pytest -q --interchange-table docs/interchange.md tests/test_interchange.py \
+	$(BIN)/python -m pytest -q --interchange_table docs/interchange.md tests/test_interchange.py \
 	    tests/test_full_size.py tests/test_single_file.py tests/test_single_file_reading.py \
 	    tests/test_open_clip.py tests/test_lora.py tests/test_a1111.py tests/test_editing.py \
 	    tests/test_convert.py
 
-theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, numbers, links: a minute
+theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, numbers, links
 	MPLBACKEND=Agg $(BIN)/python docs/theory/figures.py
 
 lint: $(VENV)/.installed-dev ## style, formatting and the import contracts

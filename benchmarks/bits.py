@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from latentdiff import Pipeline
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.guidance import guided_denoiser
 from latentdiff.images import to_floats
 from latentdiff.levels import Denoise
 from latentdiff.likelihood import bits_per_dim, composed_bound_terms, flow_log_density
@@ -119,7 +120,7 @@ def denoiser(pipe: Pipeline, captions: list[str]) -> Denoise:
     with torch.no_grad():
         context = torch.cat([pipe.encode([caption]) for caption in captions])
     network: Callable[[Tensor, Tensor, Tensor], Tensor] = pipe.unet
-    return pipe.diffusion.denoiser(network, context, None, 1.0)
+    return guided_denoiser(pipe.diffusion, network, context, None, 1.0)
 
 
 def flow(pipe: Pipeline, images: Tensor, captions: list[str], steps: int) -> dict[str, float]:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latentdiff.pixels import font_for, to_floats
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +22,8 @@ from transformers import CLIPModel
 
 from latentdiff import Pipeline
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.images import font_for, to_floats
 
 SKIN_TONES = {"group": ["skin tone", "skin tone and gender"]}
 

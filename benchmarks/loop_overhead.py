@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support.scripts import ROOT, script
 
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.vae import Posterior
 from latentdiff.training.loop import fit
@@ -138,7 +138,7 @@ def bare_step(learner: Any, config: Any, batch: dict[str, Any]) -> Callable[[], 
         weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
-    text_encoder = TextEncoder.from_pretrained(find_part("emoji", "text_encoder"))
+    text_encoder = TextEncoder.from_pretrained(find_component("emoji", "text_encoder"))
     posterior = Posterior.from_moments(batch["moments"])
     words = [options[0] for options in batch["captions"]]
     bf16 = learner.accelerator.mixed_precision == "bf16"

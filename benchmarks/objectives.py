@@ -34,7 +34,8 @@ from latentdiff.data.shapes import shape_scene
 from latentdiff.diffusion import Diffusion
 from latentdiff.evaluation.kernel import kernel_distance
 from latentdiff.evaluation.scenes import count_shapes
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
+from latentdiff.guidance import guided_denoiser
 from latentdiff.images import to_floats, to_pil
 from latentdiff.likelihood import bits_per_dim, bound_terms
 from latentdiff.models.text import TextEncoder
@@ -83,8 +84,8 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     asked.out.mkdir(parents=True, exist_ok=True)
-    vae = VAE.from_pretrained(find_part(asked.vae, "vae"))
-    text_encoder = TextEncoder.from_pretrained(find_part(asked.clip, "text_encoder"))
+    vae = VAE.from_pretrained(find_component(asked.vae, "vae"))
+    text_encoder = TextEncoder.from_pretrained(find_component(asked.clip, "text_encoder"))
     tower = CLIPModel.from_pretrained(asked.clip / "clip").eval()
     train = examples(vae, text_encoder, seed=0, count=TRAINED)
     held = examples(vae, text_encoder, seed=1, count=HELD)
@@ -197,7 +198,7 @@ def rate(unet: UNet, diffusion: Diffusion, data: Examples, *, seed: int) -> floa
     noise = torch.randn(posterior.mean.shape, generator=draw)
     z = posterior.sample(noise)
     terms = bound_terms(
-        diffusion.denoiser(unet, data.contexts, None, 1.0),
+        guided_denoiser(diffusion, unet, data.contexts, None, 1.0),
         z,
         diffusion.levels(CHAIN),
         variance="small",
@@ -219,7 +220,7 @@ def quality(
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    denoise = diffusion.denoiser(unet, data.contexts, data.empty, GUIDANCE)
+    denoise = guided_denoiser(diffusion, unet, data.contexts, data.empty, GUIDANCE)
     *_, z = find_sampler("ddim")(denoise, noise(), diffusion.levels(DRAWING_STEPS), noise=noise)
     drawn, true = (
         vae.decode(x).clamp(-1, 1) for x in (z, Posterior.from_moments(data.moments).mean)

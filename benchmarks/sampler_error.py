@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff import Pipeline
+from latentdiff.guidance import guided_denoiser
 from latentdiff.noise import ImageNoise
 from latentdiff.samplers import find_sampler
 
@@ -70,7 +71,7 @@ def sample(pipe: Pipeline, name: str, steps: int, guidance_scale: float) -> Tens
     """Latents (B, C, H, W) of all prompts, with seeds 0, 1, …"""
     sampler = find_sampler(name)
     context, null_context = pipe.encode(PROMPTS), pipe.encode([""])
-    denoise = pipe.diffusion.denoiser(pipe.unet, context, null_context, guidance_scale)
+    denoise = guided_denoiser(pipe.diffusion, pipe.unet, context, null_context, guidance_scale)
     side = pipe.unet.config.sample_size or pipe.vae.config.sample_size // pipe.vae.config.factor
     noise = ImageNoise(
         range(len(PROMPTS)),

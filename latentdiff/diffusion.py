@@ -1,7 +1,7 @@
-"""The diffusion process: noise schedules, forward process, posterior, prediction types and loss.
+"""The diffusion process: the forward process, its posterior, the prediction types and the loss.
 
-Nothing here knows a network or a sampler. Papers: DDPM (Ho et al. 2020, arXiv:2006.11239) for the
-beta schedules, rectified flow (Liu et al. 2022, arXiv:2209.03003) for `flow`. Everywhere
+This module knows no network, guidance or sampler. Papers: DDPM (Ho et al. 2020, arXiv:2006.11239)
+for the beta schedules, rectified flow (Liu et al. 2022, arXiv:2209.03003) for `flow`. Everywhere
 x_t = alpha x0 + sigma eps with eps ~ N(0, I); t = 0 is data and t = T is (nearly) pure noise.
 """
 
@@ -10,32 +10,29 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from latentdiff import gaussians
+from latentdiff import gaussians, schedules
 from latentdiff.formats import scheduler
-from latentdiff.formats.header import shown
-from latentdiff.formats.timesteps import Grid, Spacing
-from latentdiff.guidance import Guidance
-from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels, noise_levels
+from latentdiff.formats.header import short_repr
+from latentdiff.gaussians import Level
+from latentdiff.levels import Grid, LevelSpacing, NoiseLevels, Spacing, noise_levels
+from latentdiff.schedules import BETA_RANGES, Schedule
 
-Schedule = Literal["linear", "scaled_linear", "cosine", "flow"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
 
-# What is left of the image's variance at t = T. Stable Diffusion's own schedule leaves 0.0047.
+# The largest alpha_bar_T that does not warn. That of Stable Diffusion's schedule is 0.0047.
 LARGEST_FINAL_ALPHA_BAR = 0.01
-MOST_TIMESTEPS = 100_000  # a file that asks for more is wrong, and would take all memory
+MOST_TIMESTEPS = 100_000  # a file with more is wrong, and would take all memory
 
 _WORDS = {
     "schedule": get_args(Schedule),
     "prediction": get_args(Prediction),
     "timestep_spacing": get_args(Spacing),
 }
-_BETA_RANGES = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep (B,), context
 
@@ -44,14 +41,14 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timest
 class Diffusion:
     """A noise schedule and what the network predicts: all that a trained denoiser depends on.
 
-    t is the papers': whole numbers 0 … T for the beta schedules, real numbers in [0, T] for `flow`
+    t is that of the papers: 0, 1, …, T for the beta schedules, real numbers in [0, T] for `flow`
     (sigma = t / T, alpha = 1 - t / T). `beta_start` and `beta_end` belong to `linear` (by default
     1e-4 … 0.02) and `scaled_linear` (0.00085 … 0.012). `timestep_spacing`, `steps_offset` and
     `set_alpha_to_one` choose the levels of a sampling run, with the meanings that they have in
     diffusers; the defaults start at t = T and end on data (Lin et al. 2023, arXiv:2305.08891).
     `rescale_betas_zero_snr` stretches a beta schedule to end in pure noise (Algorithm 1 there).
-    `learned_variance`, for beta schedules: the network gives twice the channels, and the second
-    half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
+    With `learned_variance`, for beta schedules, the network has twice the output channels, and the
+    second half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
     Everything is computed in float64; results have the dtype and device of x.
 
     Raises ValueError for a value out of range, and for `epsilon` or `score` where alpha is 0 at
@@ -72,9 +69,9 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         for field, words in _WORDS.items():
-            if getattr(self, field) not in words:
+            if (value := getattr(self, field)) not in words:
                 allowed = ", ".join(words)
-                raise ValueError(f"{field}={shown(getattr(self, field))} must be one of {allowed}")
+                raise ValueError(f"{field}={short_repr(value)} must be one of {allowed}")
         if not 2 <= self.num_timesteps <= MOST_TIMESTEPS:
             raise ValueError(f"num_timesteps={self.num_timesteps} must be 2 to {MOST_TIMESTEPS}")
         if self.steps_offset < 0:
@@ -85,8 +82,8 @@ class Diffusion:
             for field in ("rescale_betas_zero_snr", "learned_variance"):
                 if getattr(self, field):
                     raise ValueError(f"{field}=True is for beta schedules, not flow")
-        if self.schedule in _BETA_RANGES:
-            start, end = _BETA_RANGES[self.schedule]
+        if self.schedule in BETA_RANGES:
+            start, end = BETA_RANGES[self.schedule]
             start = start if self.beta_start is None else self.beta_start
             end = end if self.beta_end is None else self.beta_end
             if not 0 < start <= end < 1:
@@ -120,14 +117,14 @@ class Diffusion:
         """beta_t: the variance of the noise that step t adds; ValueError for `flow`."""
         n = self.num_timesteps
         if self.schedule == "cosine":
-            betas = torch.tensor(_cosine_betas(n), dtype=torch.float64, device="cpu")
+            betas = schedules.cosine_betas(n)
         elif self.beta_start is None or self.beta_end is None:
             raise ValueError("schedule=flow has no betas")
+        elif self.schedule == "linear":
+            betas = schedules.linear_betas(n, self.beta_start, self.beta_end)
         else:
-            power = 0.5 if self.schedule == "scaled_linear" else 1.0
-            start, end = self.beta_start**power, self.beta_end**power
-            betas = torch.linspace(start, end, n, dtype=torch.float64, device="cpu") ** (1 / power)
-        return _zero_snr(betas) if self.rescale_betas_zero_snr else betas
+            betas = schedules.scaled_linear_betas(n, self.beta_start, self.beta_end)
+        return schedules.zero_snr(betas) if self.rescale_betas_zero_snr else betas
 
     @cached_property
     def alphas(self) -> Tensor:
@@ -161,19 +158,19 @@ class Diffusion:
         return (self.betas * (1 - bars[:-1]) / (1 - bars[1:])).sqrt()
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told at time t: t - 1 for beta schedules, t itself for `flow`.
+        """The network's timestep at time t: t - 1 for beta schedules, t itself for `flow`.
 
         Networks of the diffusers family count the beta schedules' timesteps from 0 to T - 1.
         """
         return t if self.schedule == "flow" else t - 1
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> Level:
         """alpha and sigma of x_t = alpha x0 + sigma eps at time t, of t's shape, in float64."""
         if self.schedule == "flow":
             sigma = t.double() / self.num_timesteps
-            return 1 - sigma, sigma
+            return Level(1 - sigma, sigma)
         alpha_bar = _alpha_bars(self, t.device)[t.long()]
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t in one step: a sample of q(x_t | x_0), DDPM eq. 4. t is (B,) or ()."""
@@ -190,8 +187,8 @@ class Diffusion:
 
         DDPM eq. 6 and 7. t >= 1 is (B,) or ().
         """
-        before, now = self.alpha_sigma(t - 1), self.alpha_sigma(t)
-        a, b, variance = gaussians.posterior_coefficients(before, now)
+        levels = self.alpha_sigma(t - 1), self.alpha_sigma(t)
+        a, b, variance = gaussians.posterior_coefficients(*levels)
         return _fit(a, x0) * x0 + _fit(b, x_t) * x_t, variance
 
     # What the network predicts. Salimans & Ho 2022 (arXiv:2202.00512) for v, Song et al. 2021
@@ -249,101 +246,58 @@ class Diffusion:
         """
         alpha, sigma = self.alpha_sigma(t)
         x_t = _fit(alpha, x0) * x0 + _fit(sigma, x0) * noise
-        output, share = self.halves(unet(x_t, self.timestep(t), context).to(x0.dtype))
+        output, v = self.split_output(unet(x_t, self.timestep(t), context).to(x0.dtype))
         error = output - self.target(x0, noise, alpha, sigma)
         if self.prediction == "score":
             error = _fit(sigma, x0) * error
         loss = error.square().flatten(1).mean(1)
-        if share is None:
+        if v is None:
             return loss, None
         estimate = self.to_x0(output.detach(), x_t, alpha, sigma)
-        term = self._bound_term(x0, estimate, share, t).flatten(1).mean(1)
+        term = self._bound_term(x0, estimate, v, t).flatten(1).mean(1)
         return loss, self.num_timesteps / math.log(2) * term
 
-    def halves(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction in a network's output, (B, C, ...), and the variance's share, or None.
+    def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction in a network's output, (B, C, ...), and v of a learned variance, or None.
 
-        The second half counts from -1 to 1, the share from 0 to 1; nothing keeps either there.
+        v interpolates between the small and the large variance: Nichol & Dhariwal 2021, eq. 15. The
+        network gives 2 v - 1, from -1 to 1; nothing keeps it there.
         """
         if not self.learned_variance:
             return output, None
-        output, v = output.chunk(2, dim=1)
-        return output, (v + 1) / 2
+        output, scaled_v = output.chunk(2, dim=1)
+        return output, (scaled_v + 1) / 2
 
-    def _bound_term(self, x0: Tensor, estimate: Tensor, share: Tensor, t: Tensor) -> Tensor:
+    def _bound_term(self, x0: Tensor, estimate: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """The bound's term at t of each number, in nats: see `likelihood.bound_terms`."""
-        before, now = self.alpha_sigma(t - 1), self.alpha_sigma(t)
+        level_s, level_t = self.alpha_sigma(t - 1), self.alpha_sigma(t)
         # At t = 1 beta_tilde is 0, and that of t = 2 stands in for it, as in the authors' code.
         t = t.clamp(min=2)
         small, _ = gaussians.reverse_variances(self.alpha_sigma(t - 1), self.alpha_sigma(t))
-        _, large = gaussians.reverse_variances(before, now)
-        from_x0, _, _ = gaussians.posterior_coefficients(before, now)
+        _, large = gaussians.reverse_variances(level_s, level_t)
+        from_x0, _, _ = gaussians.posterior_coefficients(level_s, level_t)
         small, large, from_x0 = (_fit(values, x0) for values in (small, large, from_x0))
-        log_variance = gaussians.learned_log_variance(share, small, large)
+        log_variance = gaussians.learned_log_variance(v, small, large)
         options = {"from_x0": from_x0, "log_small": small.log()}
         kl = gaussians.divergence(x0, estimate, log_variance, **options)
         log_p = gaussians.log_density(x0, estimate, log_variance, bins=None)
-        return torch.where(_fit(before[1], x0) == 0, -log_p, kl)
-
-    def denoiser(
-        self,
-        unet: Network,
-        context: Tensor,
-        null_context: Tensor | None,
-        guidance: Guidance | float,
-        *,
-        shares: bool = False,
-    ) -> Denoise:
-        """The network as an estimate of x0, guided; a number is the scale of plain guidance.
-
-        context is (B, L, D); null_context, that of the empty prompt, is (B, L, D) or (1, L, D).
-        Both halves go through the network in one call, [null, conditional]; where nothing is guided
-        there is one half, at half the cost, and no null_context is needed. Guiding the output is
-        guiding x0, because `to_x0` is affine. For one sampling run: momentum remembers its steps.
-        With `shares` it gives (B, 2C, H, W): after x0 the share of the learned variance, which is
-        that with the prompt and is not guided, as in GLIDE's code.
-        """
-        assert self.learned_variance or not shares, "only a learned variance has shares"
-        if not isinstance(guidance, Guidance):
-            guidance = Guidance(guidance)
-        if guidance.scale != 1 and null_context is None:
-            raise ValueError(f"guidance_scale={guidance.scale} needs a null_context; 1 does not")
-        halves = [context] if null_context is None else [null_context.expand_as(context), context]
-        both = torch.cat(halves)
-        update = torch.zeros((), device=context.device)
-
-        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-            nonlocal update
-            timestep, alpha, sigma = level
-            timestep = timestep.to(x.device, non_blocking=True).expand(len(x))
-            if not guidance.guides(alpha, sigma):
-                output, share = self.halves(unet(x, timestep, context))
-                x0 = self.to_x0(output, x, alpha, sigma)
-            else:
-                outputs = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
-                (null, _), (output, share) = map(self.halves, outputs)
-                if not guidance.projected:
-                    x0 = self.to_x0(guidance.combine(null, output), x, alpha, sigma)
-                else:
-                    x0 = self.to_x0(output, x, alpha, sigma)
-                    update = x0 - self.to_x0(null, x, alpha, sigma) + guidance.momentum * update
-                    x0 = guidance.project(update, x0)
-            return torch.cat([x0, share], dim=1) if shares and share is not None else x0
-
-        return denoise
+        return torch.where(_fit(level_s.sigma, x0) == 0, -log_p, kl)
 
     def levels(
         self, steps: int, *, grid: Grid = "ddim", spacing: LevelSpacing | None = None
     ) -> NoiseLevels:
         """The noise levels of a sampling run of `steps` steps, noisiest first.
 
-        `grid` says whose timesteps, of diffusers' schedulers, `spacing` how far they lie apart (by
-        default by `timestep_spacing`): see `latentdiff.levels`. Raises ValueError for steps out of
-        range, mostly 1 … T, and for a spacing that does not exist.
+        `grid` names the scheduler of diffusers that has these timesteps, `spacing` the way they are
+        spaced (by default `timestep_spacing`): see `latentdiff.levels`. Raises ValueError for steps
+        out of range, mostly 1 … T, and for a spacing that does not exist.
         """
         with torch.device("cpu"):
+            # On a flow sigma / alpha is infinite at T, which no run needs.
+            t = torch.arange(1, self.num_timesteps + (self.schedule != "flow"))
+            alpha, sigma = self.alpha_sigma(t)
             return noise_levels(
-                self._ratios,
+                sigma / alpha,
                 steps,
                 flow=self.schedule == "flow",
                 num_timesteps=self.num_timesteps,
@@ -354,14 +308,6 @@ class Diffusion:
                 set_alpha_to_one=self.set_alpha_to_one,
                 truncates=self.schedule == "cosine",
             )
-
-    @cached_property
-    def _ratios(self) -> Tensor:
-        """sigma / alpha at each timestep, rising; without a flow's last, where it is infinite."""
-        alpha, sigma = self.alpha_sigma(
-            torch.arange(1, self.num_timesteps + (self.schedule != "flow"))
-        )
-        return sigma / alpha
 
     def to_scheduler_config(self) -> dict[str, Any]:
         """This diffusion as scheduler/scheduler_config.json: see `formats.scheduler`."""
@@ -374,7 +320,7 @@ class Diffusion:
 
 
 def _fit(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient () or (B,) in a shape and dtype that multiply x (B, ...) and keep x's dtype."""
+    """A coefficient () or (B,) in the shape and dtype in which it multiplies x (B, ...)."""
     if coefficient.ndim == 0:
         return coefficient
     return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
@@ -385,16 +331,3 @@ def _alpha_bars(diffusion: Diffusion, device: torch.device) -> Tensor:
     """alpha_bar_0 … alpha_bar_T, (T + 1,), on the device: training must not copy it every step."""
     bars = diffusion.alphas_cumprod
     return torch.cat([bars.new_ones(1), bars]).to(device)
-
-
-def _cosine_betas(n: int) -> list[float]:
-    """Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, but betas at most 0.999, as theirs."""
-    bars = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-    return [min(1 - after / before, 0.999) for before, after in pairwise(bars)]
-
-
-def _zero_snr(betas: Tensor) -> Tensor:
-    """Betas stretched so that alpha_bar_T is 0: Lin et al. 2023 (arXiv:2305.08891), Algorithm 1."""
-    roots = (1 - betas).cumprod(0).sqrt()
-    bars = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
-    return 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])

@@ -1,84 +1,114 @@
-"""Image-to-image and inpainting: where sampling starts from, and what of an image is to stay.
+"""Image-to-image and inpainting: the first latents and the denoiser of a request with images.
 
-Shapes: B images, C latent channels, H/W latent size, h/w image size.
+Text-to-image starts from noise and needs nothing of this. The order in which noise is drawn is
+that of diffusers, so that its seeds draw its images.
+Shapes: B images, C latent channels, H/W latent size, h/w image size. Masks are 1 where to draw and
+0 where to keep the init image.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.diffusion import Network
+from latentdiff.images import from_pil, mask_from_pil
 from latentdiff.levels import Denoise, NoiseLevel
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
+from latentdiff.request import Request
 
 
-@dataclass(frozen=True)
-class Given:
-    """Images that are given, (B, 3, h, w) in [-1, 1], and where to draw them anew.
+def edit(
+    request: Request,
+    denoise: Denoise,
+    level: NoiseLevel,
+    noise: ImageNoise,
+    *,
+    vae: VAE,
+    inpainting_unet: bool,
+) -> tuple[Tensor, Denoise]:
+    """The first latents (B, C, H, W), at `level`, and the denoiser in place of `denoise`.
 
-    `masks` (B, 1, h, w) is 1 where to draw and 0 where to keep; None draws all of it anew.
+    Inpainting at strength 1 starts from noise alone. Raises ValueError if an inpainting UNet has no
+    mask.
     """
-
-    images: Tensor
-    masks: Tensor | None = None
-
-    def latents(self, vae: VAE, noise: ImageNoise) -> Tensor:
-        """The images as latents, (B, C, H, W)."""
-        return _encode(vae, self.images, noise)
-
-    def channels(self, vae: VAE, noise: ImageNoise) -> Tensor:
-        """What an inpainting UNet sees beside x_t: mask and masked images, (B, 1 + C, H, W)."""
-        assert self.masks is not None
-        masked = _encode(vae, self.images * (1 - self.masks), noise)  # grey where it is drawn
-        return torch.cat([self.latent_masks(masked), masked], dim=1)
-
-    def latent_masks(self, latents: Tensor) -> Tensor:
-        """The masks at the latents' size, (B, 1, H, W): the nearest pixel, as in diffusers."""
-        assert self.masks is not None
-        return F.interpolate(self.masks, size=latents.shape[-2:])
-
-    def keep(
-        self, denoise: Denoise, latents: Tensor, eps: Tensor, *, noise_only: Tensor | None
-    ) -> Denoise:
-        """A denoiser that knows what to keep: there x0 is `latents`, and x_t that with noise eps.
-
-        So any model inpaints (Lugmayr et al. 2022, arXiv:2201.09865, eq. 8, without resampling).
-        As a sampler moves x by what the denoiser estimates, what is kept stays the image: with
-        `ddim` exactly as if latents were blended after each step, which is what diffusers does.
-        `noise_only` is the sigma at which x_t is eps, if sampling starts from noise, as there. What
-        `denoise` gives after x0, the share of a learned variance, is left as it is.
-        """
-        masks = self.latent_masks(latents)
-
-        def denoise_rest(x: Tensor, level: NoiseLevel) -> Tensor:
-            known = level.alpha * latents + level.sigma * eps
-            if noise_only is not None and level.sigma == noise_only:
-                known = eps
-            given = denoise(masks * x + (1 - masks) * known, level)
-            x0, shares = given.tensor_split([latents.shape[1]], dim=1)
-            return torch.cat([masks * x0 + (1 - masks) * latents, shares], dim=1)
-
-        return denoise_rest
-
-    def paste(self, images: Tensor) -> Tensor:
-        """Drawn images with the kept pixels of the given ones, which the VAE would change."""
-        if self.masks is None:
-            return images
-        masks = self.masks.to(images)
-        return masks * images + (1 - masks) * self.images.to(images)
+    if inpainting_unet and not request.masks:
+        raise ValueError("this model is for inpainting: it needs an image and a mask_image")
+    variation = request.variation_seeds, request.variation_strength
+    size = (noise.size[1] * vae.config.factor, noise.size[2] * vae.config.factor)
+    images = _images(request, size).to(noise.device, noise.dtype)
+    if not request.masks:
+        latents = _encode(vae, images, noise)
+        eps = noise.first(*variation)
+        return level.alpha * latents + level.sigma * eps, denoise
+    masks = _masks(request, size).to(noise.device, noise.dtype)
+    if not inpainting_unet:
+        latents = _encode(vae, images, noise)
+        eps = noise.first(*variation)
+        if request.strength == 1:
+            return eps, inpainting_denoiser(denoise, masks, latents, eps, noise_only=level.sigma)
+        x = level.alpha * latents + level.sigma * eps
+        return x, inpainting_denoiser(denoise, masks, latents, eps, noise_only=None)
+    latents = None if request.strength == 1 else _encode(vae, images, noise)
+    x = noise.first(*variation)
+    if latents is not None:
+        x = level.alpha * latents + level.sigma * x
+    masked_latents = _encode(vae, images * (1 - masks), noise)  # grey where to draw
+    channels = torch.cat([_latent_masks(masks, masked_latents), masked_latents], dim=1)
+    return x, with_channels(denoise, channels)
 
 
-def with_channels(network: Network, channels: Tensor) -> Network:
-    """A network that is shown `channels` (B, ..., H, W) beside x, in both halves of guidance."""
+def inpainting_denoiser(
+    denoise: Denoise, masks: Tensor, latents: Tensor, eps: Tensor, *, noise_only: Tensor | None
+) -> Denoise:
+    """A denoiser that fixes x0 to `latents`, and x_t to those with noise eps, where masks are 0.
 
-    def call(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        more = channels.repeat(len(x) // len(channels), 1, 1, 1)
-        return network(torch.cat([x, more], dim=1), timestep, context)
+    So any model inpaints (Lugmayr et al. 2022, arXiv:2201.09865, eq. 8, without resampling). As a
+    sampler moves x by the denoiser's estimates, the init image stays there: with `ddim` exactly as
+    if its latents were blended in after each step, as diffusers does. masks are (B, 1, h, w).
+    `noise_only` is the sigma at which x_t is eps, if sampling starts from noise. v of a learned
+    variance, which `denoise` may give after x0, is that of the network everywhere.
+    """
+    masks = _latent_masks(masks, latents)
 
-    return call
+    def denoise_masked(x: Tensor, level: NoiseLevel) -> Tensor:
+        init = level.alpha * latents + level.sigma * eps
+        if noise_only is not None and level.sigma == noise_only:
+            init = eps
+        estimate = denoise(masks * x + (1 - masks) * init, level)
+        x0, v = estimate.tensor_split([latents.shape[1]], dim=1)
+        return torch.cat([masks * x0 + (1 - masks) * latents, v], dim=1)
+
+    return denoise_masked
+
+
+def with_channels(denoise: Denoise, channels: Tensor) -> Denoise:
+    """A denoiser whose network also sees `channels` (B, ..., H, W), after those of x."""
+
+    def denoise_with_channels(x: Tensor, level: NoiseLevel) -> Tensor:
+        return denoise(torch.cat([x, channels], dim=1), level)
+
+    return denoise_with_channels
+
+
+def composite(images: Tensor, request: Request) -> Tensor:
+    """Drawn images (B, 3, h, w) with the kept pixels of the init images, which the VAE changes."""
+    size = (images.shape[2], images.shape[3])
+    masks = _masks(request, size).to(images)
+    return masks * images + (1 - masks) * _images(request, size).to(images)
+
+
+def _images(request: Request, size: tuple[int, int]) -> Tensor:
+    """The init images, (B, 3, h, w) in [-1, 1]."""
+    return torch.stack([from_pil(image, size) for image in request.images])
+
+
+def _masks(request: Request, size: tuple[int, int]) -> Tensor:
+    return torch.stack([mask_from_pil(mask, size) for mask in request.masks])
+
+
+def _latent_masks(masks: Tensor, latents: Tensor) -> Tensor:
+    """The masks at the size of the latents, (B, 1, H, W): the nearest pixel, as in diffusers."""
+    return F.interpolate(masks, size=latents.shape[-2:])
 
 
 def _encode(vae: VAE, images: Tensor, noise: ImageNoise) -> Tensor:

@@ -1,21 +1,27 @@
 """The Gaussians between two noise levels: forward process, posterior, reverse process, their terms.
 
-A level is (alpha, sigma) of x_t = alpha x0 + sigma eps; t is the noisier of two and s the other.
+Of two levels t is the noisier one and s the other.
 Papers: DDPM (Ho et al. 2020, arXiv:2006.11239), and Nichol & Dhariwal 2021 (arXiv:2102.09672) for
 variances that a network learns.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Level = tuple[Tensor, Tensor]  # alpha, sigma
+
+class Level(NamedTuple):
+    """alpha and sigma of x_t = alpha x0 + sigma eps, of one shape."""
+
+    alpha: Tensor
+    sigma: Tensor
+
 
 Variance = Literal["small", "large", "learned"]
-"""Of p(x_s | x_t): beta_tilde, beta, or what the network says at each point. For "learned" the
-denoiser gives its share, as `Diffusion.denoiser(..., shares=True)` does."""
+"""The variance of p(x_s | x_t): beta_tilde, beta, or one between them that the network learned. For
+"learned" the denoiser gives v after x0, as `guidance.guided_denoiser(..., with_v=True)` does."""
 
 
 def transition(s: Level, t: Level) -> tuple[Tensor, Tensor]:
@@ -23,8 +29,8 @@ def transition(s: Level, t: Level) -> tuple[Tensor, Tensor]:
 
     Kingma et al. 2021 (arXiv:2107.00630), eq. 23; v is DDPM's beta_t if s = t - 1.
     """
-    alpha = t[0] / s[0]
-    return alpha, (t[1] ** 2 - (alpha * s[1]) ** 2).clamp(min=0)
+    alpha = t.alpha / s.alpha
+    return alpha, (t.sigma**2 - (alpha * s.sigma) ** 2).clamp(min=0)
 
 
 def posterior_coefficients(s: Level, t: Level) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,8 +39,8 @@ def posterior_coefficients(s: Level, t: Level) -> tuple[Tensor, Tensor, Tensor]:
     DDPM, eq. 7, for any two levels: v is beta_tilde_t if s = t - 1.
     """
     alpha, variance = transition(s, t)
-    kept = (s[1] / t[1]) ** 2
-    return s[0] * variance / t[1] ** 2, alpha * kept, variance * kept
+    ratio = (s.sigma / t.sigma) ** 2
+    return s.alpha * variance / t.sigma**2, alpha * ratio, variance * ratio
 
 
 def reverse_variances(s: Level, t: Level) -> tuple[Tensor, Tensor]:
@@ -45,16 +51,13 @@ def reverse_variances(s: Level, t: Level) -> tuple[Tensor, Tensor]:
     """
     forward = transition(s, t)[1]
     # Var(x_s | x_t) of unit Gaussian data; the fraction is 1 wherever alpha^2 + sigma^2 = 1.
-    large = forward * (s[0] ** 2 + s[1] ** 2) / (t[0] ** 2 + t[1] ** 2)
+    large = forward * (s.alpha**2 + s.sigma**2) / (t.alpha**2 + t.sigma**2)
     return posterior_coefficients(s, t)[2], large
 
 
-def learned_log_variance(share: Tensor, small: Tensor, large: Tensor) -> Tensor:
-    """log of the variance that lies so far, 0 … 1, from the small to the large one.
-
-    Nichol & Dhariwal, eq. 15: the way is measured in logarithms.
-    """
-    return share * large.log() + (1 - share) * small.log()
+def learned_log_variance(v: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """log of the variance exp(v log beta + (1 - v) log beta_tilde): Nichol & Dhariwal, eq. 15."""
+    return v * large.log() + (1 - v) * small.log()
 
 
 def divergence(
@@ -62,8 +65,8 @@ def divergence(
 ) -> Tensor:
     """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of each number, in nats: DDPM, eq. 5, L_{t-1}.
 
-    p has the mean that q would have if x0 were `estimate`, weighted by `from_x0`, and its own
-    `log_variance`; that of q is `log_small`.
+    The mean of p is that of q for `estimate` in place of x0, whose weight is `from_x0`; the log
+    variance of p is `log_variance`, and that of q `log_small`.
     """
     error = (from_x0 * (estimate - x0)).square() / log_variance.exp()
     ratio = log_small - log_variance

@@ -1,8 +1,8 @@
 """Guidance: how far, where and in which direction a sample is led towards its prompt.
 
-At each step the network is asked twice, with the prompt and without it (with the negative prompt);
-classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) goes on from the one estimate
-through the other. The rest of this file mends what a large scale spoils.
+At each step the network is evaluated with the prompt and with the negative prompt (by default the
+empty one), and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) extrapolates from
+the second output through the first. The other options mend what a large scale spoils.
 """
 
 import math
@@ -12,30 +12,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion import Diffusion, Network
+from latentdiff.levels import Denoise, NoiseLevel
+
 
 @dataclass(frozen=True)
 class Guidance:
-    """How one sample is guided; the defaults beyond `scale` are plain classifier-free guidance.
+    """How a sample is guided; the defaults beyond `scale` are plain classifier-free guidance.
 
     Raises ValueError, naming the field, for a value out of range.
     """
 
     scale: float = 7.5
-    """How far from the negative prompt, >= 0; 1 is off, and the network is asked only once."""
+    """The weight of the extrapolation, >= 0; 1 is off, at half the cost."""
     rescale: float = 0.0
     """0 … 1: how much of the contrast that guidance adds is taken back (Lin et al. 2023,
     arXiv:2305.08891, section 3.4; 0.7 there)."""
     interval: Sequence[float] | None = None
-    """Noise levels sigma / alpha, lowest and highest, between which to guide at all; outside the
-    network is asked only once (Kynkäänniemi et al. 2024, arXiv:2404.07724). None is everywhere."""
+    """The lowest and the highest noise level sigma / alpha that is guided; the others have a scale
+    of 1 (Kynkäänniemi et al. 2024, arXiv:2404.07724). None guides everywhere."""
     eta: float = 1.0
-    """Adaptive projected guidance (Sadat et al. 2024, arXiv:2410.02416): how much of the part of
-    the guidance that is parallel to the estimate is kept; 0 avoids saturated colours, 1 is off."""
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv:2410.02416): the weight of the update's
+    component parallel to the estimate of x0; 0 avoids saturated colours, 1 is off."""
     norm_threshold: float | None = None
-    """The longest guidance a step may have, a Euclidean norm over an image's latents (theirs)."""
+    """The largest Euclidean norm of an image's update in a step (r in Sadat et al.)."""
     momentum: float = 0.0
-    """How much of the earlier steps' guidance is added, above -1 and below 1; theirs is negative,
-    -0.5: it follows what is new in a step."""
+    """The weight of the earlier steps' updates, above -1 and below 1; beta in Sadat et al., where
+    it is negative, -0.5, and emphasises what is new in a step."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
@@ -79,20 +82,73 @@ class Guidance:
         guided = null + self.scale * (conditional - null)
         if not self.rescale:
             return guided
-        rest = tuple(range(1, guided.ndim))
-        contrast = conditional.std(rest, keepdim=True) / guided.std(rest, keepdim=True)
+        dims = tuple(range(1, guided.ndim))
+        contrast = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
         return guided * (self.rescale * contrast + (1 - self.rescale))  # eq. 15 and 16
 
     def project(self, update: Tensor, x0: Tensor) -> Tensor:
         """The guided estimate of x0 by adaptive projected guidance, (B, ...): Algorithm 1.
 
-        x0 is the estimate with the prompt, `update` what to add to it for a scale of 2, momentum
-        included. The norms are of whole images.
+        x0 is the estimate with the prompt; `update` is its difference from the estimate without,
+        momentum included. Norms and sums are over all of an image's latents.
         """
-        rest = tuple(range(1, x0.ndim))
+        dims = tuple(range(1, x0.ndim))
         if self.norm_threshold is not None:
-            norm = torch.linalg.vector_norm(update, dim=rest, keepdim=True)
+            norm = torch.linalg.vector_norm(update, dim=dims, keepdim=True)
             update = update * (self.norm_threshold / norm).clamp(max=1)
-        square = x0.square().sum(rest, keepdim=True)
-        parallel = (update * x0).sum(rest, keepdim=True) / square * x0
+        square = x0.square().sum(dims, keepdim=True)
+        parallel = (update * x0).sum(dims, keepdim=True) / square * x0
         return x0 + (self.scale - 1) * (update - (1 - self.eta) * parallel)
+
+
+def guided_denoiser(
+    diffusion: Diffusion,
+    network: Network,
+    context: Tensor,
+    null_context: Tensor | None,
+    guidance: Guidance | float,
+    *,
+    with_v: bool = False,
+) -> Denoise:
+    """The network as a guided estimate of x0; a number is the scale of plain guidance.
+
+    context is (B, L, D); null_context, that of the negative prompt, is (B, L, D) or (1, L, D). The
+    network sees both in one batch, [null, conditional]; where nothing is guided it sees context
+    alone, at half the cost, and no null_context is needed. Guiding the output is guiding x0,
+    because `Diffusion.to_x0` is affine. A denoiser is for one sampling run: momentum remembers its
+    steps. With `with_v` it gives (B, 2C, H, W), x0 and v of the learned variance; this v is that of
+    the prompt and is not guided, as in GLIDE's code.
+    """
+    assert diffusion.learned_variance or not with_v, "only a learned variance has v"
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    if guidance.scale != 1 and null_context is None:
+        raise ValueError(f"guidance_scale={guidance.scale} needs a null_context; 1 does not")
+    both = [context] if null_context is None else [null_context.expand_as(context), context]
+    contexts = torch.cat(both)
+    update = torch.zeros((), device=context.device)
+
+    def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+        nonlocal update
+        timestep, alpha, sigma = level
+        timestep = timestep.to(x.device, non_blocking=True).expand(len(x))
+
+        def to_x0(output: Tensor) -> Tensor:
+            x_t = x[:, : output.shape[1]]  # an inpainting UNet sees further channels
+            return diffusion.to_x0(output, x_t, alpha, sigma)
+
+        if not guidance.guides(alpha, sigma):
+            output, v = diffusion.split_output(network(x, timestep, context))
+            x0 = to_x0(output)
+        else:
+            outputs = network(torch.cat([x, x]), timestep.repeat(2), contexts).chunk(2)
+            (null, _), (output, v) = map(diffusion.split_output, outputs)
+            if not guidance.projected:
+                x0 = to_x0(guidance.combine(null, output))
+            else:
+                x0 = to_x0(output)
+                update = x0 - to_x0(null) + guidance.momentum * update
+                x0 = guidance.project(update, x0)
+        return torch.cat([x0, v], dim=1) if with_v and v is not None else x0
+
+    return denoise

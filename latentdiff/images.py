@@ -10,7 +10,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-# Where labels find their letters: Pillow's own font (None) has English, the others have more.
+# The fonts of labels: Pillow's default (None) has Latin letters, the others have more.
 SYSTEM_FONTS = (
     None,
     "DejaVuSans.ttf",
@@ -27,17 +27,17 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def to_floats(pixels: Tensor) -> Tensor:
-    """uint8 0 … 255 -> float32 -1 … 1, any shape."""
+    """Pixels, uint8 0 … 255 of any shape, as float32 -1 … 1."""
     return pixels.float() / 127.5 - 1.0
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Floats -1 … 1 -> uint8; rounded, since truncation darkens by half a level, and clipped."""
+    """Floats -1 … 1 as uint8; rounded, since truncation darkens by half a level, and clipped."""
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB. Raises ValueError for an image that is not finite."""
+    """An image (3, H, W) in [-1, 1] as RGB. Raises ValueError if it is not finite."""
     if not image.isfinite().all():
         raise ValueError(
             "the image has values that are not finite: half precision overflows in some VAEs; "
@@ -53,7 +53,7 @@ def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def to_rgb(image: Image.Image, *, background: str = "white") -> Image.Image:
-    """As a viewer shows it: upright, in 8 bits, on the background where it is transparent."""
+    """An RGB image as a viewer shows it: upright, in 8 bits, on `background` if transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -70,8 +70,10 @@ def mask_from_pil(mask: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    wanted = (size[1], size[0])
-    return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
+    width_height = (size[1], size[0])
+    if image.size == width_height:
+        return image
+    return image.resize(width_height, Image.Resampling.LANCZOS)
 
 
 def image_grid(
@@ -83,8 +85,8 @@ def image_grid(
 ) -> Image.Image:
     """Lay images out row by row, about as many columns as rows, with a label under each.
 
-    `plain` are ASCII labels for those that no font of this machine can draw; without them such a
-    label is left out.
+    `plain` are ASCII labels in place of those that no font of this machine has; without them such
+    a label is left out.
     """
     gap, lines, font_size = 8 if labels else 4, 2, 14
     columns = columns if columns is not None else math.ceil(math.sqrt(len(images)))
@@ -119,7 +121,7 @@ def drawable(labels: Sequence[str], size: int) -> tuple[str, Font | None]:
 
 
 def font_for(text: str, size: int) -> Font | None:
-    """Pillow's own font or a common system font, whichever has all the characters; else None."""
+    """The first font of `SYSTEM_FONTS` that is here and has all the characters, or None."""
 
     def drawn(character: str, font: Font) -> bytes:
         image = Image.new("L", (2 * size, 2 * size))

@@ -1,6 +1,8 @@
-"""The noise levels of a sampling run: how noisy each step's input is, and what the network is told.
+"""The noise levels of a sampling run: how noisy the input of each step is, and its timestep.
 
-Which levels there are is chosen here, for any `Diffusion`, of which this module knows only a table.
+The levels are chosen here for any `Diffusion`, of which this module knows only a table of
+sigma / alpha. They are those of diffusers' schedulers, down to their rounding: equal images need
+equal timesteps, and those schedulers choose them in different ways.
 """
 
 import math
@@ -11,17 +13,21 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from latentdiff.formats import timesteps
-from latentdiff.formats.timesteps import Grid, Spacing
+from latentdiff.gaussians import Level
 
-# leading, trailing and linspace space timesteps evenly: see `formats.timesteps.spaced`. The others
-# space sigma / alpha from the schedule's most to its least: karras by Karras et al. 2022, eq. 5
-# (diffusers' `use_karras_sigmas`), exponential and log_snr evenly in the logarithm. These are
+Spacing = Literal["leading", "trailing", "linspace"]
+
+# leading, trailing and linspace space timesteps evenly: see `_spaced`. The others space
+# sigma / alpha from the largest of the schedule to the smallest: karras by Karras et al. 2022,
+# eq. 5 (diffusers' `use_karras_sigmas`), exponential and log_snr evenly in the logarithm. These are
 # diffusers' `use_exponential_sigmas` and DPM-Solver's `use_lu_lambdas`: the same levels, but for
-# the timestep told, which "dpm" grids truncate with the one and round with the other. diffusers'
-# Euler, Heun, LMS and DPMSolverSDE take the range from their own timestep_spacing, which is the
-# whole schedule with linspace, their default.
+# the network's timestep, which "dpm" grids truncate with the one and round with the other.
+# diffusers' Euler, Heun, LMS and DPMSolverSDE take the range from their own timestep_spacing, which
+# is the whole schedule with linspace, their default.
 LevelSpacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "log_snr"]
+
+# The schedulers of diffusers whose timesteps a run has; see `noise_levels`.
+Grid = Literal["ddim", "ddpm", "euler", "sde", "dpm", "lcm"]
 
 # sigma / alpha where zero terminal SNR would make it infinite and a sampler cannot have that: of
 # alpha_bar = 2^-24, as in diffusers.
@@ -29,7 +35,7 @@ LARGEST_RATIO = math.sqrt(2.0**24 - 1)
 
 
 class NoiseLevel(NamedTuple):
-    """A noise level, x_t = alpha x0 + sigma eps, and what the network is told of it; () or (B,)."""
+    """A noise level, x_t = alpha x0 + sigma eps, and the network's timestep there; () or (B,)."""
 
     timestep: Tensor
     alpha: Tensor
@@ -43,14 +49,14 @@ Denoise = Callable[[Tensor, NoiseLevel], Tensor]  # x_t (B, C, H, W), level -> e
 class NoiseLevels:
     """The N + 1 noise levels of a sampling run of N steps, noisiest first; the last is data.
 
-    `len` is N; index i from 0 to N gives one level. They stay on the CPU: its 0-dimensional tensors
-    multiply those of any device, and reading one back waits for nobody.
+    `len` is N; index i from 0 to N gives one level. The tensors stay on the CPU: 0-dimensional ones
+    multiply those of any device, and reading one needs no synchronisation.
     """
 
     timestep: Tensor  # (N + 1,) float32
     alpha: Tensor
     sigma: Tensor  # each (N + 1,) float64
-    # Halfway through each step, each (N,), for samplers that call the network there.
+    # Halfway through each step, each (N,), for samplers that evaluate the network there.
     middle: NoiseLevel | None = None
 
     def __len__(self) -> int:
@@ -59,31 +65,31 @@ class NoiseLevels:
     def __getitem__(self, i: int) -> NoiseLevel:
         return NoiseLevel(self.timestep[i], self.alpha[i], self.sigma[i])
 
-    def pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(alpha, sigma) before and after each step, each (N,)."""
-        return (self.alpha[:-1], self.sigma[:-1]), (self.alpha[1:], self.sigma[1:])
+    def ends(self) -> tuple[Level, Level]:
+        """The levels s and t of each step, which goes from x_t to x_s, each (N,)."""
+        return Level(self.alpha[1:], self.sigma[1:]), Level(self.alpha[:-1], self.sigma[:-1])
 
-    def straight_scale(self) -> Tensor:
-        """The coordinates, x / scale, in which solvers step along sigma / scale; (N + 1,).
+    def scaling(self) -> Tensor:
+        """s(t) of Karras et al. 2022, Table 1: solvers step x / s(t) along sigma / s(t); (N + 1,).
 
-        scale is alpha on a variance-preserving path (Karras et al. 2022: there x / alpha is data
-        and noise of deviation sigma / alpha) and 1 on a flow, where alpha may be 0.
+        It is alpha on a variance-preserving path (there x / alpha is data and noise of deviation
+        sigma / alpha) and 1 on a flow, where alpha may be 0.
         """
         flow = ((self.alpha + self.sigma - 1).abs() < 1e-12).all()
         return torch.ones_like(self.alpha) if flow else self.alpha
 
     def halfway(self, i: int) -> NoiseLevel:
         """The level halfway through step i, from 0 to N - 1."""
-        assert self.middle is not None, "these levels were not made for a sampler that calls there"
+        assert self.middle is not None, "these levels have no middles: their grid is not sde"
         return NoiseLevel(*(values[i] for values in self.middle))
 
     def last(self, n: int) -> "NoiseLevels":
-        """The last n steps, from 1 to N, as a run of their own: how image-to-image begins."""
+        """The levels of the last n steps, from 1 to N, with which image-to-image begins."""
         assert 1 <= n <= len(self), f"{n} of {len(self)} steps"
-        here, middle = slice(len(self) - n, None), self.middle
+        last, middle = slice(len(self) - n, None), self.middle
         if middle is not None:
-            middle = NoiseLevel(*(values[here] for values in middle))
-        return NoiseLevels(self.timestep[here], self.alpha[here], self.sigma[here], middle)
+            middle = NoiseLevel(*(values[last] for values in middle))
+        return NoiseLevels(self.timestep[last], self.alpha[last], self.sigma[last], middle)
 
 
 def noise_levels(
@@ -101,12 +107,12 @@ def noise_levels(
 ) -> NoiseLevels:
     """The levels of a `Diffusion`, whose sigma / alpha at its timesteps, rising, are `ratios`.
 
-    `grid` says whose levels, of diffusers' schedulers: "ddim" (PNDM's too), where the last is
+    `grid` names the scheduler of diffusers that has them: "ddim" (PNDM's too), where the last is
     alpha_bar_1 instead of data if `set_alpha_to_one` is false, "ddpm", "euler" (Heun's and LMS's
     too), "sde" (DPMSolverSDE's, with a middle), "dpm" (UniPC's too) or "lcm". A flow has but one,
-    DPMSolverMultistepScheduler's. `default` is the spacing if there is none, and `truncates` says
-    whether a network is told the lower of two timesteps between which a level lies, or the nearest.
-    Raises ValueError for steps out of range and a spacing that does not exist.
+    DPMSolverMultistepScheduler's. `default` is the spacing if `spacing` is None. The timestep of a
+    level between two is the lower one with `truncates`, and else the nearest. Raises ValueError for
+    steps out of range and a spacing that does not exist.
     """
     finite = torch.where(ratios.isinf(), LARGEST_RATIO, ratios)
     if spacing is not None and spacing not in get_args(LevelSpacing):
@@ -115,9 +121,9 @@ def noise_levels(
     ends_on_data = grid != "ddim" or set_alpha_to_one
     if spacing in ("karras", "exponential", "log_snr"):
         ends_on_data = True  # their last level is the one on which the run would end otherwise
-        ratio = timesteps.falling(finite, steps, rho=7.0 if spacing == "karras" else math.inf)
+        ratio = _falling(finite, steps, rho=7.0 if spacing == "karras" else math.inf)
         alpha, sigma = _from_ratio(ratio, flow)
-        timestep = num_timesteps * sigma if flow else timesteps.position(finite, ratio)
+        timestep = num_timesteps * sigma if flow else _position(finite, ratio)
         if not flow and grid not in ("euler", "sde"):
             truncates = truncates or spacing == "exponential"
             timestep = timestep.trunc() if truncates else timestep.round()
@@ -127,19 +133,20 @@ def noise_levels(
                 f"level_spacing={spacing} is for beta schedules; for schedule=flow leave it out, "
                 "or choose karras, exponential or log_snr"
             )
-        sigma = timesteps.flow_sigmas(num_timesteps, steps)
+        check_steps(steps, num_timesteps)
+        sigma = (1 - _linspace(1.0, 1 / num_timesteps, steps + 1)).flip(0)[:-1]
         timestep, alpha = (num_timesteps * sigma).trunc(), 1 - sigma
     else:
-        timestep = timesteps.spaced(
+        timestep = _spaced(
             num_timesteps, steps, spacing=spacing or default, offset=offset, grid=grid
         )
         # Only these compute with alpha alone, which may be 0, and not with sigma / alpha.
         table = ratios if grid in ("ddim", "ddpm", "lcm") else finite
-        alpha, sigma = _from_ratio(timesteps.interpolate(table, timestep), flow)
-    end = torch.zeros(1, dtype=torch.float64)
-    last = _from_ratio(end if ends_on_data else ratios[:1], flow)
+        alpha, sigma = _from_ratio(_interpolate(table, timestep), flow)
+    zero = torch.zeros(1, dtype=torch.float64)
+    last = (zero + 1, zero) if ends_on_data else _from_ratio(ratios[:1], flow)
     alpha, sigma = torch.cat([alpha, last[0]]), torch.cat([sigma, last[1]])
-    timestep = torch.cat([timestep, end if flow or not ends_on_data else end - 1])
+    timestep = torch.cat([timestep, zero if flow or not ends_on_data else zero - 1])
     middle = _halfway(finite, alpha, sigma, flow, num_timesteps) if grid == "sde" else None
     return NoiseLevels(timestep.float(), alpha, sigma, middle)
 
@@ -151,9 +158,9 @@ def _halfway(
     ratio = sigma / alpha
     ratio = (ratio[:-1] * ratio[1:]).sqrt()
     alpha, sigma = _from_ratio(ratio, flow)
-    # The last step ends on data and has no such level: 0 there, and never asked for.
-    told = num_timesteps * sigma if flow else timesteps.position(ratios, ratio.clamp(min=1e-10))
-    return NoiseLevel(told.float(), alpha, sigma)
+    # The last step ends on data and has no such level: 0 stands there and is never read.
+    timestep = num_timesteps * sigma if flow else _position(ratios, ratio.clamp(min=1e-10))
+    return NoiseLevel(timestep.float(), alpha, sigma)
 
 
 def _from_ratio(ratio: Tensor, flow: bool) -> tuple[Tensor, Tensor]:
@@ -161,3 +168,80 @@ def _from_ratio(ratio: Tensor, flow: bool) -> tuple[Tensor, Tensor]:
     if flow:
         return 1 / (1 + ratio), 1 / (1 + 1 / ratio)
     return 1 / (1 + ratio**2).sqrt(), 1 / (1 + ratio**-2).sqrt()
+
+
+def _spaced(num_timesteps: int, steps: int, *, spacing: Spacing, offset: int, grid: Grid) -> Tensor:
+    """The timesteps of a run on a beta schedule, falling, from 0 … T - 1: (steps,) float64.
+
+    The spacings are those of Lin et al. 2023 (arXiv:2305.08891), Table 2. The schedulers of the
+    "dpm" grid (DPM-Solver, UniPC) choose one timestep more and leave out the last, except with
+    "trailing"; those of "euler" (Euler, Heun, LMS) and "sde" (DPMSolverSDEScheduler) do not round
+    "linspace"; those of "lcm" are LCMScheduler's, whatever the spacing. Where an offset leads past
+    T - 1 it is reduced: diffusers would run off the end of its table. Raises ValueError for steps
+    out of range.
+    """
+    if grid == "lcm":
+        return _distilled(num_timesteps, steps)
+    points = steps + 1 if grid == "dpm" and spacing != "trailing" else steps
+    most = num_timesteps - (points - steps)
+    check_steps(steps, most)
+    if spacing == "trailing":
+        stride = num_timesteps - (num_timesteps - num_timesteps / steps)
+        return (num_timesteps - torch.arange(steps).double() * stride).round() - 1
+    if spacing == "linspace":
+        timesteps = _linspace(0.0, num_timesteps - 1, points).flip(0)[:steps]
+        return timesteps if grid in ("euler", "sde") else timesteps.round()
+    timesteps = (torch.arange(points) * (num_timesteps // points)).flip(0)[:steps]
+    return (timesteps + min(offset, num_timesteps - 1 - int(timesteps[0]))).double()
+
+
+def _distilled(num_timesteps: int, steps: int) -> Tensor:
+    """`steps` of the 50 timesteps that LCMs are distilled at, falling, (steps,) float64."""
+    distilled = min(50, num_timesteps)
+    check_steps(steps, distilled)
+    chosen = torch.arange(steps) * distilled // steps
+    return ((distilled - chosen) * (num_timesteps // distilled) - 1).double()
+
+
+def _falling(table: Tensor, steps: int, *, rho: float) -> Tensor:
+    """`steps` values from the last of a rising table of sigma / alpha to its first.
+
+    Even in their rho-th root, Karras et al. 2022 (arXiv:2206.00364), eq. 5, or, if rho is infinite,
+    in their logarithm. Raises ValueError for steps out of range.
+    """
+    check_steps(steps, len(table))
+    if math.isinf(rho):
+        most, least = table[-1].log(), table[0].log()
+        return (most + _linspace(0.0, 1.0, steps) * (least - most)).exp()
+    most, least = table[-1] ** (1 / rho), table[0] ** (1 / rho)
+    return (most + _linspace(0.0, 1.0, steps) * (least - most)) ** rho
+
+
+def _position(table: Tensor, values: Tensor) -> Tensor:
+    """Where values lie in a rising table, as real indices, linear in the logarithm."""
+    logs, log = table.log(), values.log()
+    below = (torch.searchsorted(logs, log, right=True) - 1).clamp(0, len(logs) - 2)
+    return below + ((log - logs[below]) / (logs[below + 1] - logs[below])).clamp(0, 1)
+
+
+def _interpolate(table: Tensor, position: Tensor) -> Tensor:
+    """The table's values at real indices, linear between them; a value may be infinite."""
+    below = position.long()
+    above = (below + 1).clamp(max=len(table) - 1)
+    between = torch.lerp(table[below], table[above], position - below)
+    return torch.where(position == below, table[below], between)
+
+
+def _linspace(start: float, end: float, n: int) -> Tensor:
+    """numpy's linspace, in float64; the last digits of torch's are others."""
+    if n == 1:
+        return torch.tensor([start], dtype=torch.float64)
+    points = torch.arange(n).double() * ((end - start) / (n - 1)) + start
+    points[-1] = end
+    return points
+
+
+def check_steps(steps: int, most: int) -> None:
+    """Raise ValueError unless 1 <= steps <= most."""
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps={steps} must be from 1 to {most}")

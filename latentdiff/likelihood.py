@@ -44,8 +44,8 @@ def bound_terms(
     `reconstruction` (B,). With `bins`, x0 is pixels in [-1, 1] of so many values (256 for 8 bits)
     and the reconstruction their probability (DDPM, eq. 13), else the density of real numbers.
     Its variance in the last step, where beta_tilde is 0, is the step before's (Nichol & Dhariwal).
-    For "learned", `denoise` gives the variance's share after x0: `diffusion.denoiser(…,
-    shares=True)`. Raises ValueError for another variance and for fewer than two steps.
+    For "learned", `denoise` gives v after x0: `guidance.guided_denoiser(…, with_v=True)`. Raises
+    ValueError for another variance and for fewer than two steps.
     """
     if variance not in get_args(Variance):
         allowed = ", ".join(get_args(Variance))
@@ -53,9 +53,9 @@ def bound_terms(
     steps = len(levels)
     if steps < 2:
         raise ValueError(f"levels has {steps} steps and must have 2 or more")
-    now, after = levels.pairs()
-    from_x0, _, _ = posterior_coefficients(after, now)
-    small, large = reverse_variances(after, now)
+    s, t = levels.ends()
+    from_x0, _, _ = posterior_coefficients(s, t)
+    small, large = reverse_variances(s, t)
     small = torch.cat([small[:-1], small[-2:-1]])
     first = levels[0]
     mean_square = (first.alpha * x0).square().flatten(1).sum(1)
@@ -68,8 +68,8 @@ def bound_terms(
         x_t = level.alpha * x0 + level.sigma * noise
         estimate = denoise(x_t, level)
         if variance == "learned":
-            estimate, share = estimate.chunk(2, dim=1)
-            log_variance = learned_log_variance(share, small[i], large[i])
+            estimate, v = estimate.chunk(2, dim=1)
+            log_variance = learned_log_variance(v, small[i], large[i])
         else:
             chosen = large[i] if variance == "large" else small[i]
             log_variance = chosen.log().to(x0).expand(x0.shape)
@@ -131,9 +131,9 @@ def flow_log_density(
     """log p(x), (B,) in nats, along the probability flow (Song et al. 2021, arXiv:2011.13456, D.2).
 
     x (B, …) is at the least noisy level that is not data, `levels[-2]`: p is the density of data
-    with so little noise. The flow is dx = x0 d alpha + eps d sigma with both as the network sees
-    them at x; Heun's method follows it through the levels to the noisiest, where p is N(0, I).
-    The divergence is Hutchinson's estimate of `probes` draws of signs (unbiased), or exact, at a
+    with so little noise. The flow is dx = x0 d alpha + eps d sigma with the network's estimates of
+    x0 and eps at x; Heun's method follows it to the noisiest level, where p is N(0, I). The
+    divergence is Hutchinson's estimate of `probes` draws of signs (unbiased), or exact, at a
     backward pass a dimension, if None.
     """
     if probes is None:
@@ -143,12 +143,12 @@ def flow_log_density(
         draws = torch.randint(2, (probes, *x.shape), generator=generator)
         directions = list((2 * draws - 1).to(x))
 
-    def change(x: Tensor, level: NoiseLevel, by: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What x changes by as alpha and sigma do, and the divergence of that, (B,)."""
+    def change(x: Tensor, level: NoiseLevel, d: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """dx where alpha and sigma change by d, and its divergence, (B,)."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = denoise(x, level)
-            field = by[0] * x0 + by[1] * (x - level.alpha * x0) / level.sigma
+            field = d[0] * x0 + d[1] * (x - level.alpha * x0) / level.sigma
             sums = x.new_zeros(len(x))
             for probe in directions:
                 (gradient,) = torch.autograd.grad(field, x, probe, retain_graph=True)
@@ -157,11 +157,11 @@ def flow_log_density(
 
     total = x.new_zeros(len(x))
     for i in range(len(levels) - 1, 0, -1):
-        after = levels[i - 1]
-        by = after.alpha - levels[i].alpha, after.sigma - levels[i].sigma
-        here, here_sum = change(x, levels[i], by)
-        there, there_sum = change(x + here, after, by)
-        x = x + 0.5 * (here + there)
-        total = total + 0.5 * (here_sum + there_sum)
+        s, t = levels[i], levels[i - 1]
+        d = t.alpha - s.alpha, t.sigma - s.sigma
+        dx_s, divergence_s = change(x, s, d)
+        dx_t, divergence_t = change(x + dx_s, t, d)
+        x = x + 0.5 * (dx_s + dx_t)
+        total = total + 0.5 * (divergence_s + divergence_t)
     square = x.square().flatten(1).sum(1)
     return total - 0.5 * (square + x[0].numel() * math.log(2 * math.pi))

@@ -1,4 +1,4 @@
-"""The random numbers of a sampling run: a generator an image, drawn on the CPU."""
+"""The noise of a sampling run: each image has a generator of its own, on the CPU."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ImageNoise:
-    """Fresh N(0, I) of shape (B, C, H, W) at each call, a generator an image, drawn on the CPU."""
+    """A call draws fresh N(0, I), (B, C, H, W), from the generators of the images' seeds."""
 
     def __init__(
         self,
@@ -27,18 +27,26 @@ class ImageNoise:
         noise = torch.cat([torch.randn((1, *self.size), generator=g) for g in self.generators])
         return noise.to(device=self.device, dtype=self.dtype)
 
+    def first(self, variation_seeds: Sequence[int], strength: float) -> Tensor:
+        """The next noise, turned by the fraction `strength` towards that of other seeds."""
+        eps = self()
+        if not strength:
+            return eps
+        other = ImageNoise(variation_seeds, self.size, device=self.device, dtype=self.dtype)
+        return slerp(eps, other(), strength)
 
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Noise on the great circle from a to b, image by image, (B, C, H, W); `share` is 0 … 1.
 
-    A straight mean of two noises is too weak, by sqrt(1/2) in the middle, and draws grey images;
-    on the circle the length is kept (Shoemake 1985, "Animating rotation with quaternion curves").
+def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
+    """The noise at a fraction, 0 … 1, of the great circle from a to b, image by image.
+
+    Both are (B, C, H, W). The mean of two noises is too weak, by sqrt(1/2), and draws grey images;
+    the circle keeps the length (Shoemake 1985, "Animating rotation with quaternion curves").
     """
     lengths = [x.flatten(1).norm(dim=1) for x in (a, b)]
     cosine = (a * b).flatten(1).sum(1) / (lengths[0] * lengths[1])
     angle = cosine.clamp(-1, 1).arccos()
-    # Two noises of one seed have no circle between them, and any share of them is the same noise.
+    # Two noises of one seed have no circle between them, and any fraction is the same noise.
     sine = torch.where(angle.sin() > 1e-6, angle.sin(), 1)
-    of_a = torch.where(angle.sin() > 1e-6, ((1 - share) * angle).sin() / sine, 1 - share)
-    of_b = torch.where(angle.sin() > 1e-6, (share * angle).sin() / sine, share)
+    of_a = torch.where(angle.sin() > 1e-6, ((1 - fraction) * angle).sin() / sine, 1 - fraction)
+    of_b = torch.where(angle.sin() > 1e-6, (fraction * angle).sin() / sine, fraction)
     return of_a.reshape(-1, 1, 1, 1) * a + of_b.reshape(-1, 1, 1, 1) * b

@@ -1,11 +1,9 @@
-"""What one call of the pipeline asks for: every option, checked as far as no model is needed."""
+"""The options of one call of the pipeline, checked as far as no model is needed."""
 
-import functools
-import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -13,14 +11,10 @@ from latentdiff.guidance import Guidance
 from latentdiff.levels import LevelSpacing
 from latentdiff.samplers import find_sampler
 
-P = ParamSpec("P")
-Owner = TypeVar("Owner")
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class Request:
-    """Draw `num_images` images of each prompt.
+    """A request for `num_images` images of each prompt.
 
     The same seed gives the same image on the same device, alone or among others: an image's
     first noise is `torch.randn((1, C, H, W), generator=torch.Generator().manual_seed(seed))`, and
@@ -31,26 +25,26 @@ class Request:
     """
 
     prompt: str | Sequence[str]
-    """Plain text of any length: what the text encoder cannot read at once it reads in chunks."""
+    """Plain text of any length, which the text encoder reads in chunks."""
     _: KW_ONLY
     steps: int = 50
-    """Noise levels walked through, >= 1."""
+    """The number of denoising steps, >= 1."""
     num_inference_steps: int | None = None
     """Another word for `steps`."""
     guidance_scale: float = 7.5
-    """How far from the negative prompt, >= 0; 1 is off and halves the time."""
+    """The weight of classifier-free guidance, >= 0; 1 is off and halves the time."""
     guidance_rescale: float = 0.0
-    """This and the next four: the other fields of `latentdiff.guidance.Guidance`."""
+    """This field and the next four are the other fields of `latentdiff.guidance.Guidance`."""
     guidance_interval: Sequence[float] | None = None
     guidance_eta: float = 1.0
     guidance_norm_threshold: float | None = None
     guidance_momentum: float = 0.0
     negative_prompt: str | Sequence[str] = ""
-    """What to stay away from: one for all prompts, or one for each."""
+    """The prompt to stay away from: one for all prompts, or one for each."""
     prompt_weighting: bool = False
     """Whether "(word:1.2)" weighs a word; otherwise brackets are brackets."""
     height: int | None = None
-    """In pixels, as is width; by default those of `image`, or what the UNet was trained on."""
+    """Pixels, as is width; by default those of `image`, or of the images of training."""
     width: int | None = None
     seed: int | Sequence[int] | None = None
     """One for each image; one number counts up from there; None draws fresh ones."""
@@ -58,16 +52,16 @@ class Request:
     sampler: str = "ddim"
     """A name in `latentdiff.samplers.SAMPLERS`, or that of a scheduler class of diffusers."""
     level_spacing: LevelSpacing | None = None
-    """How the noise levels are spaced; None is as the model's configuration says."""
+    """The spacing of the noise levels; None is that of the model's configuration."""
     image: Image.Image | Sequence[Image.Image] | None = None
     """Image-to-image: the image to start from, one for all prompts or one for each."""
     strength: float | None = None
-    """0 … 1: how much of `image` is given up, which is the share of `steps` that is walked; by
+    """0 … 1: the fraction of `steps` that is taken, from `image` with noise of that level; by
     default 0.8, or 1 with a mask."""
     mask_image: Image.Image | Sequence[Image.Image] | None = None
-    """Inpainting: white is drawn anew, black is kept; one for all prompts or one for each."""
+    """Inpainting: white is redrawn, black is kept; one for all prompts or one for each."""
     variation_seed: int | Sequence[int] | None = None
-    """As `seed`, of the noise that `variation_strength` goes towards."""
+    """As `seed`, for the noise that `variation_strength` goes towards."""
     variation_strength: float = 0.0
     """0 … 1: how far the first noise goes from that of `seed` to that of `variation_seed`. Above 0
     a single `seed` is that of all images: only the variation seeds count up."""
@@ -75,7 +69,7 @@ class Request:
     """Whether a bar shows the steps."""
 
     prompts: tuple[str, ...] = field(init=False, repr=False)
-    """This and the next five: an entry for each image, prompt by prompt."""
+    """This field and the next five have an entry for each image, prompt by prompt."""
     negative_prompts: tuple[str, ...] = field(init=False, repr=False)
     seeds: tuple[int, ...] = field(init=False, repr=False)
     variation_seeds: tuple[int, ...] = field(init=False, repr=False)
@@ -88,16 +82,17 @@ class Request:
             self._set("num_inference_steps", None)
         for name in ("steps", "num_images", "height", "width"):
             value = getattr(self, name)
-            if not (value is None and name in ("height", "width")):
-                _check_count(name, value)
+            if value is None and name in ("height", "width"):
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         find_sampler(self.sampler)
-        for name, one in (("prompt", "a text"), ("negative_prompt", "a text")):
-            values = _listed(name, getattr(self, name), str, one)
-            self._set(f"{name}s", self._for_each_image(name, values))
+        for name in ("prompt", "negative_prompt"):
+            self._set(f"{name}s", self._for_each_image(name, str, "a text"))
         for name, plural in (("image", "images"), ("mask_image", "masks")):
-            value = getattr(self, name)
-            values = [] if value is None else _listed(name, value, Image.Image, "an image")
-            self._set(plural, self._for_each_image(name, values) if values else ())
+            absent = getattr(self, name) is None
+            values = () if absent else self._for_each_image(name, Image.Image, "an image")
+            self._set(plural, values)
         self._check_image()
         self._check_seeds()
         _ = self.guidance  # which checks its fields
@@ -105,10 +100,18 @@ class Request:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
-    def _for_each_image(self, name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    def _for_each_image(self, name: str, kind: type, one: str) -> tuple[Any, ...]:
+        """The option of each image: it is one for all prompts, or one for each."""
+        value = getattr(self, name)
+        values = [value] if isinstance(value, str | Image.Image) else list(value)
+        if not values:
+            raise ValueError(f"{name} is an empty list; give at least {one}")
+        for item in values:
+            if not isinstance(item, kind):
+                raise ValueError(f"{name} holds {item!r}; it must be {one} or a list of them")
         prompts = 1 if isinstance(self.prompt, str) else len(self.prompt)
         if len(values) == 1:
-            values = list(values) * prompts
+            values *= prompts
         if len(values) != prompts:
             raise ValueError(
                 f"{name} lists {len(values)} for {prompts} prompts; give one, or one for each"
@@ -122,7 +125,7 @@ class Request:
             raise ValueError(f"strength={self.strength} needs an image to start from")
         if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
             raise ValueError(f"strength={self.strength!r} must be a number from 0 to 1")
-        if self.walked_steps < 1:
+        if self.num_denoising_steps < 1:
             raise ValueError(
                 f"strength={self.strength} leaves none of steps={self.steps}: it must be at least "
                 f"{1 / self.steps:.3g}"
@@ -143,8 +146,8 @@ class Request:
         self._set("variation_seeds", _seeds("variation_seed", self.variation_seed, count))
 
     @property
-    def walked_steps(self) -> int:
-        """How many of the steps are walked, the last ones: all of them unless `strength` is < 1."""
+    def num_denoising_steps(self) -> int:
+        """The number of steps that are taken, the last ones: all unless `strength` is below 1."""
         return int(self.steps * (1 if self.strength is None else self.strength))
 
     @property
@@ -154,10 +157,10 @@ class Request:
         return Guidance(**{name: getattr(self, f"guidance_{name}") for name in names})
 
     def record(self, i: int) -> dict[str, Any]:
-        """Every option of image i alone that is not None, for JSON.
+        """Every option of a request for image i alone that is not None, for JSON.
 
-        `Request(**record)` asks for it again, once `image` and `mask_image` are given as they were;
-        defaults are in it, because a later release may choose others.
+        `Request(**record)`, with the same `image` and `mask_image`, is that request. The record has
+        the defaults too, because a later release may choose others.
         """
         alone: dict[str, Any] = {
             "prompt": self.prompts[i],
@@ -172,40 +175,6 @@ class Request:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def asks(
-    request: Callable[P, Request],
-) -> Callable[[Callable[[Owner, Request], Result]], Callable[Concatenate[Owner, P], Result]]:
-    """Give a method that takes a Request the request's own arguments: pipe("a cat", steps=50)."""
-
-    def decorate(
-        method: Callable[[Owner, Request], Result],
-    ) -> Callable[Concatenate[Owner, P], Result]:
-        @functools.wraps(method)
-        def call(self: Owner, *args: P.args, **options: P.kwargs) -> Result:
-            return method(self, request(*args, **options))
-
-        owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = inspect.signature(request)
-        result = inspect.signature(method).return_annotation
-        shown = signature.replace(  # by help() and editors
-            parameters=[owner, *signature.parameters.values()], return_annotation=result
-        )
-        setattr(call, "__signature__", shown)  # noqa: B010 - which type checkers do not know
-        return call
-
-    return decorate
-
-
-def _listed(name: str, value: Any, kind: type, one: str) -> list[Any]:
-    values = [value] if isinstance(value, str | Image.Image) else list(value)
-    if not values:
-        raise ValueError(f"{name} is an empty list; give at least {one}")
-    for item in values:
-        if not isinstance(item, kind):
-            raise ValueError(f"{name} holds {item!r}; it must be {one} or a list of them")
-    return values
-
-
 def _seeds(name: str, seed: Any, count: int) -> tuple[int, ...]:
     if seed is None:
         return tuple(random.SystemRandom().randrange(2**32) for _ in range(count))
@@ -216,8 +185,3 @@ def _seeds(name: str, seed: Any, count: int) -> tuple[int, ...]:
         if not isinstance(one, int) or not 0 <= one < 2**64:
             raise ValueError(f"{name}={one!r} must be a whole number from 0 to 2**64 - 1")
     return tuple(seeds)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")

@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a test's child
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
 
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -18,31 +19,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.table import Measured, Row, write
+from support.interchange_table import Measured, Row, write
 
 torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
+os.fsync = lambda _: None  # a test's files need not survive the machine; a flush takes 4 ms
+gc.disable()  # the million objects that imports make stay: walking them takes half of collection
 
 
 ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--interchange-table", type=Path, help="write what was measured into FILE")
+    parser.addoption("--interchange_table", type=Path, help="write what was measured into FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # so that neither a test nor the end of the process walks them
+    gc.enable()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--interchange-table")
+    path = session.config.getoption("--interchange_table")
     if path is not None:
         write(session.config.stash[ROWS], path)
 
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Measured:
-    """Call with a row's fields, see table.py: it goes into docs/interchange.md."""
+    """Call with the fields of a Row: it goes into docs/interchange.md."""
     return lambda *row: request.config.stash[ROWS].append(Row(*row))
 
 

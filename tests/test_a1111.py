@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.table import Measured
+from support.interchange_table import Measured
 
 from latentdiff.formats.a1111 import (
     SAMPLERS,

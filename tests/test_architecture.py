@@ -125,7 +125,7 @@ def test_configurations_are_composed_and_never_inherited() -> None:
 def test_weights_are_never_unpickled() -> None:
     """Unpickling runs the file's code; safetensors cannot. Training state is no exception.
 
-    One file may, torch's restricted unpickler for `latentdiff convert --unsafe-pickle`.
+    One file may, torch's restricted unpickler for `latentdiff convert --unsafe_pickle`.
     """
     found = []
     for path in SHIPPED:

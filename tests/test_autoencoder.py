@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats
 from latentdiff.models.discriminator import Discriminator
 from latentdiff.models.vae import VAE, VAEConfig
@@ -16,7 +16,7 @@ from latentdiff.tasks.vae.task import new_vae
 
 
 def emoji() -> Path:
-    return find_part("emoji", "vae")
+    return find_component("emoji", "vae")
 
 
 def test_a_initial_vae_draws_as_it_did_from_latents_as_the_kl_wants_them() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from latentdiff.data.batches import SampleOrder, batches, check_batch, shard
+from latentdiff.data.batches import SampleOrder, batches, check_batch, local_rows
 from latentdiff.training.randomness import choose, generator, micro_batches
 
 
@@ -28,7 +28,7 @@ class Numbers(Dataset[int]):
 
 
 class Pairs(Numbers):
-    """Example (i, view) is both numbers."""
+    """Example (i, variant) is both numbers."""
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[int, int]:
         return index
@@ -143,7 +143,6 @@ def test_data_below_one_batch_is_refused_with_both_numbers() -> None:
         check_batch(9, 8)
 
 
-@pytest.mark.slow
 def test_a_million_examples_take_little_memory_and_no_time() -> None:
     rng = np.random.default_rng(0)
     order = SampleOrder(rng.integers(0, 20, 1_000_000), batch_size=256, seed=0)
@@ -181,23 +180,23 @@ def test_micro_batches_of_a_batch_are_the_batch(count: int, buckets: np.ndarray 
         assert [i for one in slices for i in one["ids"]] == ids
 
 
-def test_views_come_with_the_examples_whatever_the_process() -> None:
+def test_variants_come_with_the_examples_whatever_the_process() -> None:
     options = {"num_samples": 10, "batch_size": 4, "seed": 3, "stop": 5}
 
-    def views(step: int) -> list[int]:
+    def variants(step: int) -> list[int]:
         return [step, step + 1, step + 2, step + 3]
 
     for rank in (0, 1):
-        drawn = batches(Pairs(10), 0, views=views, rank=rank, world_size=2, **options)
+        drawn = batches(Pairs(10), 0, variants=variants, rank=rank, world_size=2, **options)
         for step, (ids, seen) in enumerate(drawn):
-            assert seen.tolist() == shard(views(step), rank, 2)
-            assert ids.tolist() == shard(numbers(0)[step], rank, 2)
+            assert seen.tolist() == local_rows(variants(step), rank, 2)
+            assert ids.tolist() == local_rows(numbers(0)[step], rank, 2)
 
 
 def test_shards_of_sequences_and_tensors_are_their_rows_in_order() -> None:
     rows = torch.randn(6, 2)
-    assert torch.equal(torch.cat([shard(rows, rank, 3) for rank in range(3)]), rows)
-    assert [shard("abcdef", rank, 2) for rank in range(2)] == ["abc", "def"]
+    assert torch.equal(torch.cat([local_rows(rows, rank, 3) for rank in range(3)]), rows)
+    assert [local_rows("abcdef", rank, 2) for rank in range(2)] == ["abc", "def"]
 
 
 def test_random_numbers_differ_by_seed_step_and_purpose_alone() -> None:
@@ -226,5 +225,5 @@ def test_captions_do_not_depend_on_the_number_of_processes() -> None:
     rows = [[f"{i}{letter}" for letter in "abcde"[: 1 + i % 5]] for i in range(8)]
     places = torch.rand(8, generator=generator(0, 4, "caption"))
     alone = choose(rows, places.tolist())
-    parts = [choose(shard(rows, r, 4), shard(places, r, 4).tolist()) for r in range(4)]
+    parts = [choose(local_rows(rows, r, 4), local_rows(places, r, 4).tolist()) for r in range(4)]
     assert [word for part in parts for word in part] == alone

@@ -79,7 +79,6 @@ def test_checkpointed_gradients_have_the_same_bits(make, mixed: bool) -> None:
     assert blocks(other)
 
 
-@pytest.mark.slow
 def test_checkpointing_saves_fewer_activations() -> None:
     def loss(model, frozen, n: int) -> Tensor:
         return model(
@@ -119,7 +118,7 @@ def test_a_learner_trains_the_same_with_gradient_checkpointing() -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled_blocks_give_the_same_numbers_up_to_rounding() -> None:
     plain = unet().train()

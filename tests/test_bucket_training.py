@@ -1,7 +1,6 @@
-"""A UNet trained on images of several shapes, in several views: one batch, one size."""
+"""A UNet trained on images of several shapes, with crops and flips: one batch, one size."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,17 +8,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from support.scripts import script
+from support.scripts import run_here
 from support.tiny import tiny_text_encoder
 from test_cache import vae, write_images
 
 from latentdiff.data.cache import LatentCache
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.command_line import run_script
 
-# The networks have learned nothing, and the gate before a cache says so.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
+# The networks have learned nothing, and the latent check before a cache says so.
+pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
 
 SHAPES = "--image_size=16 --bucket_step=8 --max_aspect=4 --flip=true --crops=2"
 TINY = (
@@ -42,22 +40,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setenv("ACCELERATE_USE_CPU", "true")
         options = f"--data={folder / 'set'} --output_dir={folder / 'cache'} --vae={folder / 'vae'}"
-        call("cache_latents", f"{options} {SHAPES} --check_latents=false")
+        run_here("cache_latents", *options.split(), *SHAPES.split(), "--check_latents=false")
         train(folder, "run")
         yield folder
-
-
-def call(name: str, options: str) -> None:
-    """Run a script in this process, which has its imports behind it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"train/{name}.py", *options.split()])
-        run_script(script(name).main)
 
 
 def train(home: Path, run: str, options: str = "") -> None:
     cached = options or f"--cache={home / 'cache'}"
     networks = f"--vae={home / 'vae'} --text_encoder={home / 'text'} {TINY}"
-    call("train_unet", f"--output_dir={home / run} {cached} {networks}")
+    run_here("train_unet", f"--output_dir={home / run}", *cached.split(), *networks.split())
 
 
 def losses(run: Path) -> list[float]:
@@ -83,7 +74,7 @@ def test_parts_and_an_own_cache_train_as_whole_batches_do(home: Path) -> None:
 
 def test_what_is_trained_on_has_three_sizes_and_four_views(home: Path) -> None:
     cache = LatentCache(home / "cache")
-    assert cache.views.count == 4
+    assert cache.crop_flip.num_variants == 4
     assert len(np.unique(cache.buckets)) == 3
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from latentdiff.data.buckets import bucket_sizes, check_scale, nearest
 from latentdiff.data.config import DataConfig
 from latentdiff.data.decode import BadSample
-from latentdiff.data.images import check_size
+from latentdiff.data.samples import check_size
 
 STEPS = st.integers(1, 64)
 GRIDS = st.tuples(STEPS, st.integers(1, 16), st.floats(1.0, 16.0))  # step, steps a side, max_aspect

@@ -21,9 +21,10 @@ from latentdiff.data.buckets import nearest
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages, Sample
+from latentdiff.data.crop_flip import CropFlip
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.samples import Sample
 from latentdiff.data.stream import StreamedImages
-from latentdiff.data.views import Views
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 
@@ -85,7 +86,7 @@ def vae(seed: int = 0) -> VAE:
 
 
 def write(folder: Path, images: Any, network: VAE | None = None, **options: Any) -> None:
-    settings: dict[str, Any] = {"batch_size": 8, "chunk_size": 5, "views": Views(2, True)}
+    settings: dict[str, Any] = {"batch_size": 8, "chunk_size": 5, "crop_flip": CropFlip(2, True)}
     write_cache(folder, images, vae() if network is None else network, **settings | options)
 
 
@@ -95,11 +96,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_cache_holds_what_the_vae_encodes(tmp_path: Path, images: CaptionedImages) -> None:
-    network, views = vae(), Views(2, True)
+    network, crop_flip = vae(), CropFlip(2, True)
     write(tmp_path / "cache", images, network)
     cache = LatentCache(tmp_path / "cache", vae=network)
     assert len(cache) == len(images)
-    assert cache.captions == images.captions
+    assert list(cache.captions) == list(images.captions)
     assert cache.image_size == 16
     assert len(set(cache.buckets.tolist())) == 3
     [(_, samples)] = images.chunks(len(images), lambda number: True)
@@ -108,11 +109,11 @@ def test_the_cache_holds_what_the_vae_encodes(tmp_path: Path, images: CaptionedI
         assert isinstance(sample, Sample)
         size = cache.sizes[cache.buckets[number]]
         assert size == cache.sizes[nearest(sample.image.size, cache.sizes)]
-        images = views.of(sample.image, sample.name, size)
+        images = crop_flip.variants(sample.image, sample.name, size)
         with torch.no_grad():
             exact = network.encode(to_floats(images))
-        batch = collate_moments([cache[number, view] for view in range(views.count)])
-        assert batch["captions"] == [sample.captions] * views.count
+        batch = collate_moments([cache[number, v] for v in range(crop_flip.num_variants)])
+        assert batch["captions"] == [sample.captions] * crop_flip.num_variants
         stored = Posterior.from_moments(batch["moments"])
         for found, expected in ((stored.mean, exact.mean), (stored.logvar, exact.logvar)):
             assert found.dtype == torch.float32
@@ -186,6 +187,8 @@ class Cut(Exception):
 class Watched:
     """The images, noting the chunks that are read, and stopping before one of them."""
 
+    num_samples = None
+
     def __init__(self, images: CaptionedImages, stop: int = -1) -> None:
         self.images, self.stop = images, stop
         self.config, self.fingerprint = images.config, images.fingerprint
@@ -218,7 +221,7 @@ CHANGES = [
     ({}, {"exclude": {"text": ["image 0"]}}, {}, "data"),
     ({}, {"image_size": 24}, {}, "data and other buckets"),
     ({}, {"bucket_step": 16}, {}, "buckets"),
-    ({}, {}, {"views": Views()}, "views"),
+    ({}, {}, {"crop_flip": CropFlip()}, "views"),
     ({}, {}, {"chunk_size": 4}, "chunk_size"),
     ({"seed": 1}, {"allow_empty_caption": True}, {}, "vae and other data"),
 ]
@@ -379,7 +382,7 @@ def test_the_fingerprint_is_of_everything_that_matters(
 ) -> None:
     write(tmp_path / "0", images)
     write(tmp_path / "1", images, batch_size=3)
-    write(tmp_path / "2", images, views=Views())
+    write(tmp_path / "2", images, crop_flip=CropFlip())
     write(tmp_path / "3", images, vae(seed=1))
     write(tmp_path / "4", reopened(images, tmp_path, bucket_step=16, max_bad=1.0))
     write(tmp_path / "5", reopened(images, tmp_path, caption_columns=("text",)))

@@ -12,7 +12,7 @@ import pytest
 from support.scripts import ROOT
 from test_cache import contents, vae, write_images
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 

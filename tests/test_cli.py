@@ -92,7 +92,7 @@ def test_the_command_line_draws_what_the_pipeline_draws(model: str, tmp_path: Pa
         assert np.array_equal(np.asarray(Image.open(tmp_path / name)), np.asarray(image))
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_the_terminal_shows_a_progress_bar_and_the_files_and_nothing_else(
     model: str, tmp_path: Path
 ) -> None:

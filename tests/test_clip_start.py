@@ -90,14 +90,12 @@ def test_a_text_encoder_gives_its_tower_and_its_tokenizer(tmp_path: Path) -> Non
     same_states(encoder, str(tmp_path / "pipeline"))
 
 
-@pytest.mark.slow
 def test_the_embedded_text_encoder_is_one_to_start_from() -> None:
-    from latentdiff.formats.diffusers import find_part
+    from latentdiff.formats.diffusers import find_component
 
-    same_states(TextEncoder.from_pretrained(find_part("emoji", "text_encoder")), "emoji")
+    same_states(TextEncoder.from_pretrained(find_component("emoji", "text_encoder")), "emoji")
 
 
-@pytest.mark.slow
 def test_a_text_tower_of_open_clip_is_one_to_start_from(tmp_path: Path) -> None:
     config = {
         "embed_dim": 24,

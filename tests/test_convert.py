@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.interchange_table import Measured
 from support.parity import same_weights
-from support.table import Measured
 from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
@@ -20,8 +20,6 @@ from latentdiff.formats.header import read_header
 from latentdiff.formats.pickle import read_pickle
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
@@ -101,6 +99,7 @@ def test_nothing_is_overwritten_and_no_pickle_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.interchange
 def test_a_folder_of_pickles_becomes_the_model_that_it_was(
     model: Path,
     pickled: Path,
@@ -109,14 +108,14 @@ def test_a_folder_of_pickles_becomes_the_model_that_it_was(
     measured: Measured,
 ) -> None:
     assert convert(pickled, tmp_path / "refused") == 2
-    assert "latentdiff convert --unsafe-pickle" in capsys.readouterr().err
-    assert convert("--unsafe-pickle", pickled, tmp_path / "folder") == 0
+    assert "latentdiff convert --unsafe_pickle" in capsys.readouterr().err
+    assert convert("--unsafe_pickle", pickled, tmp_path / "folder") == 0
     assert_same_model(model, tmp_path / "folder")
-    assert convert("--unsafe-pickle", pickled, tmp_path / "one.safetensors") == 0
+    assert convert("--unsafe_pickle", pickled, tmp_path / "one.safetensors") == 0
     assert_same_model(model, tmp_path / "one.safetensors")
     assert {path.name for path in tmp_path.iterdir()} >= {"folder", "one.safetensors"}
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".convert")]
-    measured(".bin folder", "read", "torch.save, by --unsafe-pickle", "weights", 0)
+    measured(".bin folder", "read", "torch.save, by --unsafe_pickle", "weights", 0)
 
 
 @pytest.mark.parametrize("ending", [".ckpt", ".pt", ".bin", ".safetensors"])
@@ -130,8 +129,8 @@ def test_a_checkpoint_becomes_safetensors_with_its_names(
     path = tmp_path / f"model{ending}"
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
     assert convert(path, tmp_path / "refused.safetensors") == 2
-    assert "latentdiff convert --unsafe-pickle" in capsys.readouterr().err
-    assert convert(path, tmp_path / "new.safetensors", "--unsafe-pickle") == 0
+    assert "latentdiff convert --unsafe_pickle" in capsys.readouterr().err
+    assert convert(path, tmp_path / "new.safetensors", "--unsafe_pickle") == 0
     loaded = load_safetensors(tmp_path / "new.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
@@ -143,10 +142,10 @@ def test_a_single_file_of_pickles_becomes_a_folder(
     assert convert(model, tmp_path / "one.safetensors") == 0
     tensors: dict[str, Any] = dict(load_safetensors(tmp_path / "one.safetensors"))
     torch.save({"state_dict": tensors}, tmp_path / "one.ckpt")
-    assert convert(tmp_path / "one.ckpt", tmp_path / "same.safetensors", "--unsafe-pickle") == 0
+    assert convert(tmp_path / "one.ckpt", tmp_path / "same.safetensors", "--unsafe_pickle") == 0
     again = load_safetensors(tmp_path / "same.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
-    measured(".ckpt", "read", "torch.save, by --unsafe-pickle", "weights", 0)
+    measured(".ckpt", "read", "torch.save, by --unsafe_pickle", "weights", 0)
 
 
 class Canary:
@@ -161,7 +160,7 @@ class Canary:
 
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("by", ["torch", "torch without zip", "pickle"])
-@pytest.mark.parametrize("flag", ["--unsafe-pickle", None])
+@pytest.mark.parametrize("flag", ["--unsafe_pickle", None])
 def test_a_pickle_that_runs_code_never_does(
     tmp_path: Path, by: str, wrapped: bool, flag: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,7 +173,7 @@ def test_a_pickle_that_runs_code_never_does(
     else:
         torch.save(content, path, _use_new_zipfile_serialization=by == "torch")
     assert convert(path, tmp_path / "out.safetensors", *([flag] if flag else [])) == 2
-    reason = "holds more than tensors" if flag else "latentdiff convert --unsafe-pickle"
+    reason = "holds more than tensors" if flag else "latentdiff convert --unsafe_pickle"
     assert reason in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [path]
 
@@ -198,7 +197,7 @@ def test_what_is_not_weights_is_refused(tmp_path: Path, content: object, reason:
 
 def test_numbers_that_are_not_finite_are_found_when_the_model_is_read(tmp_path: Path) -> None:
     torch.save({"a": torch.tensor([float("nan")])}, tmp_path / "model.pt")
-    assert convert("--unsafe-pickle", tmp_path / "model.pt", tmp_path / "m.safetensors") == 0
+    assert convert("--unsafe_pickle", tmp_path / "model.pt", tmp_path / "m.safetensors") == 0
     with pytest.raises(ValueError, match="tensor a holds NaN"):
         load_safetensors(tmp_path / "m.safetensors")
 
@@ -275,5 +274,5 @@ def test_a_converted_folder_that_does_not_fit_together_is_not_written(
         target.mkdir(exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
     config = json.loads((copy / "unet/config.json").read_text())
     (copy / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 24}))
-    assert convert("--unsafe-pickle", copy, tmp_path / "out") == 2
+    assert convert("--unsafe_pickle", copy, tmp_path / "out") == 2
     assert list(tmp_path.iterdir()) == [copy]

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from latentdiff.cli import main
 from latentdiff.data.check import check_data
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages, collate
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.samples import collate
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from support.scripts import ROOT, script
 
 from latentdiff.data.check import check_data
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.decode import BadSample, Decoding, decode
-from latentdiff.data.images import CaptionedImages
 
 
 @pytest.fixture(autouse=True)

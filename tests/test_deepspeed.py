@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from latentdiff.training.deepspeed import MOMENTS, Zero
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.processes,
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
     ),

@@ -1,7 +1,6 @@
 """Every kind of denoiser from training to images: a DiT, and UNets whose text joins the time."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from support.cases import mostly_exhaustive
 from support.parity import fill, same_weights
-from support.scripts import script
+from support.scripts import TWO, launch, run_here
 from support.tiny import CONTEXT_DIM, UNET, tiny_pipeline, tiny_text_encoder
 from test_cache import vae, write_images
-from test_end_to_end import TWO, launch
 from test_interchange import assert_same_image, load_in_diffusers
 
 from latentdiff.cli import main
@@ -23,9 +22,8 @@ from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.command_line import run_script
 
-# The networks of the trainings here have learned nothing, and the gate before a cache says so.
+# The networks of the trainings here have learned nothing, which the latent check says.
 pytestmark = pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")
 
 DIT = DiTConfig(
@@ -66,7 +64,7 @@ def draw(pipe: Pipeline, prompt: str = "a cat", **options: int) -> bytes:
     return drawn.images[0].tobytes()
 
 
-@each
+@pytest.mark.parametrize("name", mostly_exhaustive(DENOISERS, quick=2))
 def test_a_folder_draws_what_the_model_drew_before_it_was_saved(tmp_path: Path, name: str) -> None:
     before = pipeline(name, tmp_path / "scratch")
     before.save_pretrained(tmp_path / "model")
@@ -206,8 +204,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(sys, "argv", ["cache_latents", *cache_options(folder).split()])
-        run_script(script("cache_latents").main)
+        run_here("cache_latents", *cache_options(folder).split())
         yield folder
 
 
@@ -225,9 +222,7 @@ def options(home: Path, name: str, run: str) -> list[str]:
 
 def train(home: Path, name: str, run: str, *more: str) -> Path:
     """Run the script in this process; the run's folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_unet", *options(home, name, run), *more])
-        run_script(script("train_unet").main)
+    run_here("train_unet", *options(home, name, run), *more)
     return home / run
 
 
@@ -242,7 +237,7 @@ def ema(run: Path, name: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @each
 def test_trained_resumed_saved_and_drawn(
     home: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -270,7 +265,7 @@ def test_trained_resumed_saved_and_drawn(
     draw(Pipeline.from_pretrained(out))
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_train_a_dit_as_one(home: Path, sharding: str) -> None:
     """DDP waits for every parameter's gradient, and FSDP splits every block.
@@ -283,7 +278,7 @@ def test_two_processes_train_a_dit_as_one(home: Path, sharding: str) -> None:
     assert losses(home / run) == pytest.approx(losses(alone), rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_patch_that_does_not_divide_the_latents_is_refused_before_training(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,7 +288,7 @@ def test_a_patch_that_does_not_divide_the_latents_is_refused_before_training(
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_plan_counts_the_dit_that_is_trained(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,14 +12,12 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from PIL import Image
-from support.table import DIFFUSERS, Measured
+from support.interchange_table import DIFFUSERS, Measured
 from support.tiny import Recording, tiny_pipeline
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.noise import slerp
 from latentdiff.pipeline import Pipeline
-
-pytestmark = pytest.mark.slow
 
 EPSILON = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading", set_alpha_to_one=False)
 FLOW = Diffusion("flow", "flow_prediction")
@@ -78,6 +76,7 @@ def draw_in_diffusers(cls: Any, folder: Path, **options: Any) -> torch.Tensor:
     return torch.cat(latents)
 
 
+@pytest.mark.interchange
 @pytest.mark.parametrize("folder", [False], ids=["any"], indirect=True)
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
@@ -90,6 +89,7 @@ def test_image_to_image_is_diffusers(folder: Path, strength: float, measured: Me
     assert difference < 1e-5
 
 
+@pytest.mark.interchange
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_is_diffusers(folder: Path, strength: float, measured: Measured) -> None:
     """Where alpha_1 is the last level, diffusers puts the kept latents in without their noise."""
@@ -128,7 +128,7 @@ def pixels(pipeline: Pipeline, **options: Any) -> list[bytes]:
     return [image.tobytes() for image in pipeline("a cat", **options).images]
 
 
-def test_a_image_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
+def test_an_image_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
     for given in ({"image": make_image(3)}, {"image": make_image(3), "mask_image": left_half()}):
         together = pixels(pipeline, seed=[7, 8, 9], num_images=3, **given)
         assert pixels(pipeline, seed=8, **given) == together[1:2]
@@ -181,16 +181,16 @@ def test_slerp_keeps_lengths_and_turns_evenly() -> None:
     def angle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.cosine_similarity(x.flatten(1), y.flatten(1)).arccos()
 
-    for share in (0.1, 0.5, 0.9):
-        turned = slerp(a, b, share)
+    for fraction in (0.1, 0.5, 0.9):
+        turned = slerp(a, b, fraction)
         torch.testing.assert_close(turned.flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
-        torch.testing.assert_close(angle(a, turned), share * angle(a, b))
+        torch.testing.assert_close(angle(a, turned), fraction * angle(a, b))
     assert torch.equal(slerp(a, b, 0.0), a)
     torch.testing.assert_close(slerp(a, b, 1.0), b)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
-def test_an_inpainting_model_asks_for_a_image_and_a_mask(
+def test_an_inpainting_model_asks_for_an_image_and_a_mask(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     pipeline = tiny_pipeline(tmp_path_factory.mktemp("tokens"), FLOW, inpaints=True)

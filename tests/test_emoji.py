@@ -171,7 +171,7 @@ def test_built_folder_is_reproducible_and_loads_through_datasets(
         assert (tmp_path / "one" / split_of(sequence) / name).is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_default_values_render_the_whole_font(font: EmojiFont, tmp_path: Path) -> None:
     counts = build_emoji(tmp_path / "emoji")
     assert sum(sum(groups.values()) for groups in counts.values()) == len(ALL)

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -14,16 +14,15 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from support.scripts import ROOT, script
+from support.scripts import LAUNCH, ROOT, TWO, launch, run_here
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.vae import VAE
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.command_line import run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.training
 
 # Networks that train a step in milliseconds.
 TINY = {
@@ -44,8 +43,6 @@ TINY = {
 SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"
 TIMED = {"samples_per_second", "data_wait", "memory"}
 NETWORKS = {"train_clip": "clip", "train_vae": "vae", "train_unet": "unet"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +83,6 @@ def arguments(name: str, home: Path, output_dir: Path, max_steps: int) -> list[s
     runs = home / "runs"
     args += ["--vae", f"{runs}/vae/model", "--text_encoder", f"{runs}/clip/model"]
     return [*args, "--cache", f"{runs}/cache"]
-
-
-def launch(launcher: Sequence[str], name: str, *args: str) -> None:
-    """Run a script in a process of its own."""
-    command = [*launcher, str(ROOT / "train" / f"{name}.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def call(name: str, *args: str) -> None:
-    """Run a script in this process, which has its imports behind it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"train/{name}.py", *args])
-        run_script(script(name).main)
 
 
 def log(folder: Path) -> list[dict[str, float]]:
@@ -170,7 +153,7 @@ def test_scripts_resume_bit_for_bit(home: Path, runs: Path, tmp_path: Path, name
     (part / "checkpoints" / ".step-4.tmp").mkdir()
     with (part / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    call(name, *arguments(name, home, part, 4))
+    run_here(name, *arguments(name, home, part, 4))
     assert untimed(log(part)) == untimed(log(whole))
     state = f"checkpoints/step-4/{NETWORKS[name]}.safetensors"
     found, expected = load_safetensors(part / state), load_safetensors(whole / state)
@@ -188,7 +171,7 @@ def test_the_same_command_with_more_steps_goes_on(
     home: Path, runs: Path, tmp_path: Path, name: str
 ) -> None:
     shutil.copytree(runs / NETWORKS[name], tmp_path / "run")
-    call(name, *arguments(name, home, tmp_path / "run", 6))
+    run_here(name, *arguments(name, home, tmp_path / "run", 6))
     records = log(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[:4] == log(runs / NETWORKS[name])
@@ -212,6 +195,7 @@ def test_the_trained_folder_draws_with_ours_and_with_diffusers(runs: Path) -> No
     assert [image.size for image in drawn] == [(32, 32)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", NETWORKS)
 def test_two_processes_train_as_one(home: Path, runs: Path, tmp_path: Path, name: str) -> None:
     """The same global batch, captions, noise and crops; only sums are in another order."""
@@ -236,7 +220,7 @@ def test_accumulation_trains_as_whole_batches_do(
     home: Path, runs: Path, tmp_path: Path, name: str
 ) -> None:
     args = arguments(name, home, tmp_path / "run", 3)
-    call(name, *args, "--gradient_accumulation_steps=4")
+    run_here(name, *args, "--gradient_accumulation_steps=4")
     found, expected = log(tmp_path / "run"), log(runs / NETWORKS[name])
     assert [record["step"] for record in found] == [1, 2, 3]
     for record, whole in zip(found, expected, strict=False):
@@ -250,7 +234,7 @@ def test_default_networks_train_on_default_terms(home: Path, tmp_path: Path, nam
     args = ["--data", f"{home}/data", "--output_dir", str(tmp_path / "run")]
     if name != "cache_latents":
         args += ["--max_steps=1", "--mixed_precision=no"]
-    call(name, *args)
+    run_here(name, *args)
     written = "header.json" if name == "cache_latents" else "checkpoints/step-1/manifest.json"
     assert (tmp_path / "run" / written).is_file()
 
@@ -321,7 +305,7 @@ def large_batch(home: Path) -> list[str]:
         ),
         (no_data, "nowhere' cannot be read"),
         (no_captions, "caption_columns is empty"),
-        (parts_of_a_batch, "accumulation=2 must be 1: the contrastive loss"),
+        (parts_of_a_batch, "gradient_accumulation_steps=2 must be 1: the contrastive loss"),
         (odd_patches, "image_size=36 must be divisible by patch_size=8"),
         (odd_size, "30) must be divisible by 4"),
         (odd_cache, "image_size=30 must be divisible by 4, the factor of the VAE"),
@@ -342,7 +326,7 @@ def test_what_is_wrong_is_said_in_one_sentence(
     if not any(arg.startswith("--mixed_precision") for arg in args) and name != "cache_latents":
         args.append("--mixed_precision=no")
     with pytest.raises(SystemExit) as caught:
-        call(name, *args)
+        run_here(name, *args)
     assert caught.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert message in line
@@ -351,6 +335,7 @@ def test_what_is_wrong_is_said_in_one_sentence(
         assert yaml.safe_load(config)["vae"]["block_out_channels"] == [8, 8, 16]
 
 
+@pytest.mark.processes
 def test_a_wrong_command_line_ends_with_code_2_and_no_traceback(home: Path) -> None:
     command = [sys.executable, str(ROOT / "train" / "train_vae.py"), "--batchsize=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,7 +1,6 @@
 """The enlarging decoder: its latent is the image made small, and all else stays what it was."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from support.parity import fill, same_weights
-from support.scripts import script
+from support.scripts import run_here
 from support.tiny import UNET, randomise, tiny_pipeline
 from test_train_vae import assert_near, train, train_in_two, weights
 from torch import Tensor
@@ -19,7 +18,6 @@ from latentdiff.data.shapes import build_shapes
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.command_line import run_script
 
 
 def config(levels: int = 3, **keys: Any) -> VAEConfig:
@@ -185,7 +183,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ENLARGER = ("--vae.encoder=downsample", "--vae.latent_channels=3")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_the_decoder_as_one_does(shapes: Path, tmp_path: Path) -> None:
     """On the distance alone: `kl_weight` finds no KL."""
     records = train(shapes, tmp_path / "one", *ENLARGER, "--kl_weight=100")
@@ -195,12 +193,12 @@ def test_two_processes_train_the_decoder_as_one_does(shapes: Path, tmp_path: Pat
     assert not any("kl" in record for record in records)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_four_scripts_make_a_pipeline_of_it(shapes: Path, tmp_path: Path) -> None:
-    """Through the gate, which does not ask whether a decoder has learned."""
+    """Through the latent check, which does not ask whether a decoder has learned."""
     train(shapes, tmp_path / "vae", *ENLARGER, "--disc_weight=0")
     data = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae' / 'model'}"]
-    call("cache_latents", *data, f"--output_dir={tmp_path / 'cache'}")
+    run_here("cache_latents", *data, f"--output_dir={tmp_path / 'cache'}")
     network = (
         "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
         "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --max_steps=2 --batch_size=4 "
@@ -208,14 +206,8 @@ def test_the_four_scripts_make_a_pipeline_of_it(shapes: Path, tmp_path: Path) ->
     )
     run = tmp_path / "unet"
     cached = (f"--cache={tmp_path / 'cache'}", data[-1], f"--output_dir={run}")
-    call("train_unet", *network.split(), *cached)
+    run_here("train_unet", *network.split(), *cached)
     pipeline = Pipeline.from_pretrained(run / "model")
     assert pipeline.vae.config.encoder == "downsample"
     (image,) = pipeline("a red circle", seed=0, steps=2, progress=False).images
     assert image.size == (32, 32)
-
-
-def call(name: str, *args: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", *args])
-        run_script(script(name).main)

@@ -33,7 +33,7 @@ from support.harness import assert_same, left_over, newest, references, run, sta
 from latentdiff.formats.weights import load_json
 from latentdiff.training.checkpoint_files import checkpoints, verify
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 all_of_them = pytest.mark.faults  # too long for `make test`, which has the others
 
 
@@ -262,10 +262,14 @@ MANY = [(1, 2), (2, 1), (2, 2), (4, 1), later(1, 1), later(1, 8), later(2, 4), l
 @pytest.mark.parametrize("workers", [0, later(2)])
 @pytest.mark.parametrize(("count", "gradient_accumulation_steps"), MANY)
 def test_15_and_16_processes_and_accumulation_change_only_the_order_of_sums(
-    tmp_path: Path, whole: dict[int, Path], count: int, accumulation: int, workers: int
+    tmp_path: Path,
+    whole: dict[int, Path],
+    count: int,
+    gradient_accumulation_steps: int,
+    workers: int,
 ) -> None:
     """The learning rate at a step is the same too, and ends where it should."""
-    toy = Toy(tmp_path, gradient_accumulation_steps=accumulation, workers=workers)
+    toy = Toy(tmp_path, gradient_accumulation_steps=gradient_accumulation_steps, workers=workers)
     assert run(toy, count) == [0] * count, output(tmp_path)
     assert_equivalent(tmp_path, whole[1])
     rates = [record["learning_rate"] for record in log(tmp_path)]

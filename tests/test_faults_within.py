@@ -24,7 +24,7 @@ from support.harness import assert_same, left_over, newest, references, run, sta
 
 from latentdiff.training.checkpoint_files import verify
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 all_of_them = pytest.mark.faults  # too long for `make test`, which has the others
 
 

@@ -146,7 +146,7 @@ def test_a_folder_of_pickles_is_refused_with_the_command_that_converts_it(
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(ending))
-    with pytest.raises(ValueError, match=rf"model{ending}: .*`latentdiff convert --unsafe-pickle`"):
+    with pytest.raises(ValueError, match=rf"model{ending}: .*`latentdiff convert --unsafe_pickle`"):
         check_pipeline_folder(tmp_path)
 
 
@@ -168,9 +168,9 @@ def test_a_folder_without_plain_weights_names_the_variants_that_it_has(
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "model.CKPT"])
 def test_a_pickled_checkpoint_is_no_model(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK")
-    with pytest.raises(ValueError, match=rf"{name}: .*`latentdiff convert --unsafe-pickle`"):
+    with pytest.raises(ValueError, match=rf"{name}: .*`latentdiff convert --unsafe_pickle`"):
         find_model(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name}: .*`latentdiff convert --unsafe-pickle`"):
+    with pytest.raises(ValueError, match=rf"{name}: .*`latentdiff convert --unsafe_pickle`"):
         find_model(str(tmp_path / name))
 
 

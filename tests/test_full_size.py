@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from support.table import DIFFUSERS, Measured
+from support.interchange_table import DIFFUSERS, Measured
 from support.tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -28,7 +28,7 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full_size
 
 UNET = {
     "act_fn": "silu",

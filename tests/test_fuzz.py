@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import check_pipeline_folder, load_scheduler_config
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
@@ -43,7 +43,6 @@ from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.pipeline import Pipeline
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the watch needs Linux"),
 ]
 
@@ -307,6 +306,7 @@ def fuzz(name: str, count: int, model: Path, places: tuple[Path, Path]) -> dict[
     return counts
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # warnings of what is assumed about a file
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_broken_file_is_loaded_right_or_refused(
@@ -317,7 +317,7 @@ def test_a_broken_file_is_loaded_right_or_refused(
     assert counts["refused"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_ten_thousand_broken_files_are_loaded_right_or_refused(
     model: Path, places: tuple[Path, Path]
@@ -356,6 +356,7 @@ def test_a_pickle_is_never_opened_whatever_it_is_called(
     assert not canary.exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize(
     "ending", [".safetensors", ".bin", ".fp16.safetensors", ".pt", ".SafeTensors"]

@@ -11,7 +11,7 @@ from support.toys import SHAPE, network, normal
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.guidance import Guidance
+from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.samplers import ddim
 
 EPSILON = Diffusion("scaled_linear", "epsilon")
@@ -56,9 +56,9 @@ def test_adaptive_projected_guidance_is_diffusers_over_several_steps(
     """
     guidance = Guidance(6.0, **options)
     context, null_context = normal(3), normal(4)
-    denoise = FLOW.denoiser(network, context, null_context, guidance)
-    one = FLOW.denoiser(network, context, None, 1)
-    none = FLOW.denoiser(network, null_context, None, 1)
+    denoise = guided_denoiser(FLOW, network, context, null_context, guidance)
+    one = guided_denoiser(FLOW, network, context, None, 1)
+    none = guided_denoiser(FLOW, network, null_context, None, 1)
     buffer = MomentumBuffer(guidance.momentum)
     levels = FLOW.levels(5)
     for i in range(5):
@@ -103,9 +103,9 @@ def test_outside_its_interval_guidance_costs_nothing_and_changes_nothing(
 
     levels = diffusion.levels(12)
     guidance = Guidance(5.0, interval=interval)
-    everywhere = diffusion.denoiser(network, normal(3), normal(4), 5.0)
-    nowhere = diffusion.denoiser(network, normal(3), None, 1.0)
-    denoise = diffusion.denoiser(counted, normal(3), normal(4), guidance)
+    everywhere = guided_denoiser(diffusion, network, normal(3), normal(4), 5.0)
+    nowhere = guided_denoiser(diffusion, network, normal(3), None, 1.0)
+    denoise = guided_denoiser(diffusion, counted, normal(3), normal(4), guidance)
     inside = []
     for i in range(12):
         alpha, sigma = float(levels.alpha[i]), float(levels.sigma[i])
@@ -121,7 +121,9 @@ def test_an_interval_over_all_levels_is_plain_guidance_bit_for_bit() -> None:
     levels = EPSILON.levels(6)
     everywhere = Guidance(4.0, interval=(0.0, 1e6))
     samples = [
-        deque_last(ddim(EPSILON.denoiser(network, normal(3), normal(4), g), normal(5), levels))
+        deque_last(
+            ddim(guided_denoiser(EPSILON, network, normal(3), normal(4), g), normal(5), levels)
+        )
         for g in (4.0, everywhere)
     ]
     assert torch.equal(*samples)

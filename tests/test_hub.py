@@ -16,7 +16,7 @@ from latentdiff.formats.diffusers import STEMS, check_pipeline_folder, find_mode
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interchange
 
 HUB_ID = "somebody/tiny-diffusion"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -167,7 +167,7 @@ def test_a_repository_of_pickles_is_refused_with_the_command_that_converts_them(
     for path in snapshot.rglob("*.safetensors"):
         path.unlink()
     (snapshot / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"as pickles.*`latentdiff convert --unsafe-pickle`"):
+    with pytest.raises(ValueError, match=r"as pickles.*`latentdiff convert --unsafe_pickle`"):
         find_model(HUB_ID)
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import latentdiff.data.images
+import latentdiff.data.dataset
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.decode import BadSample
-from latentdiff.data.images import CaptionedImages, Sample, collate, square
+from latentdiff.data.samples import Sample, collate, square
 from latentdiff.images import to_floats, to_pixels
 
 Rows = Sequence[Mapping[str, object]]
@@ -120,7 +121,7 @@ def test_examples_are_images_with_their_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """Decoded anew each time, as large sets are, and kept in memory, as small ones are."""
-    monkeypatch.setattr(latentdiff.data.images, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(latentdiff.data.dataset, "MEMORY_LIMIT", limit)
     dataset = CaptionedImages(config(folder(tmp_path / "set", ROWS)))
     assert len(dataset) == 3
     for _ in range(2):
@@ -137,7 +138,7 @@ def test_captions_come_from_several_columns_lists_and_templates(tmp_path: Path) 
     templates = {"text": ("{}", "a {}"), "aliases": ("the {}",)}
     data = folder(tmp_path / "set", ROWS)
     dataset = CaptionedImages(config(data, caption_columns=columns, caption_templates=templates))
-    assert dataset.captions == [
+    assert list(dataset.captions) == [
         ["cat", "a cat", "猫", "the kitty", "the puss"],
         ["dog", "a dog", "狗"],
         ["owl", "a owl"],
@@ -147,7 +148,7 @@ def test_captions_come_from_several_columns_lists_and_templates(tmp_path: Path) 
 def test_excluded_rows_are_left_out(tmp_path: Path) -> None:
     data = folder(tmp_path / "set", ROWS)
     dataset = CaptionedImages(config(data, exclude={"kind": [2, 7], "text": ["owl"]}))
-    assert dataset.captions == [["cat"]]
+    assert list(dataset.captions) == [["cat"]]
     assert dataset.image(0).float().mean() == 200
 
 
@@ -155,14 +156,14 @@ def test_splits_are_folders(tmp_path: Path) -> None:
     folder(tmp_path / "set", ROWS[:2], "train")
     folder(tmp_path / "set", ROWS[:1], "test")
     for split, captions in (("train", [["cat"], ["dog"]]), ("test", [["cat"]])):
-        assert CaptionedImages(config(tmp_path / "set", split=split)).captions == captions
+        assert list(CaptionedImages(config(tmp_path / "set", split=split)).captions) == captions
 
 
 def test_captions_may_hold_any_character(tmp_path: Path) -> None:
     """A line separator in a caption is no end of a JSON line: it was read as one."""
     text = "a cat \u2028 and\x85 a dog"
     data = folder(tmp_path / "set", [{"file_name": "1.png", "text": text}])
-    assert CaptionedImages(config(data)).captions == [[text]]
+    assert list(CaptionedImages(config(data)).captions) == [[text]]
 
 
 def test_images_without_captions_train_a_vae(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_broken_folders_are_refused_in_one_sentence(
         ({"split": "test"}, r"no split 'test', only \['train'\]"),
         ({"caption_columns": ("title",)}, r"no column 'title', only \['image', 'text'"),
         ({"image_column": "photo"}, "no column 'photo'"),
-        ({"image_column": "text"}, "column 'text' holds no images but"),
+        ({"image_column": "text"}, "column 'text' holds no images; those"),
         ({"exclude": {"group": ["x"]}}, "no column 'group'"),
         ({"exclude": {"kind": [1, 2, 3]}}, "no image is left in split 'train'"),
     ],
@@ -265,7 +266,7 @@ def test_a_sample_set_apart_never_stands_in_for_a_bad_one(tmp_path: Path) -> Non
     data = folder(tmp_path / "set", rows)
     dataset = CaptionedImages(config(data, max_bad=0.5))
     (data / "1.png").write_bytes(b"no image")
-    dataset.apart = frozenset({2})
+    dataset.validation = frozenset({2})
     with pytest.warns(UserWarning, match="a sample is replaced by the next"):
         captions = [dataset[number]["captions"][0] for number in range(4)]
     assert captions == ["a", "d", "c", "d"]
@@ -364,11 +365,11 @@ def test_impossible_configurations_are_refused(fields: dict[str, object], messag
         config("set", **fields)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_default_draws_shapes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dataset = CaptionedImages(DataConfig())
     assert dataset.image(0).shape == (3, 64, 64)
     drawn = (tmp_path / "runs/shapes/data").stat().st_mtime_ns
-    assert CaptionedImages(DataConfig()).captions == dataset.captions
+    assert list(CaptionedImages(DataConfig()).captions) == list(dataset.captions)
     assert (tmp_path / "runs/shapes/data").stat().st_mtime_ns == drawn

@@ -17,8 +17,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from support.interchange_table import DIFFUSERS, Measured
 from support.parity import no_warning_logged
-from support.table import DIFFUSERS, Measured
 from support.tiny import CONTEXT_DIM, Recording, tiny_pipeline, tiny_text_encoder
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from latentdiff.pipeline import Pipeline
 
 # diffusers' own business, inside its DPMSolverMultistepScheduler.
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.interchange,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
@@ -113,7 +113,7 @@ def test_diffusers_opens_our_flow_folder_without_a_warning_and_draws_our_image(
     measured("folder", "written", DIFFUSERS, "pixels in [0, 1], flow, dpmpp_2m", found)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", pytest.param("v", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["epsilon", "v"])
 @pytest.mark.parametrize(
     ("sampler", "scheduler"),
     [("ddim", DDIMScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler)],

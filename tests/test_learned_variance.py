@@ -16,7 +16,7 @@ from latentdiff.gaussians import (
     posterior_coefficients,
     reverse_variances,
 )
-from latentdiff.guidance import Guidance
+from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.likelihood import bits_per_dim, bound_terms
 from latentdiff.samplers import SAMPLERS, ddpm, find_sampler
 
@@ -73,7 +73,7 @@ def test_the_bound_teaches_the_variance_alone_and_the_error_the_mean_alone(predi
 def test_the_bound_of_training_is_that_of_the_likelihood(prediction) -> None:
     """Term for term, with the same noise; the prior is what training leaves out."""
     diffusion, x0, context = short(prediction), normal(1), normal(7)
-    denoise = diffusion.denoiser(doubled, context, None, 1.0, shares=True)
+    denoise = guided_denoiser(diffusion, doubled, context, None, 1.0, with_v=True)
     terms = bound_terms(
         denoise,
         x0,
@@ -135,7 +135,7 @@ def test_the_least_bound_has_the_true_variance_at_every_step() -> None:
     assert (large / true).max() > 1.2
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_trained_variance_makes_a_lower_bound_than_both_fixed_ones() -> None:
     """A small network on a ring: mean and variance learned together."""
     diffusion = short("v_prediction", steps=20)
@@ -170,7 +170,7 @@ def test_a_trained_variance_makes_a_lower_bound_than_both_fixed_ones() -> None:
         optimizer.step()
     x0, bits = data(2000).double(), {}
     for variance in ("small", "large", "learned"):
-        denoise = diffusion.denoiser(model, x0, None, 1.0, shares=variance == "learned")
+        denoise = guided_denoiser(diffusion, model, x0, None, 1.0, with_v=variance == "learned")
         with torch.no_grad():
             terms = bound_terms(
                 denoise,
@@ -202,7 +202,7 @@ def test_ddpm_with_learned_variances_takes_the_steps_of_diffusers(case) -> None:
         normal(1),
         levels,
         network=doubled,
-        shares=True,
+        with_v=True,
         variance="learned",
         noise=noise_from(5),
     )
@@ -218,8 +218,8 @@ def test_the_ends_of_the_range_are_the_two_fixed_variances(v: float, variance) -
         return torch.cat([network(x, timestep, context), torch.full_like(x, v)], dim=1)
 
     levels, context = short().levels(T), normal(7)
-    learned = short().denoiser(extreme, context, None, 1.0, shares=True)
-    fixed = short(learned=False).denoiser(network, context, None, 1.0)
+    learned = guided_denoiser(short(), extreme, context, None, 1.0, with_v=True)
+    fixed = guided_denoiser(short(learned=False), network, context, None, 1.0)
     for path, expected in zip(
         ddpm(learned, normal(1), levels, variance="learned", noise=noise_from(5)),
         ddpm(fixed, normal(1), levels, variance=variance, noise=noise_from(5)),
@@ -239,17 +239,21 @@ def test_the_ends_of_the_range_are_the_two_fixed_variances(v: float, variance) -
 
 @pytest.mark.parametrize("guidance", [Guidance(1.0), Guidance(3.0), Guidance(3.0, eta=0.5)])
 @pytest.mark.parametrize("prediction", BETAS)
-def test_the_share_is_that_with_the_prompt_and_x0_is_that_of_a_fixed_variance(
+def test_v_is_that_with_the_prompt_and_x0_is_that_of_a_fixed_variance(
     prediction, guidance: Guidance
 ) -> None:
     level, x = short().levels(T)[2], normal(1)
     context, null = normal(7), normal(8)
-    both = short(prediction).denoiser(doubled, context, null, guidance, shares=True)(x, level)
-    fixed = short(prediction, learned=False).denoiser(network, context, null, guidance)(x, level)
-    x0, share = both.chunk(2, dim=1)
+    both = guided_denoiser(short(prediction), doubled, context, null, guidance, with_v=True)(
+        x, level
+    )
+    fixed = guided_denoiser(short(prediction, learned=False), network, context, null, guidance)(
+        x, level
+    )
+    x0, v = both.chunk(2, dim=1)
     torch.testing.assert_close(x0, fixed)
-    torch.testing.assert_close(share, (1.2 * torch.sin(3 * x + context) + 1) / 2)
-    alone = short(prediction).denoiser(doubled, context, null, guidance)(x, level)
+    torch.testing.assert_close(v, (1.2 * torch.sin(3 * x + context) + 1) / 2)
+    alone = guided_denoiser(short(prediction), doubled, context, null, guidance)(x, level)
     assert torch.equal(alone, x0)
 
 
@@ -263,11 +267,11 @@ def test_only_ddpm_draws_with_the_learned_variance_and_calls_the_network_once_a_
 
     diffusion = Diffusion("linear", "epsilon", learned_variance=True)
     learned = find_sampler(name, learned_variance=True)
-    assert learned.shares == (name == "ddpm")
+    assert learned.takes_v == (name == "ddpm")
     levels = learned.levels(diffusion, 5)
     paths = []
     for sampler in (learned, find_sampler(name)):
-        denoise = diffusion.denoiser(counted, normal(7), None, 1.0, shares=sampler.shares)
+        denoise = guided_denoiser(diffusion, counted, normal(7), None, 1.0, with_v=sampler.takes_v)
         calls.clear()
         *_, sample = sampler(denoise, normal(1), levels, noise=noise_from(5))
         paths.append([*calls, sample])

@@ -1,7 +1,6 @@
 """A model with learned variances: trained by the script, saved, and drawn with by two libraries."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,16 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from support.parity import no_warning_logged
-from support.scripts import script
+from support.scripts import run_here
 from support.tiny import tiny_pipeline, tiny_text_encoder
 from test_cache import vae
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.diffusion import Diffusion
-from latentdiff.editing import Given
+from latentdiff.editing import inpainting_denoiser
 from latentdiff.levels import NoiseLevel
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.command_line import run_script
 
 # Whose last step is from timestep 0: diffusers adds noise after every other.
 LEARNED = Diffusion("scaled_linear", "epsilon", learned_variance=True, timestep_spacing="linspace")
@@ -48,7 +46,7 @@ def test_a_folder_says_that_the_variance_is_learned(folder: Path) -> None:
     assert Pipeline.from_pretrained(folder).diffusion == LEARNED
 
 
-def test_a_image_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
+def test_an_image_of_a_batch_is_that_which_is_drawn_alone(folder: Path) -> None:
     pipeline = Pipeline.from_pretrained(folder)
     options: dict[str, Any] = {"steps": 3, "sampler": "ddpm", "progress": False}
     together = pipeline(["a cat", "a dog"], seed=[4, 5], **options).images
@@ -87,19 +85,18 @@ def test_a_model_whose_channels_and_scheduler_disagree_is_refused(
         Pipeline.from_pretrained(tmp_path / "model")
 
 
-def test_what_is_kept_of_a_image_is_kept_and_the_share_is_the_networks() -> None:
-    latents, eps, share, x = torch.randn(4, 1, 2, 4, 4)
+def test_inpainting_keeps_the_init_image_and_the_v_of_the_network() -> None:
+    latents, eps, v, x = torch.randn(4, 1, 2, 4, 4)
     masks = torch.zeros(1, 1, 4, 4)
     masks[..., :2] = 1
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-        return torch.cat([x, share], dim=1)
+        return torch.cat([x, v], dim=1)
 
     level = NoiseLevel(torch.tensor(5.0), torch.tensor(0.8), torch.tensor(0.6))
-    given = Given(torch.zeros(1, 3, 4, 4), masks)
-    found = given.keep(denoise, latents, eps, noise_only=None)(x, level)
-    torch.testing.assert_close(found[:, :2], masks * x + (1 - masks) * latents)
-    assert torch.equal(found[:, 2:], share)
+    estimate = inpainting_denoiser(denoise, masks, latents, eps, noise_only=None)(x, level)
+    torch.testing.assert_close(estimate[:, :2], masks * x + (1 - masks) * latents)
+    assert torch.equal(estimate[:, 2:], v)
 
 
 def test_an_inpainting_network_learns_variances_too(tmp_path: Path) -> None:
@@ -112,7 +109,7 @@ def test_an_inpainting_network_learns_variances_too(tmp_path: Path) -> None:
     assert (pixels(drawn)[:, 8:] == pixels(image)[:, 8:]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.interchange
 def test_diffusers_opens_the_folder_and_draws_our_image(folder: Path) -> None:
     """Without guidance: StableDiffusionPipeline guides the variances like the noise."""
     with no_warning_logged():
@@ -147,7 +144,7 @@ SHORT = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.filterwarnings("ignore:the VAE in .* is not fit to train on")  # it is random
 @pytest.mark.parametrize(("name", "network"), [("unet", UNET), ("transformer", DIT)])
 def test_the_script_trains_both_halves_and_leaves_a_model_that_draws(
@@ -160,10 +157,7 @@ def test_the_script_trains_both_halves_and_leaves_a_model_that_draws(
     tiny_text_encoder(tmp_path / "tokens").save_pretrained(tmp_path / "text")
     paths = {"data": "set", "output_dir": "run", "vae": "vae", "text_encoder": "text"}
     given = [f"--{option}={tmp_path / folder}" for option, folder in paths.items()]
-    monkeypatch.setattr(
-        sys, "argv", ["train/train_unet.py", *given, *SHORT.split(), *network.split()]
-    )
-    run_script(script("train_unet").main)
+    run_here("train_unet", *given, *SHORT.split(), *network.split())
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     bounds = [record["bound"] for record in records if "loss" in record]

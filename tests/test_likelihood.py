@@ -75,7 +75,7 @@ def test_a_learned_variance_makes_it_exact_for_any_gaussian_data() -> None:
     levels = diffusion("linear", 50).levels(50)
     x0 = std * torch.randn(3, SIZE, dtype=torch.float64)
 
-    def share(x: Tensor, level: NoiseLevel) -> Tensor:
+    def v(x: Tensor, level: NoiseLevel) -> Tensor:
         """Where Var(x_s | x_t) = beta_tilde + from_x0^2 Var(x0 | x_t) lies between the two."""
         i = int((levels.sigma == level.sigma).nonzero()[0])
         a_t, s_t = level.alpha, level.sigma
@@ -92,7 +92,7 @@ def test_a_learned_variance_makes_it_exact_for_any_gaussian_data() -> None:
         return ((true / small).log() / (forward / small).log()).expand(x.shape)
 
     def both(x: Tensor, level: NoiseLevel) -> Tensor:
-        return torch.cat([gaussian(0, std)(x, level), share(x, level)], dim=1)
+        return torch.cat([gaussian(0, std)(x, level), v(x, level)], dim=1)
 
     means = {}
     for variance in ("small", "large", "learned"):
@@ -170,7 +170,7 @@ def test_the_flow_gives_the_density_of_gaussian_data(schedule: str) -> None:
 
 def test_hutchinsons_estimate_is_exact_for_a_diagonal_jacobian_and_unbiased_otherwise() -> None:
     x0 = torch.randn(2, SIZE, dtype=torch.float64)
-    levels = Diffusion("cosine", "epsilon").levels(30)
+    levels = Diffusion("cosine", "epsilon").levels(10)
     alone = gaussian(0.2, 0.8)
     torch.testing.assert_close(
         flow_log_density(alone, x0, levels), flow_log_density(alone, x0, levels, probes=None)

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
+from support.interchange_table import Measured
 from support.loras import (
     ATTENTION,
     SOME,
@@ -20,7 +21,6 @@ from support.loras import (
     kohya_file,
     random_lora,
 )
-from support.table import Measured
 from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from latentdiff.formats.lora import check_without_loras
 from latentdiff.models.lora import LoRAs
 from latentdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interchange
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def test_a_file_of_diffusers_gives_the_outputs_it_was_trained_to(
     assert difference(base, expected) > 0.1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("naming", ["peft", "diffusers", "old"])
 def test_every_naming_of_diffusers_is_read_as_by_diffusers(
     pipeline: Pipeline, loras: LoRAs, theirs: Any, tmp_path: Path, naming: str, measured: Measured

@@ -87,7 +87,7 @@ def test_many_layers_of_many_transformers_are_too_many_together() -> None:
         UNetConfig(layers_per_block=12, transformer_layers_per_block=10)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_the_largest_network_that_is_allowed_is_made_in_seconds() -> None:
     """On the meta device, before its weights are looked for."""
     levels = 8

@@ -219,7 +219,7 @@ def test_every_prediction_learns(diffusion: Diffusion, objective: LossConfig) ->
     assert_learns(diffusion, objective)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("weighting", "density"),
     [*zip(get_args(Weighting), 2 * get_args(TimestepDistribution), strict=True)],

@@ -10,8 +10,8 @@ import pytest
 import torch
 from open_clip.model import _build_text_tower
 from open_clip.tokenizer import SimpleTokenizer
+from support.interchange_table import Measured
 from support.parity import same_weights
-from support.table import Measured
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
@@ -24,8 +24,6 @@ from latentdiff.formats.open_clip import (
 from latentdiff.formats.weights import save_safetensors
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower
 from latentdiff.models.text_config import tower_config
-
-pytestmark = pytest.mark.slow
 
 SIMPLE = SimpleTokenizer()
 PROMPTS = ["", "a photo of a cat!", "red & blue; it's 12 o'clock", "三个 苹果 🌕", "word " * 90]
@@ -133,7 +131,7 @@ def test_states_and_logits_are_open_clips(name: str, tmp_path: Path, measured: M
     check_parity(name, tmp_path, measured)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,7 +152,7 @@ def test_states_and_logits_of_published_shapes_are_open_clips(
     check_parity(name, tmp_path, measured)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize("layers", [None, 2])
 def test_vit_h_of_fewer_layers_is_open_clips(
     layers: int | None, tmp_path: Path, measured: Measured
@@ -343,7 +341,7 @@ def test_unknown_models_and_weights_of_others_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"ln_final\.bias holds NaN"):
         TextEncoder.from_open_clip("tiny", tmp_path / "nan.safetensors")
     torch.save(tower.state_dict(), tmp_path / "tower.pt")
-    with pytest.raises(ValueError, match="latentdiff convert --unsafe-pickle"):
+    with pytest.raises(ValueError, match="latentdiff convert --unsafe_pickle"):
         TextEncoder.from_open_clip("tiny", tmp_path / "tower.pt")
 
 
@@ -388,7 +386,7 @@ def test_tags_that_give_no_weights_of_this_tower_are_refused(hub: Path) -> None:
     for tag, message in {
         "absent": "nobody/tiny .* is out of reach, and open_clip_model.safetensors is not in the",
         "quick": "trained with quick_gelu, which tiny has not; the model with it is tiny-quickgelu",
-        "pickled": r"tiny\.pt: is a pickled .* `latentdiff convert --unsafe-pickle`",
+        "pickled": r"tiny\.pt: is a pickled .* `latentdiff convert --unsafe_pickle`",
         "unknown": "'unknown' is no file and no tag of tiny; its tags: cached, named, absent",
     }.items():
         with pytest.raises(ValueError, match=message):

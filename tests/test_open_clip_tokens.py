@@ -52,6 +52,7 @@ def test_tokens_and_padding_are_open_clips(encoder: TextEncoder) -> None:
 def test_any_clean_text_has_open_clips_tokens(encoder: TextEncoder, text: str) -> None:
     clean = basic_clean(text)
     assume("<start_of_text>" not in clean and "<end_of_text>" not in clean)
+    assume("\u0345" not in clean)  # which ftfy makes of the mojibake "Í\x85"
     # Whether these are letters depends on the year of each library's Unicode.
     assume(all(unicodedata.category(letter) != "Cn" for letter in clean))
     tokens = [token for chunk, _ in encoder._chunks(clean, weighting=False) for token in chunk]

@@ -18,7 +18,7 @@ def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_backbone(tmp_path_factory.mktemp("weights") / "alexnet.safetensors", "alexnet")
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize(("name", "net_type"), [("alexnet", "alex"), ("vgg16", "vgg")])
 def test_distances_are_torchmetrics_own(
     name: str, net_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

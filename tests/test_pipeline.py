@@ -39,7 +39,8 @@ QUICK = ("euler_ancestral", "dpmpp_2m")  # one that draws noise, one that rememb
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SAMPLERS
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.exhaustive)
+        for name in SAMPLERS
     ]
 )
 def sampler(request: pytest.FixtureRequest) -> str:
@@ -203,7 +204,7 @@ def test_values_are_rounded_and_not_truncated() -> None:
     assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 254, 255, 0, 255]
 
 
-def test_a_image_that_is_not_finite_is_refused_and_not_drawn_black(pipeline: Pipeline) -> None:
+def test_an_image_that_is_not_finite_is_refused_and_not_drawn_black(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="not finite"):
         pipeline.decode(torch.full((1, 4, 8, 8), float("nan")))
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import TOKENS, tiny_text_encoder
 
-from latentdiff.models.prompts import MAX_WEIGHT, ROUND, SQUARE, cut, parse_weights, weigh
-from latentdiff.models.text import TextEncoder
+from latentdiff.models.prompts import MAX_WEIGHT, ROUND, SQUARE, parse_weights, weigh
+from latentdiff.models.text import TextEncoder, chunk_slices
 
 PLACES = TOKENS - 2
 # The tiny tokenizer has a token for each byte: a word of five letters is five tokens.
@@ -146,7 +146,7 @@ def test_hostile_prompts_take_linear_time(prompt: str) -> None:
 def test_chunks_are_all_tokens_and_cut_a_word_only_where_they_must(
     ends: list[bool], size: int
 ) -> None:
-    chunks = [list(range(len(ends)))[place] for place in cut(ends, size=size)]
+    chunks = [list(range(len(ends)))[place] for place in chunk_slices(ends, size=size)]
     assert [token for chunk in chunks for token in chunk] == list(range(len(ends)))
     assert all(len(chunk) <= size for chunk in chunks)
     assert all(chunks) or not ends

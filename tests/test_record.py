@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from support.cases import mostly_exhaustive
 from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.png import read_png
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +42,43 @@ def pixels(path: Path) -> bytes:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        ["a cat", "--seed", "7"],
-        ["a <b>猫</b>, (hat:1.3)\nand more words than fit", "--prompt_weighting", "--steps", "3"],
-        ["a", "b", "--num_images", "2", "--negative_prompt", "x", "--sampler", "euler_ancestral"],
-        ["a", "--level_spacing", "karras", "--sampler", "dpmpp_2m", "--guidance_rescale", "0.5"],
-        ["a", "--guidance_interval", "0.5", "5", "--height", "12", "--width", "24"],
-        ["a", "--guidance_eta", "0", "--guidance_norm_threshold", "2", "--dtype", "bfloat16"],
-        ["a", "--variation_strength", "0.3", "--num_images", "2"],
-        ["a", "--image", "PHOTO", "--strength", "0.6"],
-        ["a", "--image", "PHOTO", "--mask_image", "PHOTO"],
-    ],
+    mostly_exhaustive(
+        [
+            ["a cat", "--seed", "7"],
+            [
+                "a <b>猫</b>, (hat:1.3)\nand more words than fit",
+                "--prompt_weighting",
+                "--steps",
+                "3",
+            ],
+            [
+                "a",
+                "b",
+                "--num_images",
+                "2",
+                "--negative_prompt",
+                "x",
+                "--sampler",
+                "euler_ancestral",
+            ],
+            [
+                "a",
+                "--level_spacing",
+                "karras",
+                "--sampler",
+                "dpmpp_2m",
+                "--guidance_rescale",
+                "0.5",
+            ],
+            ["a", "--guidance_interval", "0.5", "5", "--height", "12", "--width", "24"],
+            ["a", "--guidance_eta", "0", "--guidance_norm_threshold", "2", "--dtype", "bfloat16"],
+            ["a", "--variation_strength", "0.3", "--num_images", "2"],
+            ["a", "--image", "PHOTO", "--strength", "0.6"],
+            ["a", "--image", "PHOTO", "--mask_image", "PHOTO"],
+        ]
+    ),
 )
-def test_a_image_is_drawn_again_bit_for_bit(
+def test_an_image_is_drawn_again_bit_for_bit(
     model: str,
     photo: str,
     tmp_path: Path,
@@ -99,7 +122,7 @@ def test_another_model_is_said_to_be_another(
     assert "torch" not in line
 
 
-def test_a_image_of_the_webui_is_drawn_with_what_it_says(
+def test_an_image_of_the_webui_is_drawn_with_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     diffusion = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading")

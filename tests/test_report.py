@@ -11,7 +11,7 @@ from PIL import Image
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.summary import cache_summary, images_summary
 from latentdiff.models.vae import VAE, VAEConfig
@@ -91,7 +91,7 @@ def test_data_captions_and_versions_are_there_as_text(tmp_path: Path) -> None:
     summary = {
         "data": "<b>/images</b>",
         "samples": 12345,
-        "held_out": 0,
+        "num_val": 0,
         "left_out": {"<i>truncated": 2, "no caption": 1},
         "captions_each": {"min": 1, "median": 2.0, "max": 3, "mean": 2.1},
         "captions": ["<script>alert(1)</script>", "一只猫"],
@@ -125,14 +125,14 @@ def test_the_summary_of_a_cache_counts_its_sizes_and_captions(tmp_path: Path) ->
     write_cache(tmp_path / "cache", dataset, VAE(blocks), batch_size=8)
     place = str(tmp_path / "data")
     (tmp_path / "data" / "summary.json").write_text('{"data": "shapes", "bad": 3}')
-    found = cache_summary(LatentCache(tmp_path / "cache"), place, held_out=2)
+    found = cache_summary(LatentCache(tmp_path / "cache"), place, num_val=2)
     images = images_summary(dataset)
-    assert "held_out" not in images
-    assert images_summary(dataset, held_out=0) == {**images, "held_out": 0}
+    assert "num_val" not in images
+    assert images_summary(dataset, num_val=0) == {**images, "num_val": 0}
     same = ("samples", "sizes", "captions_each", "characters_each", "captions", "check")
     assert {name: found[name] for name in same} == {name: images[name] for name in same}
     assert found["samples"] == len(dataset)
-    assert found["held_out"] == 2
+    assert found["num_val"] == 2
     assert found["sizes"] == {"32x32": len(dataset)}
     assert found["check"] == {"bad": 3}
     counts = [len(texts) for texts in dataset.captions]

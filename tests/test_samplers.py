@@ -9,6 +9,7 @@ from support.toys import SHAPE, network, noise_from, normal
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
+from latentdiff.guidance import guided_denoiser
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels
 from latentdiff.samplers import (
     SAMPLERS,
@@ -113,7 +114,7 @@ CHAINS = [
 @pytest.mark.parametrize(("sampler", "options"), CHAINS)
 @pytest.mark.parametrize(
     "schedule",
-    ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "flow"))],
+    ["linear", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("cosine", "flow"))],
 )
 def test_the_chain_ends_on_the_mean_and_variance_of_the_data(schedule, sampler, options):
     """Up to the noise that the schedule leaves, and the size of a step."""
@@ -184,7 +185,7 @@ def test_each_ddpm_variance_is_exact_for_its_data_at_any_number_of_steps(schedul
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "flow"])
 def test_ddim_with_eta_1_and_euler_ancestral_are_ddpm_with_the_small_variance(schedule):
     diffusion = Diffusion(schedule, "sample")
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     levels = diffusion.levels(20, grid="ddpm")
     expected = list(ddpm(denoise, normal(1), levels, noise=noise_from(2)))
     for others in (
@@ -240,7 +241,7 @@ def test_pure_noise_where_alpha_is_0_makes_no_nan(name, path):
     diffusion = Diffusion("flow", "flow_prediction")
     if path != "flow":
         diffusion = Diffusion("linear", "v_prediction", rescale_betas_zero_snr=True)
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     for steps in (1, 2, 5):
         kept = NoiseLevels(*(v[[*range(steps), 5]] for v in (1000 * sigma, alpha, sigma)))
         previews = list(SAMPLERS[name](denoise, normal(1), halfway(kept), noise=noise_from(2)))
@@ -288,7 +289,7 @@ def test_a_sampler_yields_as_many_previews_as_steps_and_calls_nothing_it_need_no
                 calls.append(float(timestep[0]))
                 return network(x, timestep, context)
 
-            denoise = diffusion.denoiser(counted, normal(7), None, 1.0)
+            denoise = guided_denoiser(diffusion, counted, normal(7), None, 1.0)
             previews = list(sampler(denoise, normal(1), levels.last(n), noise=noise_from(2)))
             assert len(previews) == n
             assert len(calls) == calls_of(name, n)
@@ -312,7 +313,7 @@ def test_a_spacing_is_sampled_with_or_refused_by_name(name, schedule):
                 sampler.levels(diffusion, 6, spacing=spacing)
             continue
         levels = sampler.levels(diffusion, 6, spacing=spacing)
-        denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+        denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
         previews = list(sampler(denoise, normal(1), levels, noise=noise_from(2)))
         assert len(previews) == 6, spacing
         assert all(preview.isfinite().all() for preview in previews), spacing
@@ -321,7 +322,7 @@ def test_a_spacing_is_sampled_with_or_refused_by_name(name, schedule):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_same_seed_gives_the_same_sample(name):
     diffusion, sampler = Diffusion("scaled_linear", "epsilon"), SAMPLERS[name]
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     levels = sampler.levels(diffusion, 8)
     samples = [
         list(sampler(denoise, normal(1), levels, noise=noise_from(seed)))[-1] for seed in (3, 3, 4)
@@ -335,7 +336,7 @@ def test_the_same_seed_gives_the_same_sample(name):
 def test_samples_have_the_dtype_of_x(name, dtype):
     schedule = "linear" if name == "pndm" else "flow"
     diffusion, sampler = Diffusion(schedule, "v_prediction"), SAMPLERS[name]
-    denoise = diffusion.denoiser(lambda x, *_: x.tanh(), normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, lambda x, *_: x.tanh(), normal(7), None, 1.0)
     levels = sampler.levels(diffusion, 4)
     for preview in sampler(denoise, normal(1, dtype), levels, noise=noise_from(2, dtype)):
         assert preview.dtype == dtype
@@ -346,7 +347,7 @@ def test_sampling_never_reads_a_value_back(name, schedule):
     """Tensors on the meta device have no values: any host synchronisation would raise."""
     diffusion, sampler = Diffusion(schedule, "v_prediction"), SAMPLERS[name]
     x = torch.empty(SHAPE, device="meta")
-    denoise = diffusion.denoiser(lambda x, *_: x.tanh(), x, x, 3.0)
+    denoise = guided_denoiser(diffusion, lambda x, *_: x.tanh(), x, x, 3.0)
     levels = sampler.levels(diffusion, 5)
     previews = list(sampler(denoise, x, levels, noise=lambda: torch.empty_like(x)))
     assert {preview.shape for preview in previews} == {x.shape}

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats import scheduler as configuration
+from latentdiff.guidance import guided_denoiser
 from latentdiff.samplers import find_sampler, pndm
 from latentdiff.samplers.adapter import SCHEDULERS
 
 pytestmark = [
-    pytest.mark.slow,
     # diffusers hands tensors to numpy in ways that numpy 2 deprecates.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -36,9 +36,12 @@ ON_FLOWS = (
 )
 
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
 def case(name: str, *values: str) -> Any:
     # KDPM2's classes take half a second to be constructed.
-    return pytest.param(name, *values, marks=[pytest.mark.slow] * name.startswith("KDPM2"))
+    return pytest.param(name, *values, marks=[EXHAUSTIVE] * name.startswith("KDPM2"))
 
 
 NAMES = [case(name) for name in SCHEDULERS]
@@ -107,7 +110,7 @@ def assert_same(ours: Tensor, theirs: Tensor, within: float = 1e-12) -> None:
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
 def test_a_scheduler_gives_the_samples_of_its_own_loop(name, schedule, prediction, steps):
     diffusion, sampler = Diffusion(schedule, prediction), find_sampler(name)
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     with no_warning_logged():
         levels = sampler.levels(diffusion, steps)
     previews = list(sampler(denoise, normal(1), levels, noise=noise_from(5)))
@@ -121,6 +124,7 @@ def test_a_scheduler_gives_the_samples_of_its_own_loop(name, schedule, predictio
     assert all(map(torch.equal, previews, again))  # nothing is remembered from run to run
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize(("name", "schedule", "prediction"), CASES)
 def test_the_last_steps_are_those_of_diffusers_image_to_image(name, schedule, prediction):
     """Noise is added to an image as add_noise does it, in the scheduler's coordinates."""
@@ -128,7 +132,7 @@ def test_the_last_steps_are_those_of_diffusers_image_to_image(name, schedule, pr
     levels = sampler.levels(diffusion, 10).last(6)
     alpha, sigma = levels.alpha[0], levels.sigma[0]
     image, eps = normal(3), normal(4)
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     previews = list(sampler(denoise, alpha * image + sigma * eps, levels, noise=noise_from(5)))
     assert len(previews) == 6
     if name == "PNDMScheduler":
@@ -175,7 +179,9 @@ def test_noise_is_drawn_from_each_images_own_seed(name):
 
     def sample(seeds: list[int]) -> Tensor:
         noise = noise_of_each(seeds)
-        denoise = diffusion.denoiser(lambda x, *_: x.tanh(), torch.zeros(len(seeds)), None, 1.0)
+        denoise = guided_denoiser(
+            diffusion, lambda x, *_: x.tanh(), torch.zeros(len(seeds)), None, 1.0
+        )
         return list(sampler(denoise, noise(), levels, noise=noise))[-1]
 
     both = sample([3, 8])
@@ -195,7 +201,7 @@ SPACINGS = [
 @pytest.mark.parametrize(("name", "spacing", "options"), SPACINGS)
 def test_a_spacing_sets_the_schedulers_option(name, spacing, options):
     diffusion, sampler = Diffusion("scaled_linear", "epsilon"), find_sampler(name)
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     levels = sampler.levels(diffusion, 8, spacing=spacing)
     *_, sample = sampler(denoise, normal(1), levels, noise=noise_from(5))
     scheduler = plain_scheduler(name, diffusion, 8, **options)
@@ -208,7 +214,7 @@ def test_a_spacing_sets_the_schedulers_option(name, spacing, options):
 def test_predictions_that_a_scheduler_has_no_word_for_are_sampled_in_another(prediction):
     """Whatever the network's output is called, the samplers are given x0."""
     diffusion, own = Diffusion("scaled_linear", prediction), find_sampler("ddim")
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     levels = find_sampler("DDIMScheduler").levels(diffusion, 10)
     *_, theirs = find_sampler("DDIMScheduler")(denoise, normal(1), levels, noise=noise_from(5))
     *_, ours = own(denoise, normal(1), own.levels(diffusion, 10), noise=noise_from(5))
@@ -222,7 +228,7 @@ def test_zero_terminal_snr_is_passed_on(name):
     diffusion = Diffusion("scaled_linear", "v_prediction", rescale_betas_zero_snr=True)
     levels = find_sampler(name).levels(diffusion, 6)
     assert levels.alpha[0] < 3e-4
-    denoise = diffusion.denoiser(network, normal(7), None, 1.0)
+    denoise = guided_denoiser(diffusion, network, normal(7), None, 1.0)
     for preview in find_sampler(name)(denoise, normal(1), levels, noise=noise_from(5)):
         assert preview.isfinite().all()
 

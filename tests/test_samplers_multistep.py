@@ -12,7 +12,6 @@ from latentdiff.samplers import dpmpp_2m, dpmpp_2m_sde, find_sampler, lms, pndm,
 
 # diffusers hands tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
@@ -64,6 +63,7 @@ def test_unipc_takes_the_steps_of_diffusers(case, steps):
     assert_same_path(our_path(diffusion, unipc, normal(1), levels), theirs, within=1e-13)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("case", CASES)
 def test_lms_takes_the_steps_of_diffusers(case, steps):

@@ -16,7 +16,6 @@ from latentdiff.samplers import SAMPLERS, ddim, ddpm, dpmpp_sde, euler, euler_an
 
 # diffusers hands tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
@@ -111,6 +110,7 @@ class BrownianMotion:
         return (increment + (half - end).sqrt() * self.noise()) / (start - end).sqrt()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("steps", STEPS)
 # DPMSolverSDEScheduler does not implement "sample" either.
 @pytest.mark.parametrize(

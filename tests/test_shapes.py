@@ -67,7 +67,7 @@ def _descriptions(image: Image.Image) -> set[str]:
     return {f"{first} above {second}", f"{second} below {first}"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_captions_are_what_the_pixels_show() -> None:
     for index in range(300):
         scene = shape_scene(1, index, 160)
@@ -138,7 +138,7 @@ def test_built_folder_is_reproducible_and_loads_through_datasets(tmp_path: Path)
     assert all(f"{colour} {kind}" in card for colour, kind in HELD_OUT)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_default_values_hold_out_between_a_tenth_and_a_fifth(tmp_path: Path) -> None:
     counts = build_shapes(tmp_path / "shapes")
     assert counts["train"] + counts["test"] == 10_000

@@ -25,7 +25,7 @@ from latentdiff.training.checkpoint_files import checkpoints
 from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import MicroBatch
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.processes
 
 BATCH, STEPS = 4, 4
 deepspeed = pytest.mark.skipif(
@@ -145,10 +145,13 @@ def test_a_shared_network_trains_as_a_whole_one(
     plain: tuple[Path, dict[str, Tensor]],
     sharding: str,
     count: int,
-    accumulation: int,
+    gradient_accumulation_steps: int,
 ) -> None:
     folder, expected = plain
-    found = run(Job(tmp_path, sharding=sharding, gradient_accumulation_steps=accumulation), count)
+    found = run(
+        Job(tmp_path, sharding=sharding, gradient_accumulation_steps=gradient_accumulation_steps),
+        count,
+    )
     zero = sharding != "full"  # DeepSpeed sums norms and steps in float32
     assert norms(tmp_path) == pytest.approx(norms(folder), rel=1e-6 if zero else 1e-9)
     assert_equivalent(found, expected, atol=1e-4 if zero else 1e-6)

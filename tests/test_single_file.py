@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.interchange_table import DIFFUSERS, Measured
 from support.parity import no_warning_logged
 from support.strategies import unet_configs, vae_configs
-from support.table import DIFFUSERS, Measured
 from support.tiny import CONTEXT_DIM, randomise, tiny_text_encoder
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import save_model_index, save_scheduler_config
 from latentdiff.formats.header import read_header
-from latentdiff.formats.ldm import loaders
+from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm.modelspec import TOKENIZER_FILES
 from latentdiff.formats.single_file import SingleFile, read_single_file, write_single_file
 from latentdiff.formats.weights import load_json, load_safetensors
@@ -28,7 +28,7 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.interchange,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
@@ -138,6 +138,7 @@ same_examples = settings(
 )
 
 
+@pytest.mark.exhaustive
 @settings(same_examples, max_examples=200)
 @any_model
 def test_two_hundred_models_survive_the_single_file_bit_for_bit(
@@ -189,8 +190,8 @@ def test_a_text_tower_of_sd_2_is_written_as_open_clips_and_comes_back(
     """With SD 2.x's 23 layers, though thin ones; other tools expect a 24th, which is not in use."""
     sizes = {"hidden_size": CONTEXT_DIM, "intermediate_size": 32, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(text_encoder.tokenizer), "max_position_embeddings": 12}
-    monkeypatch.setattr(loaders, "SD2_TOWER", loaders.SD2_TOWER | sizes)
-    tower = CLIPTextModel(CLIPTextConfig(**loaders.SD2_TOWER, projection_dim=8))
+    monkeypatch.setattr(compatibility, "SD2_TOWER", compatibility.SD2_TOWER | sizes)
+    tower = CLIPTextModel(CLIPTextConfig(**compatibility.SD2_TOWER, projection_dim=8))
     text = TextEncoder(tower, text_encoder.tokenizer)
     save_folder(tmp_path / "model", SMALL_SD, SMALL_VAE, text, DIFFUSIONS[2])
     before = load_folder(tmp_path / "model")
@@ -249,10 +250,10 @@ def test_what_a_file_said_of_its_author_goes_on_with_it(small: SingleFile, tmp_p
     assert metadata["modelspec.prediction_type"] == "epsilon"
 
 
-def test_a_description_of_another_model_that_lies_beside_is_pointed_out(
+def test_an_ldm_config_of_another_model_that_lies_beside_is_pointed_out(
     small: SingleFile, tmp_path: Path
 ) -> None:
-    """A1111 would build what it describes: a flow has no description, so nothing replaces it."""
+    """A1111 would build what it describes: a flow has no LDM config, so nothing replaces it."""
     path = tmp_path / "model.safetensors"
     assert "A1111" in write_single_file(small, path)[-1]
     assert (tmp_path / "model.yaml").is_file()

@@ -16,18 +16,18 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
+from support.interchange_table import Measured
 from support.ldm import checkpoint
-from support.table import Measured
 from torch import Tensor
 
-from latentdiff.formats.ldm import loaders
-from latentdiff.formats.ldm.modelspec import OURS
+from latentdiff.formats.ldm import compatibility
+from latentdiff.formats.ldm.modelspec import OUR_KEY
 from latentdiff.formats.single_file import SingleFile, read_single_file, write_single_file
 from latentdiff.formats.weights import save_json, save_safetensors
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interchange
 
 SMALL = UNetConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, cross_attention_dim=64)
 SMALL_2 = UNetConfig(
@@ -85,7 +85,9 @@ def test_an_original_checkpoint_is_read_as_diffusers_reads_it(
     assert file.text_config["hidden_act"] == "quick_gelu"
     assert file.tokenizer is None
     scheduler = file.scheduler_config
-    assert not loaders.differences(scheduler, loaders.SD_BETAS | {"prediction_type": "epsilon"})
+    assert not compatibility.differences(
+        scheduler, compatibility.SD_BETAS | {"prediction_type": "epsilon"}
+    )
     assert scheduler["set_alpha_to_one"] is False
     assert scheduler["steps_offset"] == 1
 
@@ -312,4 +314,4 @@ def test_an_entry_of_ours_that_is_damaged_is_refused(
     sd1: dict[str, Tensor], tmp_path: Path, entry: str, what: str
 ) -> None:
     with pytest.raises(ValueError, match=what):
-        read_single_file(written(tmp_path, sd1, {OURS: entry}))
+        read_single_file(written(tmp_path, sd1, {OUR_KEY: entry}))

@@ -31,9 +31,11 @@ from test_sources import (
 from test_tar import add
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages, Sample
-from latentdiff.data.opening import image_batches, open_images, some_captions, some_examples
-from latentdiff.data.shards import ParquetShard, Place
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.forms.form import FileRange
+from latentdiff.data.forms.parquet import RowGroup
+from latentdiff.data.opening import open_images
+from latentdiff.data.samples import Sample
 from latentdiff.training.randomness import micro_batches
 
 
@@ -82,8 +84,8 @@ def test_neither_processes_nor_workers_change_the_order(
     bad_tar(tmp_path / "set" / "4.tar")
 
     def of_rank(rank: int, world_size: int, workers: int) -> list[dict[str, Any]]:
-        stream = opened(tmp_path / "set", max_bad=0.2)
-        return steps(stream, rank=rank, world_size=world_size, num_workers=workers)
+        stream = opened(tmp_path / "set", max_bad=0.2, num_workers=workers)
+        return steps(stream, rank=rank, world_size=world_size)
 
     with warnings.catch_warnings():  # also in workers, which begin as copies of this process
         warnings.simplefilter("ignore")
@@ -148,11 +150,11 @@ def test_images_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
     early = next(stream.shuffled(0, seed=0))
     assert isinstance(early.file, bytes)
     later = next(stream.shuffled(3, seed=0))
-    assert isinstance(later.file, Place)
+    assert isinstance(later.file, FileRange)
     assert later.file.read() in IMAGES
     parquets(tmp_path / "tables")
     tables = opened(tmp_path / "tables")
-    assert next(tables._kept(tables.shards, None)).file is None
+    assert next(tables.encoded(tables.shards, None)).file is None
 
 
 def test_the_first_examples_and_captions_stand_for_a_stream(tmp_path: Path) -> None:
@@ -160,13 +162,13 @@ def test_the_first_examples_and_captions_stand_for_a_stream(tmp_path: Path) -> N
     bad_tar(tmp_path / "set" / "00.tar")
     stream = opened(tmp_path / "set", max_bad=0.5)
     with pytest.warns(UserWarning, match="a sample is replaced"):
-        found = list(some_examples(stream, 3))
+        found = list(stream.some_examples(3))
     assert [example["captions"] for example in found] == [[text] for text in TEXTS[:3]]
-    assert list(some_captions(stream, 2)) == ["bad", TEXTS[0]]
+    assert list(stream.some_captions(2)) == ["bad", TEXTS[0]]
     tars(tmp_path / "whole")
     whole = open_images(DataConfig(data=str(tmp_path / "whole"), image_size=8))
-    assert [e["captions"] for e in some_examples(whole, 2)] == [[TEXTS[0]], [TEXTS[3]]]
-    assert len(list(some_examples(whole, 100))) == len(list(some_captions(whole, 1))) == COUNT
+    assert [e["captions"] for e in whole.some_examples(2)] == [[TEXTS[0]], [TEXTS[3]]]
+    assert len(list(whole.some_examples(100))) == len(list(whole.some_captions(1))) == COUNT
 
 
 def test_both_kinds_give_batches_of_one_form(tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_both_kinds_give_batches_of_one_form(tmp_path: Path) -> None:
     config = DataConfig(data=str(tmp_path / "set"), image_size=8)
     for stream in (False, True):
         dataset = open_images(replace(config, stream=stream))
-        (batch,) = image_batches(dataset, 1, batch_size=6, seed=0, stop=2, rank=1, world_size=2)
+        (batch,) = dataset.batches(1, batch_size=6, seed=0, stop=2, rank=1, world_size=2)
         assert batch["images"].shape == (3, 3, 8, 8)
         assert batch["images"].dtype == torch.uint8
         assert len(batch["captions"]) == 3
@@ -214,11 +216,11 @@ def test_captions_follow_the_same_rules(tmp_path: Path) -> None:
     }
     stream = opened(tmp_path / "set", **options)
     whole = CaptionedImages(replace(stream.config, stream=False))
-    assert list(stream.captions()) == [whole.captions[0], whole.captions[2]]
+    assert list(stream.some_captions(9)) == whole.captions[0] + whole.captions[2]
     assert stream.left_out == {"weights do not fit": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_large_tar_takes_little_memory(tmp_path: Path) -> None:
     data = saved(photograph((8, 8)))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -246,5 +248,9 @@ def test_a_large_tar_takes_little_memory(tmp_path: Path) -> None:
 def test_rows_without_a_column_that_is_asked_for_come_once_each(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", "b", "c"]}), path)
-    shard = ParquetShard(path, 0, "train", 0, "image", ())
-    assert [raw.name for raw in shard.samples(lambda: False)] == ["train:0", "train:1", "train:2"]
+    shard = RowGroup(path, 0, "train", 0, "image", ())
+    assert [record.name for record in shard.records(lambda: False)] == [
+        "train:0",
+        "train:1",
+        "train:2",
+    ]

@@ -23,7 +23,6 @@ from test_sources import (
 from test_tar import add, pack
 
 from latentdiff.data.decode import BadSample
-from latentdiff.data.opening import some_captions
 
 
 @pytest.fixture(autouse=True)
@@ -111,13 +110,13 @@ def test_what_captions_tell_is_left_out_and_counted(tmp_path: Path) -> None:
     listed.write_text("\n".join(map(json.dumps, found)))
     options: dict[str, Any] = {"bad_samples": listed, "exclude": {"text": [TEXTS[6]]}}
     stream = opened(tmp_path / "set", max_bad=0.9, **options)
-    assert list(some_captions(stream, 10)) == [TEXTS[0], TEXTS[3]]
+    assert list(stream.some_captions(10)) == [TEXTS[0], TEXTS[3]]
     assert stream.left_out == {"text is not UTF-8": 1, "no caption": 2, "too large": 1}
     assert stream.num_samples == 2
     with pytest.raises(ValueError, match=r"4 of 6 samples are bad, more than max_bad=0\.1: 2 no"):
-        list(opened(tmp_path / "set", max_bad=0.1, **options).captions())
+        list(opened(tmp_path / "set", max_bad=0.1, **options).some_captions(99))
     kept = opened(tmp_path / "set", max_bad=0.9, allow_empty_caption=True)
-    assert sorted(some_captions(kept, 10)).count("") == 2
+    assert sorted(kept.some_captions(10)).count("") == 2
 
 
 def test_images_that_are_not_there_are_replaced(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_rows_cannot_name_files(tmp_path: Path, write: Write) -> None:
     table = pa.Table.from_pylist(rows, pa.schema(kinds))
     pq.write_table(table, tmp_path / "set" / "train-0.parquet")
     stream = opened(tmp_path / "set", max_bad=0.5)
-    assert len(list(stream.captions())) == 7
+    assert len(list(stream.some_captions(99))) == 7
     with pytest.raises(
         ValueError, match=r"3 of \d samples are bad, .*: 2 leads outside, 1 missing"
     ):
@@ -170,7 +169,7 @@ def test_a_stream_shorter_than_a_batch_is_refused_with_numbers(
     write(tmp_path / "set")
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"^batch_size=8 must be at most 7, the number of"):
-            steps(opened(tmp_path / "set"), batch_size=8, num_workers=workers)
+            steps(opened(tmp_path / "set", num_workers=workers), batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_captions_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="the column 'text' must hold texts or lists of them, not 3"
     ):
-        list(stream.captions())
+        list(stream.some_captions(99))
 
 
 def test_hostile_and_broken_tars_are_refused_as_by_random_access(tmp_path: Path) -> None:
@@ -216,11 +215,11 @@ def test_hostile_and_broken_tars_are_refused_as_by_random_access(tmp_path: Path)
             add(tar, name, IMAGES[0])
         add(tar, "pipe:touch canary.txt", b"only a name")
     stream = opened(tmp_path / "set")
-    assert list(some_captions(stream, 9)) == ["only a name"]
+    assert list(stream.some_captions(9)) == ["only a name"]
     whole = (tmp_path / "set" / "a.tar").read_bytes()
     (tmp_path / "set" / "b.tar").write_bytes(whole[:2000])
     with pytest.raises(ValueError, match=r"b\.tar ends with"):
-        list(opened(tmp_path / "set").captions())
+        list(opened(tmp_path / "set").some_captions(99))
     (tmp_path / "set" / "b.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ValueError, match=r"b\.tar is no tar file: bad header at byte 0"):
         steps(opened(tmp_path / "set"))

@@ -9,13 +9,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_end_to_end import NETWORKS, SHORT, TINY, call, log, untimed
+from support.scripts import run_here
+from test_end_to_end import NETWORKS, SHORT, TINY, log, untimed
 from test_tar import add
 
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,10 @@ def test_training_on_a_stream_resumes_bit_for_bit(shapes: Path, tmp_path: Path, 
     args += ["--max_steps=8", "--preview_every=8"]
     if name == "train_vae":
         args.append("--random_flip=true")
-    call(name, *args, "--output_dir", str(whole))
+    run_here(name, *args, "--output_dir", str(whole))
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "step-8")
-    call(name, *args, "--output_dir", str(part), "--num_workers=2")
+    run_here(name, *args, "--output_dir", str(part), "--num_workers=2")
     assert untimed(log(part)) == untimed(log(whole))
     state = f"checkpoints/step-8/{NETWORKS[name]}.safetensors"
     found, expected = load_safetensors(part / state), load_safetensors(whole / state)
@@ -64,7 +65,9 @@ def test_a_stream_is_cached_as_a_set_is(shapes: Path, tmp_path: Path) -> None:
     args = ["--data", str(shapes), "--image_size=32", "--vae=emoji", "--chunk_size=20"]
     args += ["--crops=2", "--flip=true"]
     for stream in ("false", "true"):
-        call("cache_latents", *args, f"--stream={stream}", "--output_dir", str(tmp_path / stream))
+        run_here(
+            "cache_latents", *args, f"--stream={stream}", "--output_dir", str(tmp_path / stream)
+        )
     names = [
         sorted(path.name for path in (tmp_path / stream).glob("*.npy"))
         for stream in ("false", "true")
@@ -84,5 +87,5 @@ def test_a_stream_below_one_batch_is_refused(
     args = [*TINY["train_vae"].split(), *SHORT.split(), "--data", str(shapes), "--stream=true"]
     args += ["--image_size=32", "--batch_size=64", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="2"):
-        call("train_vae", *args)
+        run_here("train_vae", *args)
     assert "batch_size=64 must be at most 54, the number of samples" in capsys.readouterr().err

@@ -135,6 +135,7 @@ def test_keys_that_choose_code_never_reach_transformers(
     assert torch.equal(after(["a cat"]), before(["a cat"]))
 
 
+@pytest.mark.full_size
 def test_the_largest_tower_allowed_is_built_without_memory() -> None:
     began, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     largest = {

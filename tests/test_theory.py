@@ -175,7 +175,7 @@ def test_quick_experiments_measure_what_the_pages_state(name: str, tmp_path: Pat
         assert measured[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_build_measures_what_the_pages_state(tmp_path: Path) -> None:
     build = experiment("figures")
     numbers: dict[str, float] = {}

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.diffusion import Diffusion, Schedule
+from latentdiff.diffusion import Diffusion
+from latentdiff.schedules import Schedule
 
 # diffusers hands tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -118,7 +119,7 @@ SPACED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("word", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(("grid", "scheduler", "spacing"), SPACED)
 def test_spaced_levels_are_those_of_diffusers(grid, scheduler, spacing, word):

@@ -1,9 +1,6 @@
 """train_clip.py: its images, its two losses, what it holds out and what it starts from."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.clips import SIDE, tiny_clip
-from support.scripts import ROOT, script
+from support.scripts import TWO, launch, run_here
 from support.small_run import logged
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors, save_safetensors
 from latentdiff.tasks.clip.augmentation import blur, crop
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.loss import contrastive_loss
 from latentdiff.tasks.clip.retrieval import validation_pool
-from latentdiff.training.command_line import run_script
 from latentdiff.training.randomness import MicroBatch
 from latentdiff.training.validation import val_indices
 
@@ -119,7 +115,7 @@ def test_sigmoid_asks_of_each_pair_whether_it_is_one() -> None:
         torch.testing.assert_close(gradient, leaf.grad)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
     """Means over the processes, as DDP takes them."""
     torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
@@ -157,18 +153,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(shapes: Path, folder: Path, *args: str) -> list[str]:
-    path = str(ROOT / "train" / "train_clip.py")
-    return [path, *COMMON.split(), f"--data={shapes}", f"--output_dir={folder}", *args]
+def options(shapes: Path, folder: Path, *args: str) -> list[str]:
+    return [*COMMON.split(), f"--data={shapes}", f"--output_dir={folder}", *args]
 
 
 def train(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(shapes, folder, *args))
-        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
-        patch.setattr("latentdiff.training.loop.plot_log", lambda log, out: None)
-        run_script(script("train_clip").main)
+    run_here("train_clip", *options(shapes, folder, *args))
 
 
 def found(folder: Path) -> list[dict[str, float]]:
@@ -183,7 +174,7 @@ def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_sigmoids_bias_is_learned_and_lies_beside_a_plain_clip(whole: Path) -> None:
     state = load_safetensors(whole / "checkpoints" / "step-4" / "clip.safetensors")
     bias = state["ema.logit_bias"]
@@ -195,23 +186,13 @@ def test_the_sigmoids_bias_is_learned_and_lies_beside_a_plain_clip(whole: Path) 
     assert CLIPProcessor.from_pretrained(whole / "model" / "clip").tokenizer.model_max_length == 24
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
     """The same weights and retrieval after a break at step 2; sums in another order in two."""
     train(shapes, tmp_path / "one", *TINY.split(), "--max_steps=2")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher, *command(shapes, tmp_path / "two", *TINY.split())],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(TWO, "train_clip", *options(shapes, tmp_path / "two", *TINY.split()))
     train(shapes, tmp_path / "one", *TINY.split())
     file = Path("checkpoints") / "step-4" / "clip.safetensors"
     assert (tmp_path / "one" / file).read_bytes() == (whole / file).read_bytes()
@@ -224,7 +205,7 @@ def test_it_resumes_bit_for_bit_and_two_processes_train_as_one(
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     shapes: Path, tmp_path: Path
 ) -> None:
@@ -249,7 +230,7 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     config = DataConfig(data=str(shapes), image_size=SIDE, caption_columns=("text", "text_zh"))
     dataset = CaptionedImages(config)
     numbers = val_indices(len(dataset), 0.2, seed=0).tolist()
-    dataset.apart = frozenset(numbers)
+    dataset.validation = frozenset(numbers)
     pool = validation_pool(dataset, seed=0)
     assert pool is not None
     assert len(pool.images) == len(numbers) == int(0.2 * len(dataset))
@@ -266,14 +247,14 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     }
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_stream_has_no_validation_split_which_is_said(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(shapes, tmp_path / "run", *TINY.split(), "--max_steps=1", "--stream=true")
     assert "a stream has no validation split" in capsys.readouterr().out
     assert found(tmp_path / "run") == []
-    assert "held_out" not in json.loads((tmp_path / "run" / "data.json").read_text())
+    assert "num_val" not in json.loads((tmp_path / "run" / "data.json").read_text())
 
 
 def test_a_fraction_that_is_none_is_refused() -> None:

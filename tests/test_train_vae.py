@@ -1,16 +1,13 @@
 """What train_vae.py does to its images, and what it trains beside or in place of the whole."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.backbones import write_backbone
-from support.scripts import ROOT, script
+from support.scripts import TWO, launch, run_here
 from torch import Tensor
 
 from latentdiff.data.shapes import build_shapes
@@ -20,7 +17,6 @@ from latentdiff.options import compose
 from latentdiff.tasks.vae.config import TrainVAE
 from latentdiff.tasks.vae.task import mirror
 from latentdiff.training.checkpoint import StoredTensors
-from latentdiff.training.command_line import run_script
 from latentdiff.training.randomness import MicroBatch, generator
 
 
@@ -52,10 +48,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(images: Path, run: Path, *more: str) -> list[dict[str, float]]:
     """Run the script in this process; its log."""
-    args = ["train_vae.py", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", args)
-        run_script(script("train_vae").main)
+    run_here("train_vae", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more)
     return log(run)
 
 
@@ -79,7 +72,7 @@ def gradients_of(run: Path, name: str) -> dict[str, Tensor]:
     return {key.removesuffix(ending): 10 * t for key, t in found.items() if key.endswith(ending)}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path: Path) -> None:
     records = train(images, tmp_path / "whole", "--learn_logvar=true")
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
@@ -104,7 +97,7 @@ def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path
     assert facts.keys() >= {"disc_real", "disc_fake", "disc_loss"}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_neither_step_takes_the_others_gradients(images: Path, tmp_path: Path) -> None:
     """As both do in diffusers' script for autoencoders once its discriminator has started.
 
@@ -128,7 +121,7 @@ def test_neither_step_takes_the_others_gradients(images: Path, tmp_path: Path) -
     assert not same("vae", "0", "0.5")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_both_as_one_does(images: Path, tmp_path: Path) -> None:
     alone = train(images, tmp_path / "one", "--learn_logvar=true")
     train_in_two(images, tmp_path / "two", "--learn_logvar=true")
@@ -148,25 +141,10 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def train_in_two(images: Path, run: Path, *more: str) -> None:
     """Run the script in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "train" / "train_vae.py"), *ARGUMENTS, f"--data={images}"]
-    path = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, f"--output_dir={run}", *more],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    launch(TWO, "train_vae", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_perceptual_gradient_reaches_every_layer(images: Path, tmp_path: Path) -> None:
     """In diffusers' script LPIPS is computed without gradients: it is logged and changes nothing.
 
@@ -198,7 +176,7 @@ def test_the_perceptual_gradient_reaches_every_layer(images: Path, tmp_path: Pat
 DECODER_ONLY = ["--decoder_only=true", "--disc_weight=0", "--init"]
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_new_decoder_leaves_the_latents_as_they_were(images: Path, tmp_path: Path) -> None:
     train(images, tmp_path / "start", "--disc_weight=0")
     start = tmp_path / "start" / "model"
@@ -220,7 +198,7 @@ def test_a_new_decoder_leaves_the_latents_as_they_were(images: Path, tmp_path: P
     assert all("kl" not in record and record["loss"] == record["l1"] for record in records)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_is_resumed_with_the_vae_that_it_began_with_alone(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,7 +217,7 @@ def test_a_run_is_resumed_with_the_vae_that_it_began_with_alone(
     assert "was made with another init than this run's" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_a_decoder_as_one_does(images: Path, tmp_path: Path) -> None:
     runs = {name: tmp_path / name for name in ("start", "one", "two")}
     train(images, runs["start"], "--disc_weight=0", "--max_steps=1")

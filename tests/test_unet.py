@@ -106,11 +106,11 @@ def drawn(seed: int) -> UNetConfig:
 
 CONFIGS |= {f"drawn {seed}": drawn(seed) for seed in range(4)}
 POOLED = [name for name in CONFIGS if " time" in name]
-QUICK = ("sd1", "sd2", "odd widths", *POOLED)
+QUICK = ("sd1", "odd widths", *POOLED)
 each_config = pytest.mark.parametrize(
     "config",
     [
-        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.exhaustive)
         for name, config in CONFIGS.items()
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from support.cases import mostly_exhaustive
 from support.parity import (
     TOLERANCES,
     difference,
@@ -77,7 +78,7 @@ QUICK = ("sd", "odd widths")
 each_config = pytest.mark.parametrize(
     "config",
     [
-        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(config, id=name, marks=[] if name in QUICK else pytest.mark.exhaustive)
         for name, config in CONFIGS.items()
     ],
 )
@@ -308,7 +309,7 @@ def test_folding_needs_both_convolutions(key: str) -> None:
         vae.fold_latent_statistics(torch.zeros(4), torch.ones(4))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_exhaustive(CONFIGS, quick=2))
 def test_a_folder_round_trip_is_bit_exact_through_diffusers_too(tmp_path: Path, name: str) -> None:
     vae = ours(CONFIGS[name])
     vae.save_pretrained(tmp_path / "ours")

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
@@ -53,7 +53,7 @@ QUICK = ((4, 4), (8, 16), (16, 32))
 each_size = pytest.mark.parametrize(
     ("factor", "channels"),
     [
-        pytest.param(*size, marks=[] if size in QUICK else pytest.mark.slow)
+        pytest.param(*size, marks=[] if size in QUICK else pytest.mark.exhaustive)
         for size in product((4, 8, 16), (4, 8, 16, 32))
     ],
 )

@@ -1,8 +1,5 @@
 """Held-out loss: a function of the averaged weights alone, which it leaves as they are."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scripts import ROOT, script
+from support.scripts import TWO, launch, run_here
 from support.small_run import logged, small_run
 from torch import Tensor
 
@@ -20,7 +17,6 @@ from latentdiff.data.shapes import build_shapes
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.tasks.denoiser.loss import LossConfig
-from latentdiff.training.command_line import run_script
 from latentdiff.training.ema_synthesis import find_snapshots
 from latentdiff.training.learner import Learner
 from latentdiff.training.logging.meter import Metrics
@@ -187,16 +183,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_unet(shapes: Path, folder: Path, *args: str) -> None:
     """Run the script on shapes, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(shapes, folder, *args)[1:])
-        patch.setattr("latentdiff.training.loop.write_report", lambda folder: None)
-        run_script(script("train_unet").main)
+    run_here("train_unet", *options(shapes, folder, *args))
 
 
-def command(shapes: Path, folder: Path, *args: str) -> list[str]:
-    path = str(ROOT / "train" / "train_unet.py")
-    options = [*TINY.split(), f"--data={shapes}", f"--output_dir={folder}", "--max_steps=4", *args]
-    return [sys.executable, path, *options]
+def options(shapes: Path, folder: Path, *args: str) -> list[str]:
+    return [*TINY.split(), f"--data={shapes}", f"--output_dir={folder}", "--max_steps=4", *args]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +202,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
     rows = validated(whole)
     assert [row["step"] for row in rows] == [2, 4]
@@ -223,7 +214,7 @@ def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_it_scores_the_average_and_leaves_the_weights(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -237,19 +228,12 @@ def test_it_scores_the_average_and_leaves_the_weights(
     assert others[-1]["val_loss"] != rows[-1]["val_loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_and_a_resumed_run_find_the_same(
     whole: Path, shapes: Path, tmp_path: Path
 ) -> None:
     train_unet(shapes, tmp_path / "run", "--validate_every=2", "--max_steps=3")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    python, *rest = command(shapes, tmp_path / "run", "--validate_every=2")
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.getenv("PYTHONPATH", "")])
-    done = subprocess.run(
-        [python, *launcher, *rest], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    launch(TWO, "train_unet", *options(shapes, tmp_path / "run", "--validate_every=2"))
     expected, found = validated(whole), validated(tmp_path / "run")
     assert [row["step"] for row in found] == [2, 3, 4]
     for row, other in ((expected[0], found[0]), (expected[1], found[2])):

@@ -96,7 +96,7 @@ def test_the_refusal_of_a_pickle_names_the_command_that_converts_it(
     tmp_path: Path, name: str
 ) -> None:
     torch.save(TENSORS, tmp_path / name)
-    with pytest.raises(ValueError, match=r"`latentdiff convert --unsafe-pickle`"):
+    with pytest.raises(ValueError, match=r"`latentdiff convert --unsafe_pickle`"):
         load_safetensors(tmp_path / name)
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from latentdiff.data.bad_samples import breakdown
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_writer import CHUNK, write_cache
 from latentdiff.data.config import DataConfig
-from latentdiff.data.gate import check_latents
-from latentdiff.data.images import breakdown
+from latentdiff.data.crop_flip import CropFlip
+from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
-from latentdiff.data.views import Views
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.models.vae import VAE
 from latentdiff.options import group, option
 from latentdiff.training.accelerator import uses_cpu
@@ -38,7 +38,7 @@ class CacheLatents:
     chunk_size: int = CHUNK
     """Samples of a file: a process that is killed has to encode the last so many again."""
     data: DataConfig = group(DataConfig)
-    views: Views = group(Views)
+    crop_flip: CropFlip = group(CropFlip)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "chunk_size"):
@@ -52,7 +52,7 @@ def main() -> None:
     # The first process that is done waits for the last, which is no sign of a fault.
     processes = Processes(accelerator, timeout=WEEK)
     dataset = processes.main_first(lambda: open_images(config.data))
-    folder = find_part(config.vae, "vae")
+    folder = find_component(config.vae, "vae")
     vae = VAE.from_pretrained(folder).to(accelerator.device)
     size, refuse = config.batch_size, config.check_latents
     write_cache(
@@ -60,12 +60,12 @@ def main() -> None:
         dataset,
         vae,
         batch_size=size,
-        views=config.views,
+        crop_flip=config.crop_flip,
         chunk_size=config.chunk_size,
         rank=processes.rank,
         world_size=processes.count,
         together=processes.on_all,
-        gate=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=refuse),
+        check=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=refuse),
     )
     if accelerator.is_main_process:
         write_config(settings, config.output_dir)

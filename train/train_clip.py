@@ -5,8 +5,8 @@ from functools import partial
 from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
-from latentdiff.data.images import CaptionedImages
-from latentdiff.data.opening import image_batches, open_images
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.opening import open_images
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.retrieval import validation_pool
 from latentdiff.tasks.clip.task import CLIPTask
@@ -29,14 +29,13 @@ def main() -> None:
         check_batch(loop.batch_size, len(dataset) - num_val)  # a stream tells when it ends
         if num_val:
             train = Subset(dataset, val)
-            dataset.apart = frozenset(val.tolist())
+            dataset.validation = frozenset(val.tolist())
             pool = processes.on_all(lambda: validation_pool(dataset, seed=loop.seed))
     elif config.val_fraction > 0:
         run.accelerator.print("a stream has no validation split: no retrieval is reported")
     task = CLIPTask(config, run, dataset=dataset, pool=pool, num_val=num_val)
     loader = partial(
-        image_batches,
-        dataset,
+        dataset.batches,
         batch_size=loop.batch_size,
         seed=loop.seed,
         stop=loop.max_steps,

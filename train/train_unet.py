@@ -6,7 +6,7 @@ from functools import partial
 from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.models.text import TextEncoder
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.denoiser.latents import latent_batches, open_cache
@@ -26,7 +26,7 @@ def main() -> None:
     cache, vae = open_cache(config, run)
     val = val_indices(len(cache), config.val_fraction, seed=config.loop.seed)
     check_batch(config.loop.batch_size, len(cache) - len(val))
-    text_encoder = TextEncoder.from_pretrained(find_part(config.text_encoder, "text_encoder"))
+    text_encoder = TextEncoder.from_pretrained(find_component(config.text_encoder, "text_encoder"))
     task = DenoiserTask(config, run, cache=cache, val=val, vae=vae, text_encoder=text_encoder)
     loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
     fit(task, loader, run)

@@ -3,8 +3,7 @@
 from functools import partial
 
 from latentdiff.data.batches import check_batch
-from latentdiff.data.images import CaptionedImages
-from latentdiff.data.opening import image_batches, open_images
+from latentdiff.data.opening import open_images
 from latentdiff.tasks.vae.config import TrainVAE
 from latentdiff.tasks.vae.perceptual import Perceptual
 from latentdiff.tasks.vae.task import VAETask
@@ -21,12 +20,11 @@ def main() -> None:
     if config.loss.perceptual_weight > 0 and weights is not None:
         perceptual = Perceptual(weights, image_size=config.data.image_size)
     dataset = run.processes.main_first(lambda: open_images(config.data))
-    if isinstance(dataset, CaptionedImages):  # a stream tells when its first epoch ends
-        check_batch(loop.batch_size, len(dataset))
+    if dataset.num_samples is not None:  # a stream tells when its first epoch ends
+        check_batch(loop.batch_size, dataset.num_samples)
     task = VAETask(config, run, dataset=dataset, perceptual=perceptual)
     loader = partial(
-        image_batches,
-        dataset,
+        dataset.batches,
         batch_size=loop.batch_size,
         seed=loop.seed,
         stop=loop.max_steps,

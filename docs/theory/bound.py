@@ -137,16 +137,16 @@ def bound(steps: int, variance: Variance, x0: Tensor) -> dict[str, Tensor]:
 
 
 def with_true_variance(levels: NoiseLevels) -> Denoise:
-    """The denoiser that learned everything: after x0 the share that Var(x_s | x_t) has."""
-    now, after = levels.pairs()
-    from_x0, _, posterior = posterior_coefficients(after, now)
-    of_x0 = STD**2 * now[1] ** 2 / (now[0] ** 2 * STD**2 + now[1] ** 2)  # Var(x0 | x_t)
-    small, large = reverse_variances(after, now)
+    """The denoiser that learned everything: after x0 the v of Var(x_s | x_t)."""
+    s, t = levels.ends()
+    from_x0, _, posterior = posterior_coefficients(s, t)
+    of_x0 = STD**2 * t.sigma**2 / (t.alpha**2 * STD**2 + t.sigma**2)  # Var(x0 | x_t)
+    small, large = reverse_variances(s, t)
     small = torch.cat([small[:-1], small[-2:-1]])  # as `bound_terms` has it in the last step
-    shares = ((posterior + from_x0**2 * of_x0) / small).log() / (large / small).log()
+    v = ((posterior + from_x0**2 * of_x0) / small).log() / (large / small).log()
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-        share = shares[levels.sigma[:-1] == level.sigma]
-        return torch.cat([DATA.denoise(x, level), share.expand(x.shape)], dim=1)
+        at_level = v[levels.sigma[:-1] == level.sigma]
+        return torch.cat([DATA.denoise(x, level), at_level.expand(x.shape)], dim=1)
 
     return denoise

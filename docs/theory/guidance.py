@@ -8,6 +8,7 @@ from plotting import COLOURS, label, panels, save
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
+from latentdiff.guidance import guided_denoiser
 from latentdiff.levels import NoiseLevel
 from latentdiff.samplers import ddim
 
@@ -38,7 +39,7 @@ def draw(out: Path) -> dict[str, float]:
     numbers = {}
     for colour, scale in zip(COLOURS, SCALES, strict=False):
         context = torch.full((len(noise), 1, 1), 1.0)
-        denoise = DIFFUSION.denoiser(network, context, torch.full((1, 1, 1), -1.0), scale)
+        denoise = guided_denoiser(DIFFUSION, network, context, torch.full((1, 1, 1), -1.0), scale)
         *_, samples = ddim(denoise, noise, DIFFUSION.levels(100))
         panel.hist(
             samples[:, 0].numpy(),

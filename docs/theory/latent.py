@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.data.shapes import shape_scene
+from latentdiff.guidance import guided_denoiser
 from latentdiff.images import from_pil, to_pil
 from latentdiff.samplers import ddim
 
@@ -29,7 +30,9 @@ def draw(out: Path) -> dict[str, float]:
     latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
     eps = torch.randn(latents.shape, generator=generator)
     levels = pipe.diffusion.levels(STEPS)
-    denoise = pipe.diffusion.denoiser(pipe.unet, pipe.encode([PROMPT]), pipe.encode([""]), 4.0)
+    denoise = guided_denoiser(
+        pipe.diffusion, pipe.unet, pipe.encode([PROMPT]), pipe.encode([""]), 4.0
+    )
     figure, axes = panels(4, len(SHOWN), (6.6, 5.4))
     rows = [axes[i : i + len(SHOWN)] for i in range(0, len(axes), len(SHOWN))]
     for column, left in enumerate(SHOWN):

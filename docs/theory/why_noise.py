@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentdiff import Pipeline
 from latentdiff.diffusion import Diffusion
+from latentdiff.guidance import guided_denoiser
 from latentdiff.images import to_pil
 from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
 from latentdiff.noise import ImageNoise
@@ -213,7 +214,7 @@ def embedded_model(out: Path) -> dict[str, float]:
         for part, key in zip(figure.subfigures(1, len(shown)), shown, strict=True):
             title, sampler = SAMPLERS[key]
             noise = ImageNoise(seeds, size, device=pipe.device, dtype=torch.float32)
-            denoise = pipe.diffusion.denoiser(pipe.unet, context, null_context, 3.0)
+            denoise = guided_denoiser(pipe.diffusion, pipe.unet, context, null_context, 3.0)
             *_, latents = sampler(denoise, noise(), pipe.diffusion.levels(20), noise)
             # How far the seeds' latents lie apart, as a share of what they have in all.
             apart = latents.var(0).mean() / latents.square().mean()

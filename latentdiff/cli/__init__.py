@@ -1,6 +1,6 @@
 """The command line: `latentdiff generate`, `convert`, `data`, `plan`, `ema`, `eval`, `env`.
 
-A module each. Only arguments, files and messages: what a command does is the library's business.
+Each command has a module, for arguments, files and messages; the library does the work.
 torch and transformers are imported inside the commands, so that `latentdiff --help` answers at
 once.
 """
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Show warnings that are meant for users as one line each, and developers' not at all."""
+    """Show a UserWarning as one line, and hide all other warnings."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         print(f"latentdiff: {message}", file=sys.stderr)

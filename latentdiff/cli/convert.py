@@ -1,4 +1,4 @@
-"""`latentdiff convert`: a model from a diffusers folder to a single file, and back."""
+"""`latentdiff convert`: convert a model between a diffusers folder and a single file."""
 
 import argparse
 import tempfile
@@ -27,7 +27,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--config", help="of a single file: LDM's YAML file, or a diffusers folder like it")
     add("--tokenizer", help="of a single file: a folder or hub id; default: its own, or CLIP's")
     add(
-        "--unsafe-pickle",
+        "--unsafe_pickle",
         action="store_true",
         help="open IN even if it is a .ckpt, .pt or .bin file, or a folder of them, which can "
         "attack this machine; only if you trust whoever made it",
@@ -86,16 +86,16 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
 
 
 def _stored(source: Path, variant: str | None) -> "torch.dtype":
-    """The dtype of most tensors of the denoiser, or of the single file that it is in."""
+    """The most frequent dtype of the denoiser's tensors, or of those in the single file."""
     from latentdiff.formats.diffusers import STEMS, check_pipeline_folder
     from latentdiff.formats.header import read_header
-    from latentdiff.formats.shards import read_headers
+    from latentdiff.formats.sharded_weights import read_headers
 
     if source.is_file():
         headers = [read_header(source)]
     else:
         variants = check_pipeline_folder(source, variant=variant)
-        part = "unet" if "unet" in variants else "transformer"
-        headers = read_headers(source / part, STEMS["unet"], variants[part])[1].values()
+        denoiser = "unet" if "unet" in variants else "transformer"
+        headers = read_headers(source / denoiser, STEMS["unet"], variants[denoiser])[1].values()
     counts = Counter(dtype for header in headers for dtype in header.dtypes.values())
     return max((dtype for dtype in counts if dtype.is_floating_point), key=lambda d: counts[d])

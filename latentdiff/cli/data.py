@@ -33,7 +33,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="a folder, .tar or .parquet files, or a hub data set")
     parser.add_argument("--split", help="default: all")
     parser.add_argument("--out", type=Path, help="folder for the two files; default: the data's")
-    parser.add_argument("--max_bad", type=float, default=0.01, help="share that may be bad")
+    parser.add_argument("--max_bad", type=float, default=0.01, help="fraction that may be bad")
     parser.add_argument("--image_size", type=int, default=1, help="smaller images are bad")
     parser.add_argument("--upscale_limit", type=float, default=1.0, help="unless by this factor")
     parser.add_argument("--image_column", default="image")
@@ -73,9 +73,9 @@ def _data_shapes(arguments: argparse.Namespace) -> None:
 def _data_check(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
+    from latentdiff.data.bad_samples import breakdown
     from latentdiff.data.check import check_data
     from latentdiff.data.config import DataConfig
-    from latentdiff.data.images import breakdown
 
     names = {field.name for field in fields(DataConfig)} - {"split"}
     config = DataConfig(**{name: v for name, v in vars(arguments).items() if name in names})

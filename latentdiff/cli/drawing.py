@@ -1,4 +1,4 @@
-"""What `latentdiff generate` does: prompts, or an earlier image, to images in a folder."""
+"""The work of `latentdiff generate`: draw prompts, or an earlier image again, into a folder."""
 
 import argparse
 from collections.abc import Sequence
@@ -29,15 +29,17 @@ MAX_PIXELS = 64_000_000
 
 def draw(arguments: argparse.Namespace) -> None:
     """Draw, and write the images with how they were drawn; see `latentdiff generate --help`."""
-    arguments.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be: before any work
-    given = vars(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
+    user_options = vars(arguments)
     device = _device(arguments.device)
-    again, record = ({}, None) if arguments.again is None else read_record(arguments.again, given)
-    model = given.get("model") or _recorded_model(record)
-    dtype = given.get("dtype", record["dtype"] if record else "float32")
-    loras = _loras(given.get("lora"), record)
-    images = _images(given, record)
-    request = _request(given, again, images)  # what is wrong with it: before a model is loaded
+    again, record = (
+        ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
+    )
+    model = user_options.get("model") or _recorded_model(record)
+    dtype = user_options.get("dtype", record["dtype"] if record else "float32")
+    loras = _loras(user_options.get("lora"), record)
+    images = _images(user_options, record)
+    request = _request(user_options, again, images)  # checked before a model is loaded
 
     pipeline = _pipeline(model, arguments, dtype=dtype, device=device)
     digest = "" if arguments.no_metadata else pipeline.fingerprint()
@@ -54,10 +56,10 @@ def draw(arguments: argparse.Namespace) -> None:
             save_png(image, path)
         else:
             parameters = image_parameters(pipeline, request, i, image.size, model=model)
-            whole = image_record(
+            full_record = image_record(
                 pipeline, request, i, model=model, model_sha256=digest, files=files, loras=loras
             )
-            save_png(image, path, parameters=parameters, record=whole)
+            save_png(image, path, parameters=parameters, record=full_record)
         print(f"{path}  {request.prompts[i]}")
     if arguments.grid or (arguments.grid is None and len(paths) > 1):
         path = arguments.out / "grid.png"
@@ -69,7 +71,7 @@ def draw(arguments: argparse.Namespace) -> None:
 def _recorded_model(record: Record | None) -> str:
     """The model of the drawing to repeat, if it is on this machine; else the embedded one.
 
-    An image may come from anybody, and must not make anything be fetched from the hub.
+    An image may come from anybody, and must not cause a download from the Hub.
     """
     if record is None:
         return "emoji"
@@ -82,10 +84,12 @@ def _recorded_model(record: Record | None) -> str:
     return model
 
 
-def _request(given: dict[str, Any], again: dict[str, Any], images: dict[str, Path]) -> Request:
+def _request(
+    user_options: dict[str, Any], again: dict[str, Any], images: dict[str, Path]
+) -> Request:
     names = [field.name for field in fields(Request) if field.init]
-    options = again | {name: value for name, value in given.items() if name in names}
-    if not given.get("prompt"):
+    options = again | {name: value for name, value in user_options.items() if name in names}
+    if not user_options.get("prompt"):
         options["prompt"] = again.get("prompt", "")
     if not options["prompt"] and not again:
         raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from an image')
@@ -93,9 +97,9 @@ def _request(given: dict[str, Any], again: dict[str, Any], images: dict[str, Pat
     return Request(**options)
 
 
-def _images(given: dict[str, Any], record: Record | None) -> dict[str, Path]:
-    """The image to start from and its mask: those given, or those of the drawing to repeat."""
-    images = {name: given[name] for name in ("image", "mask_image") if name in given}
+def _images(user_options: dict[str, Any], record: Record | None) -> dict[str, Path]:
+    """The init image and its mask: the user's, or those of the drawing to repeat."""
+    images = {name: user_options[name] for name in ("image", "mask_image") if name in user_options}
     for name in ("image", "mask_image"):
         recorded = None if record is None else record.get(name)
         if recorded is not None and name not in images:
@@ -116,20 +120,20 @@ def _opened(option: str, path: Path) -> Image.Image:
         image.load()
     except OSError as error:
         raise ValueError(
-            f"--{option}: {path} is not a whole image of {', '.join(FORMATS)}"
+            f"--{option}: {path} is not a complete image of {', '.join(FORMATS)}"
         ) from error
     return image
 
 
-def _loras(given: Sequence[str] | None, record: Record | None) -> list[LoraRecord]:
-    """The LoRAs that are given, each FILE or FILE:SCALE, or those of the drawing to repeat."""
-    if given is None:
+def _loras(arguments: Sequence[str] | None, record: Record | None) -> list[LoraRecord]:
+    """The user's LoRAs, each FILE or FILE:SCALE, or those of the drawing to repeat."""
+    if arguments is None:
         loras = record["loras"] if record else []
         for lora in loras:
             same_file(lora, "--lora")
         return loras
     loras = []
-    for text in given:
+    for text in arguments:
         name, _, scale = text.rpartition(":")
         try:
             factor = float(scale)
@@ -167,7 +171,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _quiet_transformers() -> None:
-    """No bars and no advice while weights are read; must run before transformers reads any."""
+    """Hide transformers' progress bars and advice; must run before it reads weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""`latentdiff ema`: averages of the weights of any length, made of a run's snapshots."""
+"""`latentdiff ema`: synthesize an average of any length from a run's snapshots."""
 
 import argparse
 from itertools import groupby
@@ -18,7 +18,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add = parser.add_argument
     add("folder", metavar="RUN", type=Path, help="a run folder of train_unet or train_clip")
     add("--list", action="store_true", help="show which snapshots there are, and end")
-    add("--length", type=float, help="standard deviation of the average, as a share of the run")
+    add("--length", type=float, help="standard deviation of the average, as a fraction of the run")
     add("--step", type=int, help="at which the average ends; default: the last snapshot's")
     add("--out", metavar="FOLDER", type=Path, help="a new folder for the model")
 
@@ -32,20 +32,20 @@ def _ema(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"RUN={run} has no snapshots in ema/; train with --ema_lengths '[0.05, 0.1]'"
         )
-    found = {folder.name: find_snapshots(folder) for folder in folders}
+    snapshots_of = {folder.name: find_snapshots(folder) for folder in folders}
     if arguments.list:
-        for name, snapshots in found.items():
+        for name, snapshots in snapshots_of.items():
             _show(name, snapshots)
         return
     if arguments.length is None or arguments.out is None:
         raise ValueError("--length and --out are needed, or --list")
-    names = [name for name in found if name in FILES]
+    names = [name for name in snapshots_of if name in FILES]
     if not names:
         raise ValueError(
-            f"RUN={run} has snapshots of {', '.join(found)} alone, whose averages cannot be saved: "
-            "a VAE is saved with the statistics of its latents, which other weights change"
+            f"RUN={run} has snapshots of {', '.join(snapshots_of)} alone, whose averages cannot be "
+            "saved: a VAE is saved with the statistics of its latents, which other weights change"
         )
-    name, snapshots = names[0], found[names[0]]
+    name, snapshots = names[0], snapshots_of[names[0]]
     synthesis = synthesize(snapshots, length=arguments.length, step=arguments.step)
     write_model(run / "model", arguments.out, FILES[name], synthesis)
     print(
@@ -56,12 +56,12 @@ def _ema(arguments: argparse.Namespace) -> None:
 
 
 def _show(name: str, snapshots: "list[Snapshot]") -> None:
-    """A line for each length that was kept."""
+    """Print a line for each length of the snapshots."""
     for length, group in groupby(sorted(snapshots, key=lambda s: s.length), lambda s: s.length):
-        kept = list(group)
-        steps = [snapshot.step for snapshot in kept]
-        size = sum(snapshot.path.stat().st_size for snapshot in kept) / 1e6
+        same_length = list(group)
+        steps = [snapshot.step for snapshot in same_length]
+        size = sum(snapshot.path.stat().st_size for snapshot in same_length) / 1e6
         print(
-            f"{name}: length {length:g}, {len(kept)} snapshots from step {min(steps)} to "
+            f"{name}: length {length:g}, {len(same_length)} snapshots from step {min(steps)} to "
             f"{max(steps)}, {size:,.1f} MB"
         )

@@ -1,4 +1,4 @@
-"""`latentdiff eval`: how far drawn images are from true ones."""
+"""`latentdiff eval`: distances between a folder of drawn images and one of true images."""
 
 import argparse
 from pathlib import Path
@@ -27,14 +27,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from latentdiff.evaluation.features import Features, compare, images_of
 
-    # The folders first: what is wrong with them is said before a network is loaded.
+    # The folders first, so that their errors come before a network is loaded.
     sets = [images_of(folder) for folder in (arguments.drawn, arguments.true)]
     features = Features.from_pretrained(arguments.features)
     if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
         features.clip.to(device)
     drawn, true = (features(images) for images in sets)
-    found = compare(drawn, true)
+    comparison = compare(drawn, true)
     print(
-        f"Fréchet distance {found.frechet:.4g}, kernel distance {found.kernel:.4g} "
-        f"({found.num_drawn} drawn and {found.num_true} true images, {features.width} features)"
+        f"Fréchet distance {comparison.frechet:.4g}, kernel distance {comparison.kernel:.4g} "
+        f"({comparison.num_drawn} drawn and {comparison.num_true} true images, "
+        f"{features.width} features)"
     )

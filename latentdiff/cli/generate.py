@@ -1,4 +1,4 @@
-"""`latentdiff generate`: its arguments. What it does is drawing.py."""
+"""The arguments of `latentdiff generate`; drawing.py does the work."""
 
 import argparse
 import functools
@@ -10,8 +10,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its arguments.
 
-    What the pipeline is asked for has no default here: only what is given is passed on, so that
-    the defaults are the pipeline's, or those of the image that is drawn again.
+    Options of the pipeline have no default here: only those that are given are passed on, so that
+    the defaults are the pipeline's, or the record's of the image that is drawn again.
     """
     parser = commands.add_parser(
         "generate",

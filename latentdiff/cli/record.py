@@ -1,4 +1,4 @@
-"""How an image was drawn: what `latentdiff generate` writes into it and reads from it."""
+"""The record of how an image was drawn, which `latentdiff generate` writes and reads."""
 
 import hashlib
 import warnings
@@ -48,7 +48,7 @@ def image_record(
 def image_parameters(
     pipeline: Pipeline, request: Request, i: int, size: tuple[int, int], *, model: str
 ) -> str:
-    """The same as AUTOMATIC1111's line, for other programs; `size` is (width, height)."""
+    """AUTOMATIC1111's line for image i, which other programs read; `size` is (width, height)."""
     varied = request.variation_strength > 0
     spacing = request.level_spacing
     if spacing is None and pipeline.diffusion.schedule != "flow":  # there each sampler has its own
@@ -72,17 +72,17 @@ def image_parameters(
 
 
 def read_record(path: Path, given: Container[str]) -> tuple[dict[str, Any], Record | None]:
-    """The options of the image at `path`, and the whole record if we drew it.
+    """Read the options of the image at `path`, and the full record if we drew it.
 
-    What of another program's image has no meaning here is named in a warning; what the options
-    `given` replace is not read. Raises ValueError for a file that says nothing, or nothing that
-    can be understood.
+    Settings of another program that have no counterpart here are named in a warning; those that
+    the options `given` replace are not read. Raises ValueError for a file without metadata, or
+    with none that can be read.
     """
-    found = read_png(path)
-    if found.record is not None:
-        return dict(found.record["request"]), found.record
-    assert found.parameters is not None
-    settings = parse_parameters(found.parameters)
+    png = read_png(path)
+    if png.record is not None:
+        return dict(png.record["request"]), png.record
+    assert png.parameters is not None
+    settings = parse_parameters(png.parameters)
     for option, name in (("sampler", "Sampler"), ("level_spacing", "Schedule type")):
         if option in given:
             settings.pop(name, None)
@@ -93,7 +93,7 @@ def read_record(path: Path, given: Container[str]) -> tuple[dict[str, Any], Reco
 
 
 def same_file(record: FileRecord, option: str) -> Path:
-    """The file that a record names; ValueError unless it is there and still the same."""
+    """The file that a record names; ValueError if it is missing or has changed."""
     path = Path(record["name"])
     if not path.is_file():
         raise ValueError(f"{option}: {path}, which the image was drawn from, is not there")
@@ -105,15 +105,15 @@ def same_file(record: FileRecord, option: str) -> Path:
 def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> None:
     """Warn, in one sentence, if this is not what the record's image was drawn with."""
     dtype = str(pipeline.dtype).removeprefix("torch.")
-    now: dict[str, Any] = {"dtype": dtype, "device": pipeline.device.type, **_packages()}
-    then: dict[str, Any] = {"dtype": record["dtype"], "device": record["device"]}
-    then |= record["packages"]
+    current: dict[str, Any] = {"dtype": dtype, "device": pipeline.device.type, **_packages()}
+    recorded: dict[str, Any] = {"dtype": record["dtype"], "device": record["device"]}
+    recorded |= record["packages"]
     if dtype == record["dtype"]:  # in another the weights are others too, by their rounding
-        now["model"], then["model"] = model_sha256, record["model_sha256"]
+        current["model"], recorded["model"] = model_sha256, record["model_sha256"]
     changed = [
-        f"{name} {then.get(name)} (here {value})"
-        for name, value in now.items()
-        if then.get(name) != value
+        f"{name} {recorded.get(name)} (here {value})"
+        for name, value in current.items()
+        if recorded.get(name) != value
     ]
     if changed:
         warnings.warn(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 class SampleOrder:
     """`order(step)` is the examples of a step, all of one bucket; any step is as quick as the next.
 
-    A bucket is a walk through one shuffled epoch of its examples after the other, which runs on
+    A bucket goes through one shuffled epoch of its examples after the other, and batches run on
     across the end of an epoch, so every example of it comes up equally often and none is dropped.
     After e epochs a bucket of n examples has had floor(e n / batch_size) batches: over the epochs
     the examples of all buckets come up equally often, also those of a bucket that is smaller than
@@ -24,29 +24,29 @@ class SampleOrder:
         """`buckets` (N,): the number of each example's bucket. Raises ValueError without any."""
         if len(buckets) == 0:
             raise ValueError("the data set is empty")
-        _, places, counts = np.unique(buckets, return_inverse=True, return_counts=True)
-        by_bucket = np.argsort(places, kind="stable").astype(np.int32)
+        _, labels, counts = np.unique(buckets, return_inverse=True, return_counts=True)
+        by_bucket = np.argsort(labels, kind="stable").astype(np.int32)
         self.members = np.split(by_bucket, np.cumsum(counts)[:-1])
         self.counts = counts.astype(object)  # Python's integers, which never overflow
         self.batch_size, self.seed = batch_size, seed
         # Of a small bucket one batch may span many epochs, of a large one two.
-        self._walk = lru_cache(maxsize=2 * len(counts) + 2)(self._shuffled)
-        self._labels = lru_cache(maxsize=2)(self._drawn)
+        self._order = lru_cache(maxsize=2 * len(counts) + 2)(self._shuffled)
+        self._labels = lru_cache(maxsize=2)(self._shuffled_labels)
 
     def __call__(self, step: int) -> list[int]:
-        """The numbers of a step's examples."""
+        """The indices of a step's examples."""
         # The epoch is the first whose end is after the step.
         low = step * self.batch_size // sum(self.counts)
         high = low + len(self.counts) * self.batch_size // sum(self.counts) + 2
         epoch = bisect_right(range(high), step, lo=low, key=lambda e: sum(self._batches(e + 1)))
         labels = self._labels(epoch)
-        place = step - sum(self._batches(epoch))
-        bucket = int(labels[place])
-        number = self._batches(epoch)[bucket] + np.count_nonzero(labels[:place] == bucket)
+        batch = step - sum(self._batches(epoch))  # of the epoch
+        bucket = int(labels[batch])
+        number = self._batches(epoch)[bucket] + np.count_nonzero(labels[:batch] == bucket)
         count = len(self.members[bucket])
         first = int(number) * self.batch_size
         return [
-            int(self._walk(bucket, position // count)[position % count])
+            int(self._order(bucket, position // count)[position % count])
             for position in range(first, first + self.batch_size)
         ]
 
@@ -54,7 +54,7 @@ class SampleOrder:
         """How many batches each bucket has had when an epoch begins."""
         return [epoch * count // self.batch_size for count in self.counts]
 
-    def _drawn(self, epoch: int) -> np.ndarray:
+    def _shuffled_labels(self, epoch: int) -> np.ndarray:
         """The bucket of each batch of an epoch."""
         pairs = zip(self._batches(epoch), self._batches(epoch + 1), strict=True)
         each = [after - before for before, after in pairs]
@@ -90,12 +90,13 @@ def batches(
     num_workers: int = 0,
     collate: Callable[[Sequence[Any]], Any] | None = None,
     buckets: np.ndarray | None = None,
-    views: Callable[[int], Sequence[int]] | None = None,
+    variants: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[Any]:
-    """This process's part of the batches of steps `start` … `stop - 1`, read ahead by workers.
+    """This process's rows of the batches of steps `start` … `stop - 1`, prefetched by workers.
 
-    `buckets` (N,) are the examples' if they are not all of one size. With `views`, which gives the
-    view of each example of a step, the data set is asked for pairs (example, view).
+    `buckets` (N,) are the examples' if they are not all of one size. With `variants`, which
+    gives the variant of each example of a step, the data set is asked for pairs
+    (example, variant).
     """
     if buckets is None:
         buckets = np.zeros(num_samples, dtype=np.int8)
@@ -104,10 +105,10 @@ def batches(
 
     def ids() -> Iterator[list[Any]]:
         for step in range(start, stop):
-            whole = order(step)
-            if views is not None:
-                whole = list(zip(whole, views(step), strict=True))
-            yield shard(whole, rank, world_size)
+            indices: list[Any] = order(step)
+            if variants is not None:
+                indices = list(zip(indices, variants(step), strict=True))
+            yield local_rows(indices, rank, world_size)
 
     loader = DataLoader(
         dataset,
@@ -119,8 +120,8 @@ def batches(
     return iter(loader)
 
 
-def shard(rows: Any, rank: int, world_size: int) -> Any:
-    """The rows of a global batch, a sequence or a tensor's first axis, that are one process's."""
+def local_rows(rows: Any, rank: int, world_size: int) -> Any:
+    """The rows of a global batch (a sequence, or a tensor's first axis) that are one process's."""
     size = len(rows) // world_size
     return rows[rank * size : (rank + 1) * size]
 

@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: the few sizes that images of all shapes are brought to.
 
-One batch holds images of one size, and squares of them all cut off heads and feet; NovelAI's
+One batch holds images of one size, and square crops of them all lose heads and feet; NovelAI's
 improvements on Stable Diffusion (2022) gave images a size near their own shape. Sizes here are
 (width, height) in pixels.
 """
@@ -36,9 +36,9 @@ def bucket_sizes(image_size: int, step: int, max_aspect: float) -> tuple[Size, .
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> int:
-    """Which bucket an image is cut least for; between two, the one with more pixels.
+    """The bucket to which an image loses least; between two, the one with more pixels.
 
-    Scaled to cover a bucket, it loses the share 1 - exp(-|log ratio - log ratio of the bucket|).
+    Scaled to cover a bucket, it loses the fraction 1 - exp(-|log ratio - log ratio of the bucket|).
     """
     ratio = math.log(size[0] / size[1])
 

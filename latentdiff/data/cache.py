@@ -4,7 +4,7 @@ Moments keep the VAE's randomness: each visit draws a new latent (LDM, section 3
 
 A cache folder, which `cache_writer.py` makes, holds
 - `moments-00012-64x48.npy`: the images of chunk 12 of the data that became 64 x 48 pixels,
-  (m, V, 2C, h, w) in float16 for V views;
+  (m, V, 2C, h, w) in float16 for V variants (crops and flips);
 - `index.npy`: for each sample its bucket, chunk and row, (N, 3) int32;
 - `samples.arrow`: for each sample its name and captions;
 - `left_out.jsonl`: what was bad, if anything was;
@@ -24,25 +24,25 @@ from datasets.table import MemoryMappedTable
 from torch.utils.data import Dataset
 
 from latentdiff.data.buckets import Size
-from latentdiff.data.captions import Captions
-from latentdiff.data.views import Views
+from latentdiff.data.captions import CaptionRules, Captions
+from latentdiff.data.crop_flip import CropFlip
 from latentdiff.formats.weights import load_json
 from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
 
-FORMAT = 3  # of a cache folder, and of how images are cut; other caches are refused
+FORMAT = 3  # of a cache folder, and of how images are cropped; other caches are refused
 
 
 class LatentCache(Dataset[dict[str, Any]]):
     """Examples `{"moments": (2C, h, w) float32, "captions": [str, …]}` from a finished cache.
 
-    `cache[i]` is view 0 of example i, and `cache[i, view]` another one. Nothing is read before it
+    `cache[i]` is variant 0 of example i, and `cache[i, v]` variant v. Nothing is read before it
     is asked for, and worker processes open the files anew, however they are started.
     """
 
     header: dict[str, Any]
     buckets: np.ndarray
-    """(N,): the place of each example's size in `sizes`."""
+    """(N,): the index of each example's size in `sizes`."""
     captions: Captions
 
     def __init__(self, folder: Path, *, vae: VAE | None = None) -> None:
@@ -51,7 +51,7 @@ class LatentCache(Dataset[dict[str, Any]]):
         Raises ValueError when the folder holds no finished cache, or one of another VAE.
         """
         self.folder = folder
-        self.header = read_header(folder)
+        self.header = read_cache_header(folder)
         if vae is not None:
             self.check_vae(vae)
         self._open()
@@ -67,9 +67,9 @@ class LatentCache(Dataset[dict[str, Any]]):
         return next(width for width, height in self.sizes if width == height)
 
     @property
-    def views(self) -> Views:
-        """The views of each image."""
-        return Views(**self.header["views"])
+    def crop_flip(self) -> CropFlip:
+        """The variants of each image."""
+        return CropFlip(**self.header["views"])
 
     @property
     def fingerprint(self) -> str:
@@ -87,9 +87,9 @@ class LatentCache(Dataset[dict[str, Any]]):
         return len(self._index)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        number, view = index if isinstance(index, tuple) else (index, 0)
+        number, variant = index if isinstance(index, tuple) else (index, 0)
         bucket, chunk, row = self._index[number].tolist()
-        moments = torch.from_numpy(self._moments(chunk, bucket, row, view).astype(np.float32))
+        moments = torch.from_numpy(self._moments(chunk, bucket, row, variant).astype(np.float32))
         return {"moments": moments, "captions": self.captions[number]}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,19 +105,16 @@ class LatentCache(Dataset[dict[str, Any]]):
         rows = MemoryMappedTable.from_file(str(self.folder / "samples.arrow"))
         self.captions = Captions(
             datasets.Dataset(rows, fingerprint=self.fingerprint),
-            ("captions",),
-            templates={},
-            weights={},
-            allow_empty=True,
+            CaptionRules(columns=("captions",), allow_empty=True),
         )
         assert len(self._index) == len(self.captions) == self.header["num_samples"]
         self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}
-        # Parts of `moments_path`, which takes longer than reading does.
+        # The two ends of `moments_path`, which takes longer to call than reading does.
         self._stem = str(self.folder / "moments-")
         self._endings = [f"{width}x{height}.npy" for width, height in self.sizes]
 
-    def _moments(self, chunk: int, bucket: int, row: int, view: int) -> np.ndarray:
-        """(2C, h, w) float16, read by one look at the file.
+    def _moments(self, chunk: int, bucket: int, row: int, variant: int) -> np.ndarray:
+        """(2C, h, w) float16, read by opening the file once.
 
         A map of each file would be opened again for nearly every example, since a large cache has
         more files than a process may keep open.
@@ -130,9 +127,9 @@ class LatentCache(Dataset[dict[str, Any]]):
                     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                     assert dtype == np.float16
                     self._layouts[bucket] = file.tell(), shape[1:]
-                start, (views, *shape) = self._layouts[bucket]
+                start, (num_variants, *shape) = self._layouts[bucket]
                 moments = np.empty(shape, "<f2")
-                file.seek(start + moments.nbytes * (row * views + view))
+                file.seek(start + moments.nbytes * (row * num_variants + variant))
                 if file.readinto(moments.data) != moments.nbytes:
                     raise ValueError("it is cut short")
                 return moments
@@ -155,8 +152,8 @@ def moments_path(folder: Path, chunk: int, size: Size) -> Path:
     return folder / f"moments-{chunk:05d}-{size[0]}x{size[1]}.npy"
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """What a finished cache says of itself. Raises ValueError when there is none."""
+def read_cache_header(folder: Path) -> dict[str, Any]:
+    """The header of a finished cache. Raises ValueError when there is none."""
     if not (folder / "header.json").is_file():
         raise ValueError(
             f"{folder} holds no finished latent cache (header.json is missing); "

@@ -1,9 +1,8 @@
-"""The captions of a table's rows, made when they are asked for: a million stay on disk."""
+"""The captions of a table's rows, made when they are needed: a million stay on disk."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, overload
 
@@ -14,22 +13,22 @@ import pyarrow.compute as pc
 
 from latentdiff.data.decode import BadSample
 
-PLACES = 100  # for an image's weighted captions, more only if there are more captions
+MAX_REPEATED = 100  # captions of an image with weights, more only if there are more captions
 WEIGHT_ERROR = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRules:
-    """How the columns of a row become its captions: all of them, in all forms.
+    """How the columns of a row become its captions: all of them, in all templates.
 
-    A caption with a weight is among them as often as the weight says; one without has weight 1,
-    and the forms of a caption share its weight. `weights` names, for a column of captions, the
+    A caption with a weight is among them as often as the weight says; one without has weight 1.
+    The templates of a caption divide its weight. `weights` names, for a column of captions, the
     column with their weights.
     """
 
     columns: Sequence[str]
-    templates: Mapping[str, Sequence[str]]
-    weights: Mapping[str, str]
+    templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
     allow_empty: bool = False
 
     def named(self) -> list[str]:
@@ -55,33 +54,23 @@ class CaptionRules:
                     raise BadSample(
                         "weights do not fit", f"{len(weights)} for {len(texts)} captions"
                     )
-            forms = self.templates.get(name, ("{}",))
+            templates = self.templates.get(name, ("{}",))
             for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
                 if text is not None and not isinstance(text, str):
                     raise ValueError(
                         f"the column {name!r} must hold texts or lists of them, not {text!r}"
                     )
                 if text and not text.isspace():
-                    for form in forms:
-                        yield form.replace("{}", text), weight / len(forms)
+                    for template in templates:
+                        yield template.replace("{}", text), weight / len(templates)
 
 
 class Captions(Sequence[list[str]]):
     """`captions[i]` is the list of row i's captions, see `CaptionRules`."""
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        columns: Sequence[str],
-        *,
-        templates: Mapping[str, Sequence[str]],
-        weights: Mapping[str, str],
-        allow_empty: bool = False,
-    ) -> None:
+    def __init__(self, rows: datasets.Dataset, rules: CaptionRules) -> None:
         """Raises ValueError when a column holds no texts, or a column of weights no numbers."""
-        self.rules = rules = CaptionRules(
-            columns=columns, templates=templates, weights=weights, allow_empty=allow_empty
-        )
+        self.rules = rules
         self.rows = rows.select_columns(rules.named())
         for name in rules.columns:
             _check(rows, name, "texts", (pa.types.is_string, pa.types.is_large_string))
@@ -108,24 +97,16 @@ class Captions(Sequence[list[str]]):
             for values in zip(*batch.values(), strict=True):
                 yield self.rules.of(dict(zip(batch, values, strict=True)))
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        pairs = itertools.zip_longest(self, other)
-        return len(self) == len(other) and all(mine == theirs for mine, theirs in pairs)
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType] # it equals lists, which have none
-
     def present(self) -> np.ndarray:
         """(N,) bool: which rows have a caption; of a table as it is on disk, not of a selection."""
         assert self.rows._indices is None
-        found = np.zeros(len(self.rows), dtype=bool)
+        present = np.zeros(len(self.rows), dtype=bool)
         for name in self.rules.columns:
             start = 0
             for chunk in self.rows.data.column(name).chunks:
-                found[start : start + len(chunk)] |= _nonempty(chunk)
+                present[start : start + len(chunk)] |= _nonempty(chunk)
                 start += len(chunk)
-        return found
+        return present
 
 
 def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
@@ -136,23 +117,23 @@ def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
 
 @lru_cache(maxsize=1000)  # a hundred lengths are tried, and data mostly has few sets of weights
 def _counts(weights: tuple[float, ...]) -> list[int]:
-    """How often each is in a short list in which each has about its weight's share."""
+    """How often each is in a short list in which each has about its weight."""
     total = sum(weights)
     if weights and (min(weights) < 0 or not 0 < total < math.inf):
         raise BadSample("weights do not fit", f"{list(weights)} must not be negative, nor all 0")
-    shares = [weight / total for weight in weights]
+    fractions = [weight / total for weight in weights]
     best, counts = math.inf, list[int]()
-    for length in range(1, PLACES + 1):
-        tried = [max(1, round(share * length)) if share > 0 else 0 for share in shares]
-        pieces = zip(tried, shares, strict=True)
-        error = max((abs(n / sum(tried) - share) for n, share in pieces), default=0.0)
+    for length in range(1, MAX_REPEATED + 1):
+        tried = [max(1, round(fraction * length)) if fraction > 0 else 0 for fraction in fractions]
+        pairs = zip(tried, fractions, strict=True)
+        error = max((abs(n / sum(tried) - fraction) for n, fraction in pairs), default=0.0)
         if error < best - WEIGHT_ERROR:  # a longer list must be worth it
             best, counts = error, tried
     return counts
 
 
 def as_list(value: Any) -> list[Any]:
-    """What a cell holds: one thing, several, or nothing."""
+    """A cell as a list: of its elements, of the one that it is, or of none."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -171,10 +152,10 @@ def _nonempty(chunk: pa.Array) -> np.ndarray:
     if pa.types.is_null(chunk.type):
         return np.zeros(len(chunk), dtype=bool)
     if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-        found = np.zeros(len(chunk), dtype=bool)
+        nonempty = np.zeros(len(chunk), dtype=bool)
         parents = chunk.value_parent_indices().to_numpy(zero_copy_only=False)
-        found[parents[_nonempty(chunk.flatten())]] = True
-        return found
+        nonempty[parents[_nonempty(chunk.flatten())]] = True
+        return nonempty
     trimmed = pc.call_function("utf8_trim_whitespace", [chunk])
     lengths = pc.call_function("binary_length", [trimmed])
     return lengths.fill_null(0).to_numpy(zero_copy_only=False) > 0

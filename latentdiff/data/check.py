@@ -1,4 +1,4 @@
-"""Decode a whole data set once: which samples are bad and why, and what the others are like."""
+"""Decode every sample of a data set once: which are bad and why, and what the others are like."""
 
 import hashlib
 import json
@@ -15,18 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from latentdiff.data.bad_samples import BAD_SAMPLES, DUPLICATE
 from latentdiff.data.captions import Captions
 from latentdiff.data.config import DataConfig
+from latentdiff.data.dataset import index_captions, known_faults, open_captioned
 from latentdiff.data.decode import BadSample, decode
-from latentdiff.data.images import (
-    BAD_SAMPLES,
-    DUPLICATE,
-    captions_of,
-    check_size,
-    missing_captions,
-    open_data,
-)
-from latentdiff.data.sources import Source
+from latentdiff.data.forms.detect import Index
+from latentdiff.data.samples import check_size
 
 SUMMARY = "summary.json"
 ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
@@ -68,9 +63,9 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
     """Decode everything, write bad_samples.jsonl and summary.json into `out`; return the latter.
 
     All splits, unless one is named. `config.num_workers` is a number of threads. What an earlier
-    check found plays no part. Raises ValueError when the data cannot be opened.
+    check wrote is not read. Raises ValueError when the data cannot be opened.
     """
-    summary, extra = Summary(), list[str]()
+    summary, unlisted = Summary(), list[str]()
     sizes = Counter[tuple[int, int]]()
     sides, lengths, counts, digests = array("L"), array("L"), array("L"), array("Q")
     out.mkdir(parents=True, exist_ok=True)
@@ -78,26 +73,26 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
     try:
         with staged.open("w", encoding="utf-8") as file:
             for name in [split] if split is not None else config.splits():
-                part = replace(config, split=name)
-                source = open_data(part)
-                captions = captions_of(source, part)
-                summary.splits[name] = len(source.rows)
-                for index, found in _checked(source, captions, part):
-                    if isinstance(found, BadSample):
-                        summary.reasons[found.reason] += 1
-                        row = {"path": source.name(index), "reason": found.reason}
-                        row |= {"detail": found.detail} if found.detail else {}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                of_split = replace(config, split=name)
+                index = open_captioned(of_split)
+                captions = index_captions(index, of_split)
+                summary.splits[name] = len(index.rows)
+                for row, result in _checked(index, captions, of_split):
+                    if isinstance(result, BadSample):
+                        summary.reasons[result.reason] += 1
+                        line = {"path": index.name(row), "reason": result.reason}
+                        line |= {"detail": result.detail} if result.detail else {}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
                         continue
-                    sizes[found.size] += 1
-                    sides.append(min(found.size))
-                    digests.append(found.digest)
-                    summary.notes.update(found.notes)
+                    sizes[result.size] += 1
+                    sides.append(min(result.size))
+                    digests.append(result.digest)
+                    summary.notes.update(result.notes)
                     if captions:
-                        texts = captions[index]
+                        texts = captions[row]
                         counts.append(len(texts))
                         lengths.extend(map(len, texts))
-                extra += source.extra()
+                unlisted += index.unlisted()
         summary.samples = sum(summary.splits.values())
         summary.bad = sum(summary.reasons.values())
         summary.sizes = Counter({f"{w}x{h}": n for (w, h), n in sizes.most_common(EXAMPLES)})
@@ -106,7 +101,7 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
         summary.shorter_side = _spread(sides)
         summary.captions_each, summary.caption_lengths = _spread(counts), _spread(lengths)
         summary.duplicates = {"files": len(digests) - len(np.unique(np.array(digests)))}
-        summary.extra_files = {"count": len(extra), "first": extra[:EXAMPLES]}
+        summary.extra_files = {"count": len(unlisted), "first": unlisted[:EXAMPLES]}
         text = json.dumps({"data": config.data, **vars(summary)}, ensure_ascii=False, indent=1)
         (out / SUMMARY).write_text(text + "\n", encoding="utf-8")
         os.replace(staged, out / BAD_SAMPLES)
@@ -116,36 +111,34 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
 
 
 def _checked(
-    source: Source, captions: Captions, config: DataConfig
+    index: Index, captions: Captions, config: DataConfig
 ) -> Iterator[tuple[int, BadSample | _Good]]:
-    """The samples in order, each with what is wrong or what it is like."""
-    known = dict(source.faults)
-    for index in np.flatnonzero(missing_captions(captions, config)).tolist():
-        known.setdefault(index, BadSample("no caption"))
-    for index in _repeated(source.names()):
-        known.setdefault(index, BadSample(DUPLICATE))
+    """The rows in order, each with its fault or its properties."""
+    known = known_faults(index, captions, config)
+    for row in _repeated(index.names()):
+        known.setdefault(row, BadSample(DUPLICATE))
 
-    def look(index: int) -> BadSample | _Good:
-        if index in known:
-            return known[index]
+    def check(row: int) -> BadSample | _Good:
+        if row in known:
+            return known[row]
         try:
-            data = source.read(index, config.image_column)
+            data = index.read(row, config.image_column)
             image, notes = decode(data, config.decoding())
             check_size(image.size, config)
             if captions:
-                captions[index]  # the weights may not fit
+                captions[row]  # the weights may not fit
         except BadSample as error:
             return error
         return _Good(image.size, notes, _number(data))
 
-    numbers = iter(tqdm(range(len(source.rows)), desc=config.split, unit="image"))
+    rows = iter(tqdm(range(len(index.rows)), desc=config.split, unit="image"))
     with ThreadPoolExecutor(max(1, config.num_workers)) as threads:
-        while part := list(islice(numbers, AT_ONCE)):
-            yield from zip(part, threads.map(look, part), strict=True)
+        while batch := list(islice(rows, AT_ONCE)):
+            yield from zip(batch, threads.map(check, batch), strict=True)
 
 
 def _repeated(names: Iterable[str]) -> list[int]:
-    """The places of names that came before; eight bytes a name are kept, not the names."""
+    """The rows whose name an earlier row has; eight bytes a name are kept, not the names."""
     hashes = np.fromiter((_number(name.encode()) for name in names), np.uint64)
     _, first = np.unique(hashes, return_index=True)
     again = np.ones(len(hashes), dtype=bool)

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentdiff.data.buckets import Size, bucket_sizes
+from latentdiff.data.captions import CaptionRules
 from latentdiff.data.decode import Decoding
+from latentdiff.data.forms.detect import splits
 from latentdiff.data.shapes import build_shapes
-from latentdiff.data.sources import splits
 from latentdiff.options import option
 
 SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its images, once
+NOT_DATA = {"num_workers", "max_bad", "bad_samples", "bucket_step", "max_aspect", "shuffle_buffer"}
+"""Options that do not change what the samples are."""
 MOST_ASPECT = 16.0  # beyond it an image is a strip
 
 
@@ -23,7 +26,7 @@ class DataConfig:
     is drawn on the spot."""
     split: str = "train"
     image_size: int = 64
-    """Side in pixels: the shorter side is scaled to it and the middle cut out."""
+    """Side in pixels: the shorter side is scaled to it and the middle cropped."""
     bucket_step: int = 0
     """0: all latents are of squares; else of images that keep about their shape, with as many
     pixels as the square has at most, and sides that are multiples of this."""
@@ -51,9 +54,9 @@ class DataConfig:
     bad_samples: Path | None = None
     """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
     max_bad: float = 0.01
-    """The share of bad samples above which the data is refused."""
+    """The fraction of bad samples above which the data is refused."""
     num_workers: int = option(0, may_change=True)
-    """Processes that read images ahead; threads where a set is gone through in order."""
+    """Processes that prefetch images; threads where a set is read in order."""
     stream: bool = False
     """Read the data shard by shard, without an index of all samples: for sets that are too large
     to open, or too far away to download."""
@@ -90,7 +93,7 @@ class DataConfig:
                     f"caption_templates: {name!r} must have forms with {{}}, not {list(forms)}"
                 )
 
-    def place(self) -> str:
+    def location(self) -> str:
         """The folder, file or hub data set that `data` is; "shapes" are drawn if they are not."""
         if self.data != "shapes":
             return self.data
@@ -99,8 +102,39 @@ class DataConfig:
         return str(SHAPES_FOLDER)
 
     def splits(self) -> list[str]:
-        """The names of the parts of the data. Raises ValueError when it cannot be read."""
-        return splits(self.place())
+        """The names of the data's splits. Raises ValueError when it cannot be read."""
+        return splits(self.location())
+
+    def columns(self) -> list[str]:
+        """The columns that the options name, the images' first."""
+        named = (*self.caption_columns, *self.caption_weights.values(), *self.exclude)
+        return list(dict.fromkeys((self.image_column, *named)))
+
+    def check_columns(
+        self, columns: Sequence[str], image_columns: Sequence[str], where: str = ""
+    ) -> None:
+        """Raise ValueError when a column that the options name is not there, or has no images."""
+        for name in self.columns():
+            if name not in columns:
+                raise ValueError(
+                    f"data={self.data!r} has no column {name!r}{where}, only {list(columns)}; "
+                    "captions are in metadata.jsonl beside the images, with rows such as "
+                    '{"file_name": "1.png", "text": "a cat"}, or in a .txt file for each'
+                )
+        if self.image_column not in image_columns:
+            raise ValueError(
+                f"data={self.data!r}: the column {self.image_column!r} holds no images; those "
+                f"that do are {list(image_columns)}"
+            )
+
+    def caption_rules(self) -> CaptionRules:
+        """How columns become captions."""
+        return CaptionRules(
+            columns=self.caption_columns,
+            templates=self.caption_templates,
+            weights=self.caption_weights,
+            allow_empty=self.allow_empty_caption,
+        )
 
     def buckets(self) -> tuple[Size, ...]:
         """The sizes (width, height) of the images that become latents."""

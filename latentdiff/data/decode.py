@@ -1,4 +1,4 @@
-"""Bytes of an image file to RGB in one place: whole and upright, or refused with a reason."""
+"""Decodes an image file to RGB: complete and upright, or refused with a reason."""
 
 import io
 from dataclasses import dataclass

@@ -44,7 +44,7 @@ class EmojiFont:
     def draw(self, sequence: str, *, size: int) -> Image.Image | None:
         """Return the emoji on white, RGB, `size` x `size`; None where the font lacks it.
 
-        A font lacks a joined sequence when it draws the parts side by side (the text is then
+        A font lacks a joined sequence when it draws its components side by side (the text is then
         longer than one glyph), and a single emoji when it draws nothing, or its sign for that.
         """
         if self._font.getlength(sequence) != self._advance:
@@ -78,9 +78,9 @@ def _find_font(path: Path | None) -> Path:
                 "fonts-noto-color-emoji, or give the path of NotoColorEmoji.ttf with --font"
             )
         return path
-    for place in FONT_PATHS:
-        if Path(place).is_file():
-            return Path(place)
+    for candidate in FONT_PATHS:
+        if Path(candidate).is_file():
+            return Path(candidate)
     raise ValueError(
         "font not found: install Noto Color Emoji (Debian package fonts-noto-color-emoji), or "
         "give the path of NotoColorEmoji.ttf with --font"

@@ -1,4 +1,4 @@
-"""Write captioned images as an image folder that `datasets` reads; whole, or not at all."""
+"""Write captioned images as an image folder that `datasets` reads; completely, or not at all."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 
 def check_free(out: Path) -> None:
-    """Refuse a place that holds something: what exists is never overwritten.
+    """Refuse a path that holds something: what exists is never overwritten.
 
     Raises:
         ValueError: `out` is a file, or a folder with something in it.

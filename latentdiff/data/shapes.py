@@ -30,7 +30,7 @@ SHAPES = {
     "star": "星形",
     "cross": "十字形",
 }
-# English word: Chinese word, half of the shape's extent as a share of the image's side. Most
+# English word: Chinese word, half of the shape's extent as a fraction of the image's side. Most
 # shapes are of middle size, which a caption leaves unsaid.
 SIZES = {"small": ("小的", 0.10), "": ("", 0.15), "large": ("大的", 0.21)}
 # English words: Chinese word, the axis (0 is x, 1 is y), whether the first shape comes first on it.
@@ -55,7 +55,7 @@ _T = TypeVar("_T")
 
 
 class Shape(NamedTuple):
-    """One shape of a scene: its words, and its centre as a share of the image's side."""
+    """One shape of a scene: its words, and its centre as a fraction of the image's side."""
 
     size: str
     colour: str
@@ -192,7 +192,7 @@ def _outline(kind: str) -> list[tuple[float, float]]:
             height = math.sqrt(3) / 2
             return [(0, -height), (1, height), (-1, height)]
         case "star":
-            # The inner corners of a pentagram lie at this share of the outer radius.
+            # The inner corners of a pentagram lie at this fraction of the outer radius.
             inner = (3 - math.sqrt(5)) / 2
             return [_on_circle(turn / 10, inner if turn % 2 else 1.0) for turn in range(10)]
         case _:

@@ -1,9 +1,9 @@
-"""Images as vectors of a CLIP's image tower, and how far two sets of images are apart.
+"""CLIP features of images, and distances between two sets of images.
 
-N images, D numbers each: the tower's projected state, not scaled to length 1, as in "FID with
-CLIP features" (Kynkäänniemi et al. 2023, arXiv:2203.06026), which agrees better with people than
-Inception's features of ImageNet classes. Distances are of one tower: those of two say nothing of
-each other.
+N images, D features each: the image tower's projected state, not normalised, as in "FID with CLIP
+features" (Kynkäänniemi et al. 2023, arXiv:2203.06026), which agrees better with people than
+features of an Inception trained on ImageNet classes. Distances by different towers cannot be
+compared.
 """
 
 import warnings
@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel
 
+from latentdiff.data.crop_flip import crop_to
 from latentdiff.data.decode import SUFFIXES, BadSample, Decoding, decode
-from latentdiff.data.views import cut
 from latentdiff.evaluation.frechet import Moments, frechet_distance
 from latentdiff.evaluation.kernel import kernel_distance
 from latentdiff.images import from_pil
@@ -29,7 +29,7 @@ GRID = "grid.png"  # which `latentdiff generate` writes beside its images
 
 
 class Features:
-    """An image tower that makes vectors (N, D) of images of any size."""
+    """A CLIP's image tower: features (N, D) of images of any size."""
 
     def __init__(self, clip: CLIPModel, pixels: Pixels, *, batch_size: int = 64) -> None:
         self.clip: Any = clip.requires_grad_(False).eval()  # whose methods' types say nothing
@@ -54,37 +54,37 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, images: Iterable[Image.Image]) -> Tensor:
-        """Vectors (N, D) of RGB images, on the CPU; read as they are needed.
+        """Features (N, D) of RGB images, on the CPU; the images are iterated batch by batch.
 
-        Of each the largest square in the middle is scaled to the tower's size, as in training.
+        The largest square in the middle of each is resized to the tower's size, as in training.
         """
         side = self.clip.config.vision_config.image_size
-        found = [torch.empty(0, self.width)]
-        rest = iter(images)
-        while part := list(islice(rest, self.batch_size)):
-            squares = [cut(image, (side, side)) for image in part]
-            batch = torch.stack([from_pil(square, (side, side)) for square in squares])
-            values = self.pixels(batch.to(self.clip.device))
-            found.append(self.clip.get_image_features(pixel_values=values).pooler_output.cpu())
-        return torch.cat(found)
+        features = [torch.empty(0, self.width)]
+        remaining = iter(images)
+        while batch := list(islice(remaining, self.batch_size)):
+            squares = [crop_to(image, (side, side)) for image in batch]
+            pixels = torch.stack([from_pil(square, (side, side)) for square in squares])
+            values = self.pixels(pixels.to(self.clip.device))
+            features.append(self.clip.get_image_features(pixel_values=values).pooler_output.cpu())
+        return torch.cat(features)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a set of drawn images is from a set of true ones."""
+    """Distances of a set of drawn images from a set of true ones."""
 
     frechet: float
-    """As FID: 0 for the same Gaussian; too large by a bias for few images."""
+    """As FID: 0 for equal Gaussians; biased upwards for few images."""
     kernel: float
-    """As KID: on average 0 for the same distribution, however few the images are."""
+    """As KID: unbiased, so its mean is 0 for equal distributions, however few the images are."""
     num_drawn: int
     num_true: int
 
 
 def compare(drawn: Tensor, true: Tensor) -> Comparison:
-    """Both distances of vectors (N, D) and (M, D).
+    """Both distances between features (N, D) and (M, D).
 
-    Warns when there are not more vectors than numbers in each. Raises ValueError for a set of one.
+    Warns when N or M is not above D. Raises ValueError for a set of one image.
     """
     least, width = min(len(drawn), len(true)), drawn.shape[1]
     if 1 < least <= width:
@@ -108,10 +108,10 @@ def compare(drawn: Tensor, true: Tensor) -> Comparison:
 
 
 def images_of(folder: Path) -> Iterator[Image.Image]:
-    """The images in a folder and the folders in it, RGB, in the order of their names.
+    """Iterate over the images in a folder and its subfolders, RGB, sorted by path.
 
-    `grid.png` is passed over. Raises ValueError when there are none, and, when its turn comes, for
-    one that cannot be decoded.
+    `grid.png` is skipped. Raises ValueError when there are no images and, during the iteration,
+    for one that cannot be decoded.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")

@@ -1,6 +1,6 @@
-"""The Fréchet distance of two Gaussians; of features of images, FID (Heusel et al. 2017).
+"""The Fréchet distance between two Gaussians; FID, if they are fitted to image features.
 
-arXiv:1706.08500. N vectors, D numbers each; all is computed in float64.
+Heusel et al. 2017, arXiv:1706.08500. N vectors of D features; all is computed in float64.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Mean (D,) and covariance (D, D) of vectors that come batch by batch."""
+    """Mean (D,) and covariance (D, D), accumulated batch by batch."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -16,7 +16,7 @@ class Moments:
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
 
     def add(self, features: Tensor) -> None:
-        """Count a batch (B, D) of any float type in; an empty one changes nothing."""
+        """Add a batch (B, D) of any float type; an empty one changes nothing."""
         if len(features) == 0:
             return
         batch = features.detach().to("cpu", torch.float64)
@@ -26,12 +26,12 @@ class Moments:
         if self.count == 0:
             self.count, self.mean, self._scatter = len(batch), mean, scatter
             return
-        # Chan, Golub & LeVeque 1979, eq. 2.1: sums of squares would lose what is far from 0.
+        # Chan, Golub & LeVeque 1979, eq. 2.1: sums of squares would cancel where the mean is large.
         total = self.count + len(batch)
-        apart = mean - self.mean
-        scatter += torch.outer(apart, apart) * (self.count * len(batch) / total)
+        delta = mean - self.mean
+        scatter += torch.outer(delta, delta) * (self.count * len(batch) / total)
         self._scatter = self._scatter + scatter
-        self.mean = self.mean + apart * (len(batch) / total)
+        self.mean = self.mean + delta * (len(batch) / total)
         self.count = total
 
     @property
@@ -43,7 +43,7 @@ class Moments:
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """The squared Fréchet distance of N(mean_a, cov_a) and N(mean_b, cov_b); (D,) and (D, D).
+    """The squared Fréchet distance between N(mean_a, cov_a) and N(mean_b, cov_b); (D,) and (D, D).
 
     |m_a - m_b|² + Tr(C_a + C_b - 2 (C_a C_b)^½) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
     """
@@ -51,10 +51,10 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
         x.detach().to("cpu", torch.float64) for x in (mean_a, cov_a, mean_b, cov_b)
     )
     # C_a C_b is not symmetric, but has the eigenvalues of C_a^½ C_b C_a^½, which is. Their roots
-    # are the singular values of C_a^½ C_b^½: found as such, none is the root of a rounding error.
+    # are the singular values of C_a^½ C_b^½, by which none is the root of a rounding error.
     roots = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b))
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()
-    return max(0.0, float(distance))  # of equal Gaussians, 0 but for rounding
+    return max(0.0, float(distance))  # rounding may give less
 
 
 def _root(covariance: Tensor) -> Tensor:

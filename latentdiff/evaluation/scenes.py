@@ -1,7 +1,7 @@
-"""Reading the shapes data back: what a drawing shows, in the words of its captions.
+"""Parse images of the shapes data into the captions that describe them.
 
-A drawing agrees with its caption exactly if `read_scene` gives that caption, so that no learned
-judge is needed where the world is this small. Of 1,000 scenes it read all at 64 x 64 pixels, and
+An image agrees with its caption exactly if `read_scene` gives that caption, so that the data needs
+no learned judge. Of 1,000 scenes it read all at 64 x 64 pixels, and
 998 at 32 x 32, where two shapes may be a pixel apart.
 """
 
@@ -15,9 +15,9 @@ from PIL import Image
 from latentdiff.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, Shape, draw_scene, scene_words
 
 COVERED = 0.5
-"""Share of a pixel that a shape must cover to count as its inside."""
+"""Fraction of a pixel that a shape must cover to count as its inside."""
 LEAST = 0.4
-"""Blobs of less than this share of the smallest shape's area are specks, and are not read."""
+"""Blobs below this fraction of the smallest shape's area are ignored as specks."""
 
 
 class Seen(NamedTuple):
@@ -89,7 +89,7 @@ def _smallest(side: int) -> float:
 
 
 def _blobs(inside: np.ndarray) -> list[np.ndarray]:
-    """Connected parts of a mask, a mask each; pixels connect over edges and corners."""
+    """Connected components of a mask, a mask each; pixels connect over edges and corners."""
     labels = np.where(inside, np.arange(1, inside.size + 1).reshape(inside.shape), 0)
     while True:  # every pixel takes its neighbourhood's largest number, until nothing changes
         padded = np.pad(labels, 1)
@@ -122,12 +122,14 @@ def _colour(pixels: np.ndarray, blob: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _form(coverage: np.ndarray, colour: str) -> Shape:
-    """The kind, size and place whose drawing is nearest to a coverage, by squares."""
+    """The kind, size and position with the least squared difference to a coverage."""
     side = len(coverage)
     centre = _centre(coverage)
     best: tuple[float, Shape] | None = None
     for size, kind in _FORMS:
-        x, y = (c - own + 0.5 for c, own in zip(centre, _centroids(size, kind), strict=True))
+        x, y = (
+            c - centroid + 0.5 for c, centroid in zip(centre, _centroids(size, kind), strict=True)
+        )
         shape = _alone(size, kind, x, y)
         error = float(np.square(_coverage(shape, side) - coverage).sum())
         if best is None or error < best[0]:
@@ -137,10 +139,10 @@ def _form(coverage: np.ndarray, colour: str) -> Shape:
 
 
 def _centre(coverage: np.ndarray) -> tuple[float, float]:
-    """Centre of gravity, x and y as shares of the side."""
-    places = (np.arange(len(coverage)) + 0.5) / len(coverage)
+    """Centre of gravity, x and y as fractions of the side."""
+    positions = (np.arange(len(coverage)) + 0.5) / len(coverage)
     total = coverage.sum()
-    return float(coverage.sum(0) @ places / total), float(coverage.sum(1) @ places / total)
+    return float(coverage.sum(0) @ positions / total), float(coverage.sum(1) @ positions / total)
 
 
 @cache
@@ -150,7 +152,7 @@ def _centroids(size: str, kind: str) -> tuple[float, float]:
 
 
 def _captions(shapes: list[Shape]) -> list[str]:
-    """The captions that are right for these shapes; the first is as good as the others."""
+    """All captions that describe these shapes, in no order of preference."""
     if len(shapes) == 1:
         return [scene_words(shapes, "")]
     if len(shapes) != 2:

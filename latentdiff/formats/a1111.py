@@ -2,7 +2,7 @@
 
 The rules are those of its modules/processing.py (create_infotext), infotext_utils.py and
 sd_samplers.py, version 1.10. A prompt that has a line "Negative prompt: ...", or whose last line
-looks like settings, is read back wrongly, there and here: the format has no escape for it.
+looks like settings, is misread by the web UI and by us: the format has no escape for it.
 """
 
 import json
@@ -96,7 +96,7 @@ def format_parameters(
 
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """The settings in such a text by their names there, with "Prompt" and "Negative prompt".
+    """Parse such a text: settings by their names in the web UI, "Prompt" and "Negative prompt" too.
 
     As in the web UI, spaces at both ends of a line are lost, and a last line of fewer than three
     settings belongs to the prompt. Takes time linear in the text.
@@ -120,13 +120,12 @@ def parse_parameters(text: str) -> dict[str, str]:
 
 
 def pipeline_options(settings: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The options of `pipe(...)` that parsed settings stand for, and the settings without any.
+    """Translate parsed settings into options of `pipe(...)`; returns also those without an option.
 
-    Only what is there becomes an option; the model is the caller's business. In a prompt that we
-    did not write brackets weigh words, as always in the web UI, and what it would load for a
-    `<lora:…>` is left out. Raises ValueError, naming setting and value, for a number that is none
-    and for a sampler or schedule type that we do not have; leave such a setting out to choose
-    another.
+    A setting that is absent gives no option, and the caller chooses the model. In a prompt that we
+    did not write, brackets weight words, as always in the web UI, and a `<lora:…>` is left out.
+    Raises ValueError, naming setting and value, for an invalid number and for a sampler or schedule
+    type that we do not have; leave such a setting out to choose another.
     """
     texts = [settings.get("Prompt", ""), settings.get("Negative prompt", "")]
     networks: list[str] = []

@@ -1,40 +1,45 @@
-"""A diffusers pipeline folder, both ways: where it is, whether it is whole, what it says it is.
+"""Diffusers pipeline folders: find one, check it, read and write what belongs to no component.
 
-The form is that of Stable Diffusion 1.x and 2.x on the Hugging Face Hub. The modules read and
-write their own subfolders; nothing named in a folder is ever imported or run.
+The layout is that of Stable Diffusion 1.x and 2.x on the Hugging Face Hub. The networks read and
+write their own subfolders; no class that a folder names is ever imported or run.
 """
 
 from pathlib import Path
 from typing import Any
 
-from latentdiff.formats.header import named, refuse_pickle, shown
+from latentdiff.formats.header import name_repr, pickle_message, short_repr
 from latentdiff.formats.hub import fetch
-from latentdiff.formats.shards import PICKLES, describe_variants, find_variants, refuse_missing
+from latentdiff.formats.sharded_weights import (
+    PICKLE_SUFFIXES,
+    describe_variants,
+    find_variants,
+    missing_weights_message,
+)
 from latentdiff.formats.weights import load_json, save_json
 
-# The release of diffusers whose form we write; it asks for the key when it reads.
+# The release of diffusers whose layout we write; diffusers expects the key when it reads.
 DIFFUSERS_VERSION = "0.42.1"
 EMBEDDED_MODELS = ("emoji",)  # shipped with the package under latentdiff/pretrained/
 
-# The parts that have weights, and what the names of their files begin with; of a DiT's folder
-# `find_stems` says it.
+# The components that have weights, and the stems of their files' names; `find_stems` gives those of
+# a folder, which may hold a DiT.
 STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-# model_index.json names classes; a folder is read only if they are the ones that ours equal. The
+# model_index.json names classes; a folder is read only if ours compute the same as those. The
 # scheduler's class is checked by Diffusion, which reads the scheduler's own file.
 _PIPELINE_CLASSES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
 )
-# What diffusers has no pipeline for, and so refuses by this name: a DiT, whose class it has not
-# either, and a UNet that is told of the text as diffusers' UNet is of a class.
+# A class that diffusers does not have, so that it refuses the folder: of a pipeline with a DiT, or
+# with a UNet whose class embedding is computed from the text.
 _OWN_PIPELINE = "LatentDiffPipeline"
 _DIT = ["latentdiff.models.dit", "DiT"]
-# A decoder that enlarges small images, by where its class is: diffusers has none, and says so.
+# A VAE whose decoder enlarges small images; diffusers has none, and refuses this entry.
 ENLARGING_VAE = ["latentdiff.models.vae", "VAE"]
 _DENOISER_CLASSES = {"unet": ["diffusers", "UNet2DConditionModel"], "transformer": _DIT}
 _COMPONENT_CLASSES = {
@@ -42,7 +47,7 @@ _COMPONENT_CLASSES = {
     "text_encoder": (["transformers", "CLIPTextModel"],),
     "tokenizer": (["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]),
 }
-# What a published folder may hold besides; nothing of it is opened.
+# Components that a published folder may hold besides; none of their files is opened.
 _UNREAD_CLASSES = {
     "safety_checker": (
         ["stable_diffusion", "StableDiffusionSafetyChecker"],
@@ -57,7 +62,7 @@ _UNREAD_CLASSES = {
     "image_encoder": (["transformers", "CLIPVisionModelWithProjection"],),
 }
 _REMOTE_CODE = ("auto_map", "custom_pipeline", "trust_remote_code")
-_FILES = (  # beside the weights; each a file that must be there in any one of these forms
+_FILES = (  # beside the weights; of each line, one file must exist
     ("vae/config.json",),
     ("text_encoder/config.json",),
     ("tokenizer/vocab.json", "tokenizer/tokenizer.json"),
@@ -84,8 +89,8 @@ def find_model(
         f"allowed are {', '.join(EMBEDDED_MODELS)} (embedded), an existing folder, "
         "or the owner/name of a pipeline on the Hugging Face Hub"
     )
-    if path.is_file() and path.suffix.lower() in PICKLES:
-        raise ValueError(refuse_pickle(path))
+    if path.is_file() and path.suffix.lower() in PICKLE_SUFFIXES:
+        raise ValueError(pickle_message(path))
     if isinstance(name_or_path, Path) or path.exists():
         raise ValueError(f"model={str(path)!r} is not a folder; {allowed}")
     try:
@@ -95,55 +100,55 @@ def find_model(
 
 
 def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[str, str | None]:
-    """Find the weights of a pipeline folder: of which variant each part is to be read.
+    """Check a pipeline folder and return the variant of weights to read for each component.
 
-    A part that lacks the variant is read from its plain weights, as diffusers does. Raises
-    ValueError, naming what is missing or unknown, unless the folder is a pipeline that we read:
-    checked are the presence of every part's files and the class names in model_index.json.
+    A component that lacks the variant is read from its plain weights, as in diffusers. Raises
+    ValueError, naming what is missing or unknown, unless every component's files exist and the
+    class names in model_index.json are supported.
     """
     folder = Path(folder)
     denoiser, stems = _denoiser(folder), find_stems(folder)
-    names = {part: sorted(path.name for path in (folder / part).glob("*")) for part in stems}
-    found = {part: find_variants(names[part], stem) for part, stem in stems.items()}
+    files = {name: sorted(path.name for path in (folder / name).glob("*")) for name in stems}
+    variants = {name: find_variants(files[name], stem) for name, stem in stems.items()}
     missing = [
-        forms[0]
-        for forms in (("model_index.json",), (f"{denoiser}/config.json",), *_FILES)
-        if not any((folder / name).is_file() for name in forms)
+        alternatives[0]
+        for alternatives in (("model_index.json",), (f"{denoiser}/config.json",), *_FILES)
+        if not any((folder / file).is_file() for file in alternatives)
     ]
-    empty = [part for part, variants in found.items() if not variants]
-    if any(name.lower().endswith(PICKLES) for part in empty for name in names[part]):
-        part = next(part for part in empty if names[part])
-        raise ValueError(refuse_missing(folder / part, stems[part], variant, names[part]))
-    missing += [f"{part}/{stems[part]}.safetensors" for part in empty]
+    without = [name for name in stems if not variants[name]]
+    if any(file.lower().endswith(PICKLE_SUFFIXES) for name in without for file in files[name]):
+        name = next(name for name in without if files[name])
+        raise ValueError(missing_weights_message(folder / name, stems[name], variant, files[name]))
+    missing += [f"{name}/{stems[name]}.safetensors" for name in without]
     if missing:
         raise ValueError(f"{folder} is not a whole pipeline folder; missing: {', '.join(missing)}")
     _check_classes(folder, denoiser)
 
-    if variant is not None and not any(variant in variants for variants in found.values()):
-        there = describe_variants(name for variants in found.values() for name in variants)
-        raise ValueError(f"{folder} has no weights of {variant=}; variants found: {there}")
-    chosen = {part: variant if variant in found[part] else None for part in stems}
-    for part, name in chosen.items():
-        if name not in found[part]:
-            raise ValueError(refuse_missing(folder / part, stems[part], name, names[part]))
+    if variant is not None and not any(variant in names for names in variants.values()):
+        available = describe_variants(v for names in variants.values() for v in names)
+        raise ValueError(f"{folder} has no weights of {variant=}; variants found: {available}")
+    chosen = {name: variant if variant in variants[name] else None for name in stems}
+    for name, v in chosen.items():
+        if v not in variants[name]:
+            raise ValueError(missing_weights_message(folder / name, stems[name], v, files[name]))
     return chosen
 
 
 def find_stems(folder: Path) -> dict[str, str]:
-    """What the weights of each part are called: `STEMS`, with our DiT in the UNet's place."""
+    """The stem of each component's weight files: `STEMS`, with our DiT in the UNet's place."""
     denoiser = _denoiser(folder)
-    return {denoiser if part == "unet" else part: stem for part, stem in STEMS.items()}
+    return {denoiser if name == "unet" else name: stem for name, stem in STEMS.items()}
 
 
 def _denoiser(folder: Path) -> str:
-    """Which part denoises: `unet`, unless model_index.json names our DiT."""
+    """Which component denoises: `unet`, or `transformer` where model_index.json names our DiT."""
     path = folder / "model_index.json"
     is_dit = path.is_file() and load_json(path).get("transformer") == _DIT
     return "transformer" if is_dit else "unet"
 
 
 def _check_classes(folder: Path, denoiser: str) -> None:
-    """Raise ValueError, naming the entry of model_index.json, where it is not one of ours."""
+    """Raise ValueError, naming the entry, for a class in model_index.json that is not supported."""
     path = folder / "model_index.json"
     index = load_json(path)
     for field in _REMOTE_CODE:
@@ -161,22 +166,24 @@ def _check_classes(folder: Path, denoiser: str) -> None:
     for field, allowed in expected.items():
         if index.get(field) not in allowed:
             raise ValueError(
-                f"{path}: {field} is {shown(index.get(field))}; "
+                f"{path}: {field} is {short_repr(index.get(field))}; "
                 f"allowed: {' or '.join(map(str, allowed))}"
             )
     for field in index.keys() - expected.keys():
         value = index[field]
         is_ours = field == "scheduler" and isinstance(value, list) and value[:1] == ["diffusers"]
         if isinstance(value, list | dict) and value != nothing and not is_ours:
-            raise ValueError(f"{path}: {named(field)} is {shown(value)}, which is not read here")
+            raise ValueError(
+                f"{path}: {name_repr(field)} is {short_repr(value)}, which is not read here"
+            )
 
 
 def save_model_index(folder: Path, *, scheduler_class: str, denoiser: str = "unet") -> None:
     """Write model_index.json in the form of SD 2.1-base, which diffusers opens without a warning.
 
-    The last file of a folder: the class of pipeline follows from the `denoiser`, which is there
-    already: `unet` or, with a DiT, `transformer`. `scheduler_class` is the `_class_name` in
-    scheduler/scheduler_config.json.
+    It is the last file of a folder to be written: the pipeline's class follows from the config of
+    the `denoiser`, which is `unet` or, with a DiT, `transformer`. `scheduler_class` is the
+    `_class_name` in scheduler/scheduler_config.json.
     """
     folder = Path(folder)
     configs = {name: load_json(folder / name / "config.json") for name in (denoiser, "vae")}
@@ -204,7 +211,7 @@ def save_model_index(folder: Path, *, scheduler_class: str, denoiser: str = "une
 
 
 def load_scheduler_config(folder: Path) -> dict[str, Any]:
-    """Read scheduler/scheduler_config.json: diffusers' words for noise schedule and prediction."""
+    """Read scheduler/scheduler_config.json of a pipeline folder."""
     return load_json(Path(folder) / "scheduler" / "scheduler_config.json")
 
 
@@ -214,11 +221,12 @@ def save_scheduler_config(config: dict[str, Any], folder: Path) -> None:
     save_json({**config, "_diffusers_version": DIFFUSERS_VERSION}, path)
 
 
-def find_part(name_or_path: str | Path, part: str) -> Path:
-    """Find the folder to read one module from: of a pipeline, or of a training run's `model/`.
+def find_component(name_or_path: str | Path, component: str) -> Path:
+    """Find the folder of one component, in a pipeline or in the `model/` of a training run.
 
     For the text encoder that is the folder with `text_encoder/` and `tokenizer/`, for the others
     the one with `config.json`. Raises ValueError if there is no such model.
     """
     folder = find_model(name_or_path)
-    return folder / part if part != "text_encoder" and (folder / part).is_dir() else folder
+    inside = component != "text_encoder" and (folder / component).is_dir()
+    return folder / component if inside else folder

@@ -1,7 +1,7 @@
-"""What a safetensors file says it holds, checked in full before any tensor is read.
+"""The header of a safetensors file, checked in full before any tensor is read.
 
-The form: eight bytes with the header's length, the header as JSON, then the numbers. safetensors'
-own reader takes a name that is there twice, and as many tensors as a file cares to name.
+The format is eight bytes with the header's length, the header as JSON, then the tensors' bytes.
+safetensors' own reader accepts a name that occurs twice, and any number of tensors.
 """
 
 import json
@@ -38,20 +38,20 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """Names of all tensors of a file, each with its shape, dtype and place; and the metadata."""
+    """Shape, dtype and byte range of each tensor of a file, by name; and the metadata."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
-    places: dict[str, tuple[int, int]]
-    """First byte of each tensor and the first after it, counted from the start of the file."""
+    byte_ranges: dict[str, tuple[int, int]]
+    """Begin and end of each tensor, counted from the start of the file."""
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """Read what a safetensors file holds, without its numbers.
+    """Read the header of a safetensors file.
 
-    Raises ValueError if the file is missing, is not whole, names a tensor twice or holds more than
-    any model does; for a pickled checkpoint with the command that converts one.
+    Raises ValueError if the file is missing, is truncated, names a tensor twice or holds more than
+    any model does; for a pickled checkpoint, the message names the command that converts one.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,26 +60,26 @@ def read_header(path: Path) -> Header:
         try:
             return _parse(file)
         except ValueError as error:
-            # Asked only now: a safetensors file may begin with the same bytes, its header's length.
+            # Only now: a safetensors header's length may have the same bytes as a pickle's start.
             file.seek(0)
             start = file.read(4)
             if start == b"PK\x03\x04" or start[:1] == b"\x80":
-                raise ValueError(refuse_pickle(path)) from error
+                raise ValueError(pickle_message(path)) from error
             raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
 
 
-def refuse_pickle(path: Path) -> str:
-    """The sentence that refuses a pickled checkpoint."""
+def pickle_message(path: Path) -> str:
+    """The error message for a pickled checkpoint."""
     return (
         f"{path}: is a pickled checkpoint, which can run code when it is opened; only safetensors "
-        "files are read, and `latentdiff convert --unsafe-pickle` makes one of it"
+        "files are read, and `latentdiff convert --unsafe_pickle` makes one of it"
     )
 
 
 def parse_json(text: bytes) -> Any:
     """JSON in which no object has a key twice; ValueError, also where it is nested too deep."""
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
         if b"\\u" in text:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -89,14 +89,14 @@ def parse_json(text: bytes) -> Any:
     return content
 
 
-def shown(value: object) -> str:
-    """A value from a file as a message shows it: in one line, and not longer than a few."""
+def short_repr(value: object) -> str:
+    """The repr of a value from a file, cut to a length that an error message can hold."""
     return _REPR.repr(value)
 
 
-def named(name: str) -> str:
-    """A tensor's name as a message shows it: as it is, if it is such as tensors have."""
-    return name if re.fullmatch(r"[\w.\-/]{1,200}", name) else shown(name)
+def name_repr(name: str) -> str:
+    """A tensor's name for an error message: unquoted if it has only the usual characters."""
+    return name if re.fullmatch(r"[\w.\-/]{1,200}", name) else short_repr(name)
 
 
 _REPR = reprlib.Repr()
@@ -104,13 +104,13 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
 _REPR.maxlist = _REPR.maxtuple = 12
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
         seen = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {shown(twice)} is there twice")
-    return found
+        raise ValueError(f"the key {short_repr(twice)} is there twice")
+    return content
 
 
 def _parse(file: BinaryIO) -> Header:
@@ -129,48 +129,51 @@ def _parse(file: BinaryIO) -> Header:
     if len(content) > MAX_TENSORS:
         raise ValueError(f"its {len(content)} tensors are over the limit of {MAX_TENSORS}")
 
-    shapes, dtypes, places = {}, {}, {}
+    shapes, dtypes, byte_ranges = {}, {}, {}
     for name, entry in content.items():
         shapes[name], dtypes[name], (begin, end) = _entry(name, entry)
-        places[name] = (begin + 8 + length, end + 8 + length)
+        byte_ranges[name] = (begin + 8 + length, end + 8 + length)
     # Each byte belongs to one tensor: nothing overlaps, nothing is left over.
     position = 8 + length
-    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+    for name, (begin, end) in sorted(byte_ranges.items(), key=lambda item: item[1]):
         if begin != position:
-            raise ValueError(f"tensor {named(name)} does not begin where the one before it ends")
+            raise ValueError(
+                f"tensor {name_repr(name)} does not begin where the one before it ends"
+            )
         position = end
     if position != size:
         raise ValueError(f"its tensors end at byte {position} of {size}")
-    return Header(shapes, dtypes, places, metadata)
+    return Header(shapes, dtypes, byte_ranges, metadata)
 
 
 def _entry(name: str, entry: object) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
     """Shape, dtype and offsets of one tensor, which agree with each other."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {named(name)} is described by {shown(entry)}")
+        raise ValueError(f"tensor {name_repr(name)} is described by {short_repr(entry)}")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise ValueError(
-            f"tensor {named(name)} has dtype {shown(entry['dtype'])}; allowed: {', '.join(DTYPES)}"
+            f"tensor {name_repr(name)} has dtype {short_repr(entry['dtype'])}; "
+            f"allowed: {', '.join(DTYPES)}"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(
-            f"tensor {named(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}; "
-            "both must be lists of whole numbers from 0 on"
+            f"tensor {name_repr(name)} has shape {short_repr(shape)} and data_offsets "
+            f"{short_repr(offsets)}; both must be lists of whole numbers from 0 on"
         )
-    # Also where a zero leaves no numbers at all, torch multiplies the rest.
+    # torch multiplies the other sides even where one of them is 0.
     if len(shape) > MAX_DIMENSIONS or math.prod(max(side, 1) for side in shape) >= 2**48:
-        raise ValueError(f"tensor {named(name)} has the shape {shown(shape)}")
+        raise ValueError(f"tensor {name_repr(name)} has the shape {short_repr(shape)}")
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
         raise ValueError(
-            f"tensor {named(name)} of shape {shape} does not fill the bytes {offsets[0]} "
+            f"tensor {name_repr(name)} of shape {shape} does not fill the bytes {offsets[0]} "
             f"to {offsets[1]} that it has"
         )
     return tuple(shape), dtype, (offsets[0], offsets[1])
 
 
-def _counts(values: object) -> bool:
+def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value < 2**63 for value in values
     )

@@ -1,18 +1,18 @@
-"""Pipelines on the Hugging Face Hub: what is fetched of one, and from the cache when offline.
+"""Fetch models from the Hugging Face Hub, or from its cache when offline.
 
-Only JSON, the tokenizer's text files and safetensors are asked for: never pickles or Python files,
+Only JSON, the tokenizer's text files and safetensors are downloaded: never pickles or Python files,
 never the weights of a safety checker.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from latentdiff.formats.shards import PICKLES, describe_variants, find_variants
+from latentdiff.formats.sharded_weights import PICKLE_SUFFIXES, describe_variants, find_variants
 
 TOKENIZER_PATTERNS = ["vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]
-# Of the files of a pipeline, all that are read but weights.
-NOT_WEIGHTS = ["model_index.json", "*/*.json", "tokenizer/*.txt"]
+# The files of a pipeline that are read, but for its weights.
+CONFIG_PATTERNS = ["model_index.json", "*/*.json", "tokenizer/*.txt"]
 
 
 def fetch(
@@ -22,30 +22,31 @@ def fetch(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Path:
-    """Fetch a pipeline of the Hub into huggingface_hub's cache; its folder there.
+    """Fetch a pipeline from the Hub into huggingface_hub's cache; returns its folder there.
 
-    find_stems: what the weights of each part are called, `diffusion_pytorch_model` for `unet`, in
-    a folder that has model_index.json at least; it is fetched first, as the parts follow from it.
+    find_stems: gives the stem of each component's weight files, `diffusion_pytorch_model` for
+    `unet`, from a folder with model_index.json, which is fetched first.
     revision: a branch, tag or commit; without it, the main branch.
-    variant: such as `fp16`; the parts that have none come with their plain weights.
-    What is in the cache is not fetched again, and serves when the hub cannot be reached.
-    Raises ValueError, which says what `hub_id` is or lacks, where there is no such pipeline.
+    variant: such as `fp16`; components without it come with their plain weights.
+    What is in the cache is not fetched again, and is used when the Hub cannot be reached.
+    Raises ValueError, saying what is wrong with `hub_id`, where there is no such pipeline.
     """
     stems = find_stems(_snapshot(hub_id, revision, ["model_index.json"]))
     folder = _snapshot(hub_id, revision, patterns(stems, variant))
-    lacking = _lacking(folder, stems, variant)
-    if variant is not None and 0 < len(lacking) < len(stems):
-        folder = _snapshot(hub_id, revision, patterns({p: stems[p] for p in lacking}, None))
-        lacking = []
-    if lacking:
-        raise ValueError(_refusal(_listed(hub_id, revision) or _names(folder), stems, variant))
+    missing = _without_weights(folder, stems, variant)
+    if variant is not None and 0 < len(missing) < len(stems):
+        folder = _snapshot(hub_id, revision, patterns({c: stems[c] for c in missing}, None))
+        missing = []
+    if missing:
+        names = _list_remote(hub_id, revision) or _list_local(folder)
+        raise ValueError(_missing_message(names, stems, variant))
     return folder
 
 
 def fetch_tokenizer(hub_id: str) -> Path:
-    """Fetch the tokenizer at the root of a Hub repository, such as CLIP's; its folder.
+    """Fetch the tokenizer at the root of a Hub repository, such as CLIP's; returns its folder.
 
-    Cached as `fetch` is. Raises ValueError where there is none.
+    The cache is used as in `fetch`. Raises ValueError where there is none.
     """
     try:
         return _snapshot(hub_id, None, TOKENIZER_PATTERNS)
@@ -53,19 +54,19 @@ def fetch_tokenizer(hub_id: str) -> Path:
         raise ValueError(f"tokenizer={hub_id!r} {error}; name a folder that holds one") from error
 
 
-def fetch_towers(hub_id: str) -> Path:
-    """Fetch a CLIP that lies at the root of a Hub repository, or a text encoder with its tokenizer.
+def fetch_clip(hub_id: str) -> Path:
+    """Fetch a CLIP at the root of a Hub repository, or a text encoder with its tokenizer.
 
-    Cached as `fetch` is; the folder may hold neither. Raises ValueError, which says what `hub_id`
-    is, where there is no such repository.
+    The cache is used as in `fetch`; the folder that is returned may hold neither. Raises
+    ValueError, saying what is wrong with `hub_id`, where there is no such repository.
     """
-    both = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
-    both += ["model.safetensors", "model-?????-of-?????.safetensors", *TOKENIZER_PATTERNS]
-    return _snapshot(hub_id, None, both + patterns({"text_encoder": "model"}, None))
+    clip = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
+    clip += ["model.safetensors", "model-?????-of-?????.safetensors", *TOKENIZER_PATTERNS]
+    return _snapshot(hub_id, None, clip + patterns({"text_encoder": "model"}, None))
 
 
 def patterns(stems: Mapping[str, str], variant: str | None) -> list[str]:
-    """Of a repository only what is read: the weights of one variant, whole or in shards."""
+    """Patterns of the files to fetch: the weights of one variant, sharded or not, and configs."""
     dotted = "" if variant is None else f".{variant}"
     number = "-?????-of-?????"
     endings = {
@@ -73,39 +74,37 @@ def patterns(stems: Mapping[str, str], variant: str | None) -> list[str]:
         f"{dotted}{number}.safetensors",
         f"{number}{dotted}.safetensors",
     }
-    weights = [f"{part}/{stem}{ending}" for part, stem in stems.items() for ending in endings]
-    return NOT_WEIGHTS + weights
+    weights = [f"{name}/{stem}{ending}" for name, stem in stems.items() for ending in endings]
+    return CONFIG_PATTERNS + weights
 
 
-def _lacking(folder: Path, stems: Mapping[str, str], variant: str | None) -> list[str]:
-    """The parts that do not have their weights in a folder."""
+def _without_weights(folder: Path, stems: Mapping[str, str], variant: str | None) -> list[str]:
+    """The components whose weights are not in a folder."""
     return [
-        part
-        for part, stem in stems.items()
-        if variant not in find_variants([p.name for p in (folder / part).glob("*")], stem)
+        component
+        for component, stem in stems.items()
+        if variant not in find_variants([p.name for p in (folder / component).glob("*")], stem)
     ]
 
 
-def _refusal(names: Iterable[str], stems: Mapping[str, str], variant: str | None) -> str:
-    """What is said of a repository with these files that lacks the weights asked for."""
-    inside = {
-        part: [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        for part in stems
+def _missing_message(names: list[str], stems: Mapping[str, str], variant: str | None) -> str:
+    """The error message for a repository with these files and without the weights asked for."""
+    files = {
+        component: [name.partition("/")[2] for name in names if name.startswith(f"{component}/")]
+        for component in stems
     }
-    there = {found for part, stem in stems.items() for found in find_variants(inside[part], stem)}
-    if there:
+    variants = {
+        v for component, stem in stems.items() for v in find_variants(files[component], stem)
+    }
+    if variants:
         asked = "plain weights" if variant is None else f"weights of variant={variant!r}"
-        return f"has no {asked}; variants found: {describe_variants(there)}"
-    if any(name.endswith(PICKLES) for part in stems for name in inside[part]):
+        return f"has no {asked}; variants found: {describe_variants(variants)}"
+    if any(name.endswith(PICKLE_SUFFIXES) for component in stems for name in files[component]):
         return (
             "has its weights as pickles, which can run code when they are opened; fetch it with "
-            "`hf download` and give that to `latentdiff convert --unsafe-pickle`"
+            "`hf download` and give that to `latentdiff convert --unsafe_pickle`"
         )
     return f"has no weights of a pipeline, in folders named {', '.join(stems)}"
-
-
-def _names(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -137,10 +136,14 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     raise ValueError(reason)
 
 
-def _listed(hub_id: str, revision: str | None) -> list[str]:
-    """All files of a repository, or none when the hub cannot be asked."""
+def _list_local(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+
+
+def _list_remote(hub_id: str, revision: str | None) -> list[str]:
+    """All files of a repository, or none when the Hub cannot be reached."""
     from huggingface_hub import list_repo_files
 
-    with suppress(Exception):  # whatever it is, the answer is only less helpful without the list
+    with suppress(Exception):  # without the list, the error message is only less helpful
         return list_repo_files(hub_id, revision=revision)
     return []

@@ -1,4 +1,4 @@
-"""open_clip's text towers: their names, shapes, tokens and weights, as transformers has them.
+"""open_clip's text towers: their tensor names, configs, tokenizer and weights for transformers.
 
 The names are those of open_clip's `TextTransformer`, which single files of SD 2.x hold too.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from latentdiff.formats.header import refuse_pickle
+from latentdiff.formats.header import pickle_message
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 
 VOCAB_SIZE = 49408
@@ -42,26 +42,33 @@ _PROJECTION = "text_projection"  # of the pooled state; the name in CLIPTextMode
 _BLOCK_NAME = re.compile(r"transformer\.resblocks\.(0|[1-9][0-9]{0,3})\.(.+)")
 _LAYER_NAME = re.compile(r"encoder\.layers\.(0|[1-9][0-9]{0,3})\.(.+)")
 
-# What a file may hold beside the text tower: the rest of the CLIP, and a mask that old ones kept.
+# What a file may hold beside the text tower: the rest of the CLIP, and a mask in old files.
 _BESIDE = ("visual.", "logit_scale", "logit_bias", "attn_mask")
 
-# Fields of open_clip's CLIPTextCfg that a CLIPTextConfig can say, and those of the projection,
-# which a CLIPTextModel has not. Every other field must be as open_clip has it by default.
-_SAID = {"context_length", "width", "heads", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"}
-_SAID |= {"proj_bias", "proj_type", "output_tokens"}
+# Fields of open_clip's CLIPTextCfg that a CLIPTextConfig can express, and those of the projection,
+# which a CLIPTextModel does not have. Every other field must have open_clip's default.
+_EXPRESSIBLE = {
+    "context_length",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "act_kwargs",
+    "norm_kwargs",
+}
+_EXPRESSIBLE |= {"proj_bias", "proj_type", "output_tokens"}
 
 
 def to_transformers(
     tensors: Mapping[str, Tensor], *, layers: int | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of an open_clip text tower under the names of a CLIPTextModel.
+    """Rename the tensors of an open_clip text tower to the names of a CLIPTextModel.
 
-    They may be those of a whole CLIP, of which the image tower is passed over, and the text tower's
-    may begin with `text.`. `text_projection`, where there is one, becomes `text_projection.weight`,
-    a name of CLIPTextModelWithProjection; all others begin with `text_model.`. layers: how many
-    blocks to keep, from the first; SD 2.x keeps 23 of 24, and the final norm stays behind them.
-    Raises ValueError for a name that a CLIPTextModel has no place for, and when `layers` is not
-    from 1 to the number of blocks.
+    Tensors of an image tower are ignored, and names may begin with `text.`. `text_projection`, if
+    it exists, becomes `text_projection.weight`, a name of CLIPTextModelWithProjection; all others
+    begin with `text_model.`. layers: how many blocks to keep, from the first, before the final
+    norm; SD 2.x keeps 23 of 24. Raises ValueError for a name without a counterpart in a
+    CLIPTextModel, and when `layers` is not from 1 to the number of blocks.
     """
     names = {name: without_prefix(name) for name in tensors}
     blocks = {int(match[1]) for name in names.values() if (match := _BLOCK_NAME.fullmatch(name))}
@@ -81,7 +88,7 @@ def to_transformers(
         elif bare == _PROJECTION and tensor.ndim == 2:
             new = {f"{_PROJECTION}.weight": tensor.T}
         else:
-            raise _no_place(name, tensor)
+            raise _no_counterpart(name, tensor)
         if not found.keys().isdisjoint(new):
             raise ValueError(f"{bare} is there twice, with `text.` and without")
         found |= new
@@ -89,9 +96,9 @@ def to_transformers(
 
 
 def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a CLIPTextModel, with `text_model.` or without, under open_clip's names.
+    """Rename the tensors of a CLIPTextModel, with `text_model.` or without, to open_clip's names.
 
-    Raises ValueError for a name that a CLIPTextModel has not, and for a layer without q, k or v.
+    Raises ValueError for a name that no CLIPTextModel has, and for a layer without q, k or v.
     """
     ends = {ours: theirs for theirs, ours in _ENDS.items()}
     block = {ours: theirs for theirs, ours in _BLOCK.items()}
@@ -110,7 +117,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif bare == f"{_PROJECTION}.weight" and tensor.ndim == 2:
             found[_PROJECTION] = tensor.T
         elif bare != "embeddings.position_ids":  # 0, 1, 2 …, which old files hold
-            raise _no_place(name, tensor)
+            raise _no_counterpart(name, tensor)
     for joined, qkv in parts.items():
         if len(qkv) < 3:
             raise ValueError(f"{joined} needs q, k and v; there is only {', '.join(sorted(qkv))}")
@@ -119,22 +126,22 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_prefix(name: str) -> str:
-    """A name without the `text.` that it has in open_clip's CustomTextCLIP."""
+    """Remove the prefix `text.` that names have in open_clip's CustomTextCLIP."""
     return name.removeprefix("text.")
 
 
 def beside(name: str, *, layers: int | None) -> bool:
-    """Whether a file may hold this and a text tower of its first `layers` blocks needs it not."""
+    """Whether a file may hold this tensor though a tower of `layers` blocks does not need it."""
     match = _BLOCK_NAME.fullmatch(name)
     dropped = match is not None and layers is not None and int(match[1]) >= layers
     return dropped or name.startswith((*_BESIDE, _PROJECTION))
 
 
 def text_config(name: str, *, layers: int | None = None) -> dict[str, Any]:
-    """What a CLIPTextConfig says of the text tower of an open_clip model, such as "ViT-H-14".
+    """The keys of a CLIPTextConfig for the text tower of an open_clip model, such as "ViT-H-14".
 
     layers: how many of its blocks are kept. Raises ValueError for a name that open_clip does not
-    know and for a tower that a CLIPTextModel cannot express, naming what is in the way.
+    know, and for a tower that a CLIPTextModel cannot express, naming the field.
     """
     import open_clip
 
@@ -146,10 +153,10 @@ def text_config(name: str, *, layers: int | None = None) -> dict[str, Any]:
     model = open_clip.get_model_config(name)
     assert model is not None
     tower = open_clip.CLIPTextCfg(**model["text_cfg"])
-    plain = open_clip.CLIPTextCfg()
+    default_tower = open_clip.CLIPTextCfg()
     for field in dataclasses.fields(tower):
-        value, default = getattr(tower, field.name), getattr(plain, field.name)
-        if field.name not in _SAID and value != default:
+        value, default = getattr(tower, field.name), getattr(default_tower, field.name)
+        if field.name not in _EXPRESSIBLE and value != default:
             raise _cannot(name, field.name, value, f"only {default!r}")
     activation = _activation(model, tower.act_kwargs)
     if activation is None:
@@ -176,7 +183,7 @@ def text_config(name: str, *, layers: int | None = None) -> dict[str, Any]:
 
 
 def clip_tokenizer(length: int) -> CLIPTokenizer:
-    """CLIP's tokenizer of 49,408 words from the file that open_clip brings; pads with "!", id 0.
+    """CLIP's tokenizer of 49,408 tokens from the file in open_clip; pads with "!", id 0.
 
     It splits text as open_clip's `SimpleTokenizer` does, but does not clean it first (ftfy, HTML's
     `&amp;`), knows no `<start_of_text>`, and a capital sigma that ends a word becomes σ, not ς.
@@ -186,8 +193,8 @@ def clip_tokenizer(length: int) -> CLIPTokenizer:
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
     symbols = list(bytes_to_unicode().values())
-    # The file has a title and more merges than the vocabulary has places for, beside the 256
-    # bytes, the same ending a word, start and end.
+    # The file has a title line and more merges than fit into the vocabulary beside the 256 bytes,
+    # the same at a word's end, start and end.
     merges = [tuple(line.split()) for line in lines[1 : VOCAB_SIZE - 2 * len(symbols) - 2 + 1]]
     words = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(m) for m in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
@@ -201,12 +208,12 @@ def clip_tokenizer(length: int) -> CLIPTokenizer:
 
 
 def find_weights(name: str, weights: Path | str) -> Path:
-    """The safetensors file of `weights`: a file itself, or a tag of open_clip's such as "openai".
+    """Find the safetensors file of `weights`: a path, or a tag of open_clip's such as "openai".
 
-    A tag's file is fetched from the Hugging Face Hub into its cache, and taken from there offline.
-    Not by open_clip, which fetches the pickle where it finds nothing else. Raises ValueError for a
-    tag that `name` has not, whose activation is another one, or that is pickled only, and when the
-    file is neither in the cache nor in reach.
+    The file of a tag is fetched from the Hugging Face Hub, or taken from its cache when offline;
+    not by open_clip, which would fetch a pickle where there is nothing else. Raises ValueError for
+    a tag that `name` does not have, that has another activation or only a pickle, and when the
+    file is neither in the cache nor reachable.
     """
     if isinstance(weights, Path) or Path(weights).suffix or Path(weights).is_file():
         return Path(weights)
@@ -227,7 +234,7 @@ def find_weights(name: str, weights: Path | str) -> Path:
         )
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if not repository:
-        raise ValueError(refuse_pickle(Path(tag["url"])))
+        raise ValueError(pickle_message(Path(tag["url"])))
     safe = Path(file).with_suffix(".safetensors").name if file else "open_clip_model.safetensors"
     try:
         return Path(hf_hub_download(repository, safe, library_name="latentdiff"))
@@ -237,7 +244,7 @@ def find_weights(name: str, weights: Path | str) -> Path:
         ) from error
     except EntryNotFoundError as error:
         raise ValueError(
-            refuse_pickle(Path(repository) / (file or "open_clip_pytorch_model.bin"))
+            pickle_message(Path(repository) / (file or "open_clip_pytorch_model.bin"))
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"{repository}: the Hugging Face Hub refuses it ({error})") from error
@@ -248,11 +255,11 @@ def _split_block(block: str, name: str, whole: str, tensor: Tensor) -> dict[str,
     if name in _BLOCK:
         return {f"{layer}.{_BLOCK[name]}": tensor}
     if name not in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        raise _no_place(whole, tensor)
+        raise _no_counterpart(whole, tensor)
     if tensor.ndim == 0 or len(tensor) % 3:
         raise ValueError(f"{whole} of shape {tuple(tensor.shape)} must hold q, k and v")
     kind = name.removeprefix("attn.in_proj_")
-    # Each a tensor of its own: parts of one would keep all three in memory, and in step.
+    # Copies: views of one tensor would keep all three in memory, and share their values.
     return {
         f"{layer}.self_attn.{part}_proj.{kind}": third.clone()
         for part, third in zip("qkv", tensor.chunk(3), strict=True)
@@ -272,7 +279,7 @@ def _cannot(name: str, field: str, value: Any, allowed: str) -> ValueError:
     )
 
 
-def _no_place(name: str, tensor: Tensor) -> ValueError:
+def _no_counterpart(name: str, tensor: Tensor) -> ValueError:
     return ValueError(
         f"{name[:120]!r} of shape {tuple(tensor.shape)} has no place in a CLIP text tower"
     )

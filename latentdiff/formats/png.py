@@ -1,7 +1,7 @@
-"""How an image was drawn, kept in its PNG file: a line for people, a record to draw it again.
+"""Metadata of a PNG file: how the image was drawn, as a line for people and as a JSON record.
 
 `parameters` is the text that AUTOMATIC1111's web UI writes (formats/a1111.py), which many programs
-show. `latentdiff` is JSON of ours, the only thing here that is read to draw an image again.
+show. `latentdiff` is our JSON record, the only one that is read to draw an image again.
 """
 
 import json
@@ -24,6 +24,7 @@ from typing import (
 
 from PIL import Image, PngImagePlugin
 
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.weights import replacing
 
 PARAMETERS = "parameters"
@@ -34,7 +35,7 @@ MAX_BYTES = 2**28  # of a file; Pillow reads a text chunk whole before it asks h
 
 
 class FileRecord(TypedDict):
-    """A file that an image was drawn from: its name, and what has to be in it."""
+    """A file that an image was drawn from: its name and hash."""
 
     name: str
     sha256: str
@@ -85,7 +86,7 @@ class Record(TypedDict):
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a PNG file says about its drawing; None where it says nothing."""
+    """The two texts of a PNG file; None for one that it does not hold."""
 
     parameters: str | None
     record: Record | None
@@ -98,7 +99,7 @@ def save_png(
     parameters: str | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a PNG file, atomically, with what is given about its drawing; the pixels stay the same.
+    """Write a PNG file, atomically, with the texts that are given; the pixels stay the same.
 
     `record` has the fields of `Record`; anything else is a ValueError.
     Texts may hold any characters: in the record they come back as they were, in `parameters` those
@@ -118,7 +119,7 @@ def save_png(
 
 
 def read_png(path: str | Path) -> Metadata:
-    """Read what a PNG file says about its drawing; no pixel is decoded.
+    """Read the metadata of a PNG file; no pixel is decoded.
 
     Raises ValueError, in one sentence that names the file, if it is not a PNG file or says nothing,
     and if its record is damaged, of another version, or has fields that are unknown, missing or of
@@ -164,7 +165,7 @@ def _record(content: str) -> Record:
         version = values.pop("version", None)
         if version != RECORD_VERSION or isinstance(version, bool):
             raise ValueError(
-                f"its version={_short(version)} is not {RECORD_VERSION}, the one known here"
+                f"its version={short_repr(version)} is not {RECORD_VERSION}, the one known here"
             )
         return _checked(values, Record, "record")
     except RecursionError:
@@ -176,7 +177,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
-    """A JSON value as the Python type `kind`; ValueError names what is not of it."""
+    """Convert a JSON value to the type `kind`; ValueError names the field of a wrong type."""
     if is_typeddict(kind):
         return _fields(value, kind, name)
     origin, arguments = get_origin(kind), get_args(kind)
@@ -185,7 +186,7 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
         return None if value is None else _checked(value, arguments[0], name)
     if origin is dict and isinstance(value, dict):
         return {
-            k: _checked(item, arguments[1], f"{name}[{_short(k)}]") for k, item in value.items()
+            k: _checked(item, arguments[1], f"{name}[{short_repr(k)}]") for k, item in value.items()
         }
     if origin is list and isinstance(value, list):
         return [_checked(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value)]
@@ -196,22 +197,16 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
     if type(value) is not kind:  # not isinstance: True is an int
         wanted = kind.__name__ if origin is None else str(kind)
         wanted = f"one of {', '.join(arguments)}" if origin is Literal else f"of type {wanted}"
-        raise ValueError(f"{name}={_short(value)} must be {wanted}")
+        raise ValueError(f"{name}={short_repr(value)} must be {wanted}")
     return value
 
 
 def _fields(value: Any, kind: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{name}={_short(value)} must be an object")
+        raise ValueError(f"{name}={short_repr(value)} must be an object")
     hints = get_type_hints(kind)
     for field in sorted(value.keys() - hints.keys()):
-        raise ValueError(f"{name} has a field {_short(field)} that is unknown")
+        raise ValueError(f"{name} has a field {short_repr(field)} that is unknown")
     for field in sorted(kind.__required_keys__ - value.keys()):
         raise ValueError(f"{name} has no field {field}")
     return {field: _checked(value[field], hints[field], f"{name}.{field}") for field in value}
-
-
-def _short(value: Any) -> str:
-    """How a value looks, in as many characters as a sentence bears."""
-    text = ascii(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,16 +1,18 @@
-"""scheduler/scheduler_config.json: a `Diffusion`'s fields in diffusers' words, and back.
+"""scheduler/scheduler_config.json: a `Diffusion`'s fields to the keys of diffusers, and back.
 
-Written with the class defaults of diffusers 0.42.1, the words of which are the format's.
+The keys, and the defaults of those that a file lacks, are those of diffusers 0.42.1.
 """
 
 from typing import Any
 
+from latentdiff.formats.header import short_repr
+
 _COSINE = "squaredcos_cap_v2"
 
-# Our v is divided by alpha^2 + sigma^2 on reading; diffusers' v_prediction on a flow is not.
+# We divide v by alpha^2 + sigma^2 when x0 is computed; on a flow diffusers' v_prediction does not.
 _FLOW_V_PREDICTION = "normalized_v_prediction"
 
-# A published configuration may lack any key; its class's default is meant then.
+# A published configuration may lack any key, which then has the default of its class.
 _DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -73,7 +75,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "invert_sigmas": (None, False),
 }
 
-# What the keys that are read must be; bool counts as no number here, though Python's does.
+# Types of the keys that are read; a bool is not accepted as a number, though it is one in Python.
 _TYPES: dict[str, tuple[type, ...]] = {
     "num_train_timesteps": (int,),
     "beta_start": (int, float),
@@ -86,6 +88,28 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "use_flow_sigmas": (bool,),
 }
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+_LEARNED_VARIANCE = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
+# lambda_min_clipped is left at its default, -infinity, which JSON cannot write.
+_FLOW_SOLVER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "beta_schedule": _DEFAULTS["beta_schedule"],  # unused, as use_flow_sigmas is true
+    "use_flow_sigmas": True,
+    "flow_shift": 1.0,
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "final_sigmas_type": "zero",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+    "variance_type": None,
+}
 
 
 def to_config(
@@ -108,9 +132,9 @@ def to_config(
     learned DDPMScheduler: it splits the network's output at the sample's own channels and draws
     with the variance, where diffusers' DPM-Solvers keep the first three channels, of whatever
     latents, and DDIM splits nothing. Every key is written, since the classes' defaults are rarely
-    what is meant. Three pairs have no word in diffusers: `score`, `flow_prediction` on beta
-    schedules, `v_prediction` on `flow`. They are written in words of ours, at which diffusers stops
-    in the first step rather than draw a wrong image.
+    what is meant. Three pairs have no name in diffusers: `score`, `flow_prediction` on beta
+    schedules, `v_prediction` on `flow`. They are written under names of ours, at which diffusers
+    stops in the first step rather than draw a wrong image.
     """
     config: dict[str, Any] = {
         "_class_name": "DDIMScheduler",
@@ -127,60 +151,38 @@ def to_config(
         "sample_max_value": 1.0,
         "rescale_betas_zero_snr": rescale_betas_zero_snr,
     }
-    if schedule != "flow":
-        learned = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
-        return config | {
-            "clip_sample": False,
-            "clip_sample_range": 1.0,
-            "set_alpha_to_one": set_alpha_to_one,
-            **(learned if learned_variance else {}),
-        }
-    # lambda_min_clipped keeps its default, -infinity, which JSON cannot write.
-    return config | {
-        "_class_name": "DPMSolverMultistepScheduler",
-        "beta_schedule": _DEFAULTS["beta_schedule"],  # unused, as use_flow_sigmas is true
-        "prediction_type": _FLOW_V_PREDICTION if prediction == "v_prediction" else prediction,
-        "use_flow_sigmas": True,
-        "flow_shift": 1.0,
-        "solver_order": 2,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "lower_order_final": True,
-        "euler_at_final": False,
-        "final_sigmas_type": "zero",
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "use_lu_lambdas": False,
-        "use_dynamic_shifting": False,
-        "time_shift_type": "exponential",
-        "variance_type": None,
-    }
+    if schedule == "flow":
+        if prediction == "v_prediction":
+            config["prediction_type"] = _FLOW_V_PREDICTION
+        return config | _FLOW_SOLVER
+    config |= {"clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": set_alpha_to_one}
+    return config | (_LEARNED_VARIANCE if learned_variance else {})
 
 
 def from_config(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of the `Diffusion` that a diffusers scheduler was configured for.
 
-    What concerns only the way of sampling (solver, Karras levels, …) is left to whoever chooses a
-    sampler, and `clip_sample` is off, as in StableDiffusionPipeline. Raises ValueError for an
+    Keys that concern sampling alone (solver, Karras levels, …) are ignored, and `clip_sample` is
+    off, as in StableDiffusionPipeline. Raises ValueError for an
     unknown scheduler class, for a value of a wrong type, and for one that would change the noise
     levels or the meaning of the network's output in a way that is not supported.
     """
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _CLASS_DEFAULTS:
         known = ", ".join(_CLASS_DEFAULTS)
-        raise ValueError(f"scheduler _class_name={_shown(name)} must be one of {known}")
+        raise ValueError(f"scheduler _class_name={short_repr(name)} must be one of {known}")
     values = _DEFAULTS | _CLASS_DEFAULTS[name] | config
     for key, supported in _SUPPORTED.items():
         if values.get(key) not in supported:
             allowed = " or ".join(str(value) for value in supported if value is not None)
             raise ValueError(
-                f"scheduler {key}={_shown(values[key])} is not supported, only {allowed or None}"
+                f"scheduler {key}={short_repr(values[key])} is not supported, only "
+                f"{allowed or None}"
             )
     for key, types in _TYPES.items():
         value = values[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise ValueError(f"scheduler {key}={_shown(value)} must be {_WORDS[types[-1]]}")
+            raise ValueError(f"scheduler {key}={short_repr(value)} must be {_WORDS[types[-1]]}")
     prediction = values["prediction_type"]
     fields: dict[str, Any] = {
         "prediction": prediction,
@@ -201,9 +203,3 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
         return fields | {"schedule": "cosine"}
     betas = {"beta_start": values["beta_start"], "beta_end": values["beta_end"]}
     return fields | betas | {"schedule": values["beta_schedule"]}
-
-
-def _shown(value: Any) -> str:
-    """The value as part of a sentence, short whatever a file may hold."""
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,7 +1,7 @@
 """A model in one safetensors file, as A1111 and ComfyUI keep them, both ways.
 
-Weights stand in it under LDM's names; the configurations do not stand in it at all, so that other
-tools guess them. Files of ours hold them too, in their metadata, and come back exactly.
+Weights have LDM's names in it. Other tools' files do not hold the configs, which each tool infers;
+our files hold them too, in their metadata, and are read back exactly.
 """
 
 import re
@@ -14,26 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.formats.header import read_header, shown
+from latentdiff.formats.header import Header, read_header, short_repr
+from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm import keys as ldm_keys
-from latentdiff.formats.ldm import loaders
-from latentdiff.formats.ldm import shapes as ldm_shapes
-from latentdiff.formats.ldm.description import load_description, obstacles, save_description, to_ldm
-from latentdiff.formats.ldm.guesses import Configurations, Evidence, assume, looks_like_v
+from latentdiff.formats.ldm.inferred_config import (
+    CheckpointInfo,
+    ModelConfigs,
+    infer_configs,
+    looks_like_v,
+)
 from latentdiff.formats.ldm.modelspec import (
-    OURS,
+    OUR_KEY,
     TOKENIZER_FILES,
     modelspec,
-    pack,
+    pack_configs,
     tensor_hash,
-    unpack,
+    unpack_configs,
+)
+from latentdiff.formats.ldm.shapes import Shapes, refuse_other_checkpoints
+from latentdiff.formats.ldm.yaml_config import (
+    load_ldm_config,
+    save_ldm_config,
+    to_ldm_config,
+    unsupported_by_ldm,
 )
 from latentdiff.formats.open_clip import from_transformers, to_transformers
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
 
-_PARTS = ("unet", "vae", "clip", "open_clip", "buffer")
+_COMPONENTS = ("unet", "vae", "clip", "open_clip", "buffer")
 _EMA = "model_ema.diffusion_model"
-# What training leaves behind in a checkpoint and drawing does not need.
+# Tensors that training leaves in a checkpoint and sampling does not need.
 _IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*|lora_.*|.*\.lora_.*"
     r"|cond_stage_model\.transformer\.(text_model\.embeddings\.position_ids"
@@ -47,7 +57,7 @@ _IGNORED = re.compile(
 
 @dataclass
 class SingleFile:
-    """A whole model: weights and configurations under diffusers' and transformers' names."""
+    """All of a model: weights and configs under diffusers' and transformers' names."""
 
     unet: dict[str, Tensor]
     vae: dict[str, Tensor]
@@ -58,7 +68,7 @@ class SingleFile:
     text_config: dict[str, Any]
     scheduler_config: dict[str, Any]
     tokenizer: dict[str, str] | None = None
-    """The text of the files in `TOKENIZER_FILES`, of those there are; None if it is not known."""
+    """The text of each of `TOKENIZER_FILES` that the model has; None if there is no tokenizer."""
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -71,26 +81,113 @@ def read_single_file(
 ) -> SingleFile:
     """Read a checkpoint of SD 1.x or 2.x, or one of ours of any shape.
 
-    What a model is shows in names and shapes of its tensors; the file's name does not count. What
-    does not show comes from our metadata, from `config` (an LDM YAML file, or a diffusers folder
-    with the model's configurations), from what other tools left in the file, and last from the
+    The configs are inferred from the names and shapes of the tensors, never from the file's name.
+    What those do not show comes from our metadata, from `config` (an LDM YAML file, or a diffusers
+    folder with the model's configs), from what other tools left in the file, and last from the
     conventions of SD; where those are not sure, a warning says what was assumed.
-    ema: take the running averages of the UNet's weights that some files hold besides.
+    ema: take the averaged weights of the UNet, which some files hold beside the others.
     dtype: what weights become, one after another; None leaves them as they are.
     Raises ValueError for a file that is anything else, saying what it seems to be, and for one
-    with a tensor that nobody knows, naming it.
+    with an unknown tensor, naming it.
     """
     path = Path(path)
     header = read_header(path)
-    ldm_shapes.refuse_others(path, header.shapes)
+    refuse_other_checkpoints(path, header.shapes)
+    weights = _read_weights(path, header, ema=ema, dtype=dtype)
     try:
-        names = _names(header.shapes, ema=ema)
-        expected = {
-            ours: torch.empty(header.shapes[name], dtype=header.dtypes[name], device="meta")
-            for name, ours in names.items()
-        }
+        configs, ldm_config, tokenizer = _given_configs(config, header.metadata)
+        text_encoder = weights["clip"]
+        if not text_encoder:
+            layers = _num_layers(weights["open_clip"], configs, ldm_config)
+            text_encoder = to_transformers(weights["open_clip"], layers=layers)
+        if configs is None:
+            info = CheckpointInfo(
+                unet=weights["unet"],
+                vae=weights["vae"],
+                text_encoder=text_encoder,
+                open_clip=bool(weights["open_clip"]),
+                names=header.shapes,
+                buffers=weights["buffer"],
+                metadata=header.metadata,
+            )
+            configs, notes = infer_configs(info, ldm_config)
+            if notes:
+                warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return SingleFile(
+        unet=weights["unet"],
+        vae=weights["vae"],
+        text_encoder=text_encoder,
+        unet_config=configs.unet,
+        vae_config=configs.vae,
+        text_config=configs.text_encoder,
+        scheduler_config=configs.scheduler,
+        tokenizer=tokenizer,
+        metadata={key: value for key, value in header.metadata.items() if key != OUR_KEY},
+    )
+
+
+def write_single_file(
+    model: SingleFile, path: str | Path, *, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Write a model as one safetensors file; returns sentences on which tools load it.
+
+    Where other tools cannot infer the model from its tensors and LDM can express it, its LDM config
+    is written beside the file, with `.yaml` for `.safetensors`. The model's configs must have all
+    keys, and only values that JSON has.
+    dtype: what weights are converted to; None leaves them as they are.
+    Raises ValueError if `path` does not end in `.safetensors`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path={str(path)!r} must end in .safetensors")
+    unet, vae, text = model.unet_config, model.vae_config, model.text_config
+    scheduler = model.scheduler_config
+    is_sd = compatibility.is_sd_shape(unet, vae, text)
+    open_clip = not compatibility.differences(text, compatibility.SD2_TOWER)
+    tensors = _to_ldm(model, dtype, open_clip=open_clip)
+    configs = ModelConfigs(unet, vae, text, scheduler)
+    metadata = {
+        **modelspec(configs, model.metadata, title=path.stem, is_sd=is_sd),
+        "modelspec.hash_sha256": tensor_hash(tensors),
+        OUR_KEY: pack_configs(configs, model.tokenizer),
+    }
+    save_safetensors(tensors, path, metadata)
+
+    unsupported = unsupported_by_ldm(unet, vae, scheduler)
+    is_default = is_sd and not unet["use_linear_projection"] and _is_epsilon(scheduler)
+    yaml_path = path.with_suffix(".yaml")
+    writes_yaml = not unsupported and not is_default
+    if writes_yaml:
+        save_ldm_config(to_ldm_config(unet, vae, text, scheduler, open_clip=open_clip), yaml_path)
+    sentences = compatibility.describe_compatibility(
+        unet,
+        vae,
+        text,
+        scheduler,
+        (model.tokenizer or {}).get("merges.txt"),
+        looks_like_v=looks_like_v(model.unet, unet),
+        yaml_name=yaml_path.name if writes_yaml else None,
+        unsupported=unsupported,
+    )
+    if not writes_yaml and yaml_path.exists():
+        sentences.append(f"A1111 reads {yaml_path.name}, which lies there and is of another model.")
+    return sentences
+
+
+def _read_weights(
+    path: Path, header: Header, *, ema: bool, dtype: torch.dtype | None
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each of `_COMPONENTS` by the names that `_names` gives them."""
+    try:
+        names = _names(header.shapes, ema=ema)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    expected = {
+        ours: torch.empty(header.shapes[name], dtype=header.dtypes[name], device="meta")
+        for name, ours in names.items()
+    }
     tensors = load_safetensors(
         path,
         expected=expected,
@@ -98,152 +195,70 @@ def read_single_file(
         rename=lambda name: names.get(name, f"ignored {name}"),
         dtype=dtype,
     )
-    parts = {part: _take(tensors, f"{part} ") for part in _PARTS}
-    for name, tensor in parts["vae"].items():
+    weights: dict[str, dict[str, Tensor]] = {component: {} for component in _COMPONENTS}
+    for ours in list(tensors):
+        component, _, name = ours.partition(" ")
+        weights[component][name] = tensors.pop(ours)
+    for name, tensor in weights["vae"].items():
         if ldm_keys.is_vae_convolution(name) and tensor.ndim > 2:
-            parts["vae"][name] = tensor.flatten(1)
-    try:
-        whole, described, tokenizer = _configurations(config, header.metadata)
-        text = parts["clip"]
-        if not text:
-            text = to_transformers(parts["open_clip"], layers=_layers(parts, whole, described))
-        if whole is None:
-            evidence = Evidence(
-                unet=parts["unet"],
-                vae=parts["vae"],
-                text_encoder=text,
-                open_clip=bool(parts["open_clip"]),
-                names=header.shapes,
-                buffers=parts["buffer"],
-                metadata=header.metadata,
-            )
-            whole, notes = assume(evidence, described)
-            if notes:
-                warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return SingleFile(
-        unet=parts["unet"],
-        vae=parts["vae"],
-        text_encoder=text,
-        unet_config=whole.unet,
-        vae_config=whole.vae,
-        text_config=whole.text_encoder,
-        scheduler_config=whole.scheduler,
-        tokenizer=tokenizer,
-        metadata={key: value for key, value in header.metadata.items() if key != OURS},
-    )
+            weights["vae"][name] = tensor.flatten(1)
+    return weights
 
 
-def write_single_file(
-    single_file: SingleFile, path: str | Path, *, dtype: torch.dtype | None = None
-) -> list[str]:
-    """Write a model as one safetensors file; returns sentences on which tools load it.
+def _names(shapes: Shapes, *, ema: bool) -> dict[str, str]:
+    """Each name in the file that is read -> its component, a space, and diffusers' name.
 
-    Where other tools cannot guess the model from its tensors and LDM has words for it, its LDM
-    description is written beside the file, with `.yaml` for `.safetensors`. Configurations must be
-    whole, and hold nothing that JSON cannot say.
-    dtype: what weights are converted to; None leaves them as they are.
-    Raises ValueError if `path` does not end in `.safetensors`.
+    Tensors of an open_clip text tower keep their names. ValueError names an unknown tensor.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path={str(path)!r} must end in .safetensors")
-    unet, vae, text = single_file.unet_config, single_file.vae_config, single_file.text_config
-    scheduler = single_file.scheduler_config
-    is_sd = loaders.is_sd_shape(unet, vae, text)
-    open_clip = not loaders.differences(text, loaders.SD2_TOWER)
-    tensors = _to_ldm(single_file, dtype, open_clip=open_clip)
-    whole = Configurations(unet, vae, text, scheduler)
-    metadata = {
-        **modelspec(whole, single_file.metadata, title=path.stem, is_sd=is_sd),
-        "modelspec.hash_sha256": tensor_hash(tensors),
-        OURS: pack(whole, single_file.tokenizer),
-    }
-    save_safetensors(tensors, path, metadata)
-
-    in_the_way = obstacles(unet, vae, scheduler)
-    plain = is_sd and not unet["use_linear_projection"] and _is_epsilon(scheduler)
-    beside = path.with_suffix(".yaml")
-    description = beside if not in_the_way and not plain else None
-    if description is not None:
-        save_description(to_ldm(unet, vae, text, scheduler, open_clip=open_clip), description)
-    found = loaders.sentences(
-        unet,
-        vae,
-        text,
-        scheduler,
-        (single_file.tokenizer or {}).get("merges.txt"),
-        looks_like_v=looks_like_v(single_file.unet, unet),
-        description=None if description is None else description.name,
-        obstacles=in_the_way,
-    )
-    if description is None and beside.exists():
-        found.append(f"A1111 reads {beside.name}, which lies there and is of another model.")
-    return found
-
-
-def _names(shapes: Mapping[str, object], *, ema: bool) -> dict[str, str]:
-    """Of each tensor that is read, by the file's name: part, space, diffusers' name.
-
-    Text towers of open_clip keep their names. ValueError names a tensor that nobody knows.
-    """
-    unknown = [
-        name
-        for name in shapes
-        if not _IGNORED.fullmatch(name)
-        and not name.startswith((ldm_keys.UNET, ldm_keys.VAE, ldm_keys.CLIP, ldm_keys.OPEN_CLIP))
-    ]
+    prefixes = (ldm_keys.UNET, ldm_keys.VAE, ldm_keys.CLIP, ldm_keys.OPEN_CLIP)
+    read = [name for name in shapes if not _IGNORED.fullmatch(name)]
+    unknown = [name for name in read if not name.startswith(prefixes)]
     if unknown:
-        raise ValueError(f"tensor {shown(min(unknown))} is nothing that SD 1.x and 2.x have")
+        raise ValueError(f"tensor {short_repr(min(unknown))} is nothing that SD 1.x and 2.x have")
     names = {name: f"buffer {name}" for name in ("betas", "scale_factor") if name in shapes}
-    for part, prefix, rename in (
+    for component, prefix, rename in (
         ("unet", ldm_keys.UNET, ldm_keys.unet_from_ldm),
         ("vae", ldm_keys.VAE, ldm_keys.vae_from_ldm),
         ("clip", ldm_keys.CLIP, ldm_keys.clip_from_ldm),
         ("open_clip", ldm_keys.OPEN_CLIP, lambda names: {name: name for name in names}),
     ):
-        there = [
-            name.removeprefix(prefix)
-            for name in shapes
-            if name.startswith(prefix) and not _IGNORED.fullmatch(name)
-        ]
-        for ldm, theirs in rename(there).items():
-            names[prefix + ldm] = f"{part} {theirs}"
+        ldm_names = [name.removeprefix(prefix) for name in read if name.startswith(prefix)]
+        for ldm_name, name in rename(ldm_names).items():
+            names[prefix + ldm_name] = f"{component} {name}"
     if ema:
-        names = {_ema_name(name): theirs for name, theirs in names.items()}
+        names = {_ema_name(name): ours for name, ours in names.items()}
         missing = [name for name in names if name not in shapes]
         if missing:
-            raise ValueError(f"ema=True, but it holds no {shown(missing[0])}")
+            raise ValueError(f"ema=True, but it holds no {short_repr(missing[0])}")
     return names
 
 
 def _ema_name(name: str) -> str:
-    """LitEma's name of a parameter: without dots (ldm/modules/ema.py). Only the UNet has any."""
+    """LitEma's name of a UNet's parameter, without dots (ldm/modules/ema.py); or `name` itself."""
     bare = name.removeprefix(ldm_keys.UNET)
     return name if bare == name else _EMA + bare.replace(".", "")
 
 
-def _configurations(
+def _given_configs(
     config: str | Path | None, metadata: Mapping[str, str]
-) -> tuple[Configurations | None, dict[str, dict[str, Any]] | None, dict[str, str] | None]:
-    """Configurations that are known whole, what an LDM description says, tokenizer: what there is.
+) -> tuple[ModelConfigs | None, dict[str, dict[str, Any]] | None, dict[str, str] | None]:
+    """What need not be inferred: complete configs, the content of an LDM config, the tokenizer.
 
-    `config` goes before our own metadata.
+    `config` goes before our metadata; what neither holds is None.
     """
     if config is None:
-        if OURS not in metadata:
+        if OUR_KEY not in metadata:
             return None, None, None
-        whole, tokenizer = unpack(metadata[OURS])
-        return whole, None, tokenizer
+        configs, tokenizer = unpack_configs(metadata[OUR_KEY])
+        return configs, None, tokenizer
     config = Path(config)
     if config.is_file():
-        return None, load_description(config), None
+        return None, load_ldm_config(config), None
     if not config.is_dir():
         raise ValueError(
             f"config={str(config)!r} must be an LDM YAML file or a diffusers folder that is there"
         )
-    whole = Configurations(
+    configs = ModelConfigs(
         unet=load_json(config / "unet" / "config.json"),
         vae=load_json(config / "vae" / "config.json"),
         text_encoder=load_json(config / "text_encoder" / "config.json"),
@@ -251,78 +266,74 @@ def _configurations(
     )
     files = [config / "tokenizer" / name for name in TOKENIZER_FILES]
     tokenizer = {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
-    return whole, None, tokenizer or None
+    return configs, None, tokenizer or None
 
 
-def _layers(
-    parts: Mapping[str, Mapping[str, Tensor]],
-    whole: Configurations | None,
-    described: Mapping[str, Mapping[str, Any]] | None,
+def _num_layers(
+    open_clip: Mapping[str, Tensor],
+    configs: ModelConfigs | None,
+    ldm_config: Mapping[str, Mapping[str, Any]] | None,
 ) -> int:
-    """How many of an open_clip tower's blocks are in use: of SD 2.x's, all 24 but the last."""
-    if whole is not None and isinstance(whole.text_encoder.get("num_hidden_layers"), int):
-        return whole.text_encoder["num_hidden_layers"]
-    there = ldm_keys.count(parts["open_clip"], "transformer.resblocks.")
-    if described is not None:
-        penultimate = described["text_encoder"]["layer"] == "penultimate"
+    """How many layers of an open_clip tower are used: in SD 2.x, all 24 but the last."""
+    if configs is not None and isinstance(configs.text_encoder.get("num_hidden_layers"), int):
+        return configs.text_encoder["num_hidden_layers"]
+    layers = ldm_keys.count(open_clip, "transformer.resblocks.")
+    if ldm_config is not None:
+        penultimate = ldm_config["text_encoder"]["layer"] == "penultimate"
     else:
-        penultimate = there == loaders.SD2_TOWER["num_hidden_layers"] + 1
-    return there - penultimate
+        penultimate = layers == compatibility.SD2_TOWER["num_hidden_layers"] + 1
+    return layers - penultimate
 
 
-def _to_ldm(
-    single_file: SingleFile, dtype: torch.dtype | None, *, open_clip: bool
-) -> dict[str, Tensor]:
-    """All tensors of the file under its names."""
+def _to_ldm(model: SingleFile, dtype: torch.dtype | None, *, open_clip: bool) -> dict[str, Tensor]:
+    """The tensors of the file that is written, under LDM's names."""
     tensors = {}
-    for ours, theirs in ldm_keys.unet_to_ldm(single_file.unet).items():
-        tensors[ldm_keys.UNET + theirs] = single_file.unet[ours]
-    for ours, theirs in ldm_keys.vae_to_ldm(single_file.vae).items():
-        tensor = single_file.vae[ours]
-        convolution = ldm_keys.is_vae_convolution(ours)
-        tensors[ldm_keys.VAE + theirs] = tensor[:, :, None, None] if convolution else tensor
+    for name, ldm_name in ldm_keys.unet_to_ldm(model.unet).items():
+        tensors[ldm_keys.UNET + ldm_name] = model.unet[name]
+    for name, ldm_name in ldm_keys.vae_to_ldm(model.vae).items():
+        tensor = model.vae[name]
+        convolution = ldm_keys.is_vae_convolution(name)
+        tensors[ldm_keys.VAE + ldm_name] = tensor[:, :, None, None] if convolution else tensor
     if open_clip:
-        tower = _whole_tower(from_transformers(single_file.text_encoder))
+        tower = _with_unused_layer(from_transformers(model.text_encoder))
         tensors |= {ldm_keys.OPEN_CLIP + name: tensor for name, tensor in tower.items()}
     else:
-        for ours, theirs in ldm_keys.clip_from_ldm(single_file.text_encoder).items():
-            tensors[ldm_keys.CLIP + theirs] = single_file.text_encoder[ours]
+        for name, ldm_name in ldm_keys.clip_from_ldm(model.text_encoder).items():
+            tensors[ldm_keys.CLIP + ldm_name] = model.text_encoder[name]
     tensors = {
         name: tensor.detach().to(device="cpu", dtype=dtype) for name, tensor in tensors.items()
     }
-    # Empty, as ComfyUI writes the one for every v model (model_base.py); A1111 reads the other.
-    for name, there in (
-        ("v_pred", single_file.scheduler_config["prediction_type"] == "v_prediction"),
-        ("ztsnr", single_file.scheduler_config.get("rescale_betas_zero_snr")),
+    # Empty marks: ComfyUI writes v_pred for every v model (model_base.py), A1111 reads ztsnr.
+    for name, applies in (
+        ("v_pred", model.scheduler_config["prediction_type"] == "v_prediction"),
+        ("ztsnr", model.scheduler_config.get("rescale_betas_zero_snr")),
     ):
-        if there:
+        if applies:
             tensors[name] = torch.empty(0)
     return tensors
 
 
-def _whole_tower(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SD 2.x's text tower with the last layer and the projection, which are there but not in use.
+def _with_unused_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SD 2.x's text tower with its last layer and projection, which files hold and nothing uses.
 
-    Tools build all 24 layers and stop before the last. The one before stands in for it, as with
-    kohya's trainer.
+    Tools build all 24 layers and stop before the last. A copy of the layer before it fills its
+    place, as in files of kohya's trainer.
     """
-    unused = loaders.SD2_TOWER["num_hidden_layers"]
+    unused = compatibility.SD2_TOWER["num_hidden_layers"]
     last, extra = f"transformer.resblocks.{unused - 1}.", f"transformer.resblocks.{unused}."
     for name in [name for name in tensors if name.startswith(last)]:
         tensors[extra + name.removeprefix(last)] = tensors[name].clone()
-    like = tensors["token_embedding.weight"]
-    tensors["text_projection"] = torch.eye(like.shape[1], dtype=like.dtype)
-    tensors["logit_scale"] = torch.ones((), dtype=like.dtype)
+    embedding = tensors["token_embedding.weight"]
+    tensors["text_projection"] = torch.eye(embedding.shape[1], dtype=embedding.dtype)
+    tensors["logit_scale"] = torch.ones((), dtype=embedding.dtype)
     return tensors
 
 
 def _is_epsilon(scheduler: Mapping[str, Any]) -> bool:
-    """Whether it is what every tool takes for granted: SD's betas and noise to predict."""
-    expected = {**loaders.SD_BETAS, "prediction_type": "epsilon", "use_flow_sigmas": False}
-    return not loaders.differences(scheduler, expected)
-
-
-def _take(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """Take the tensors whose names begin with `part` out, without it."""
-    names = [name for name in tensors if name.startswith(part)]
-    return {name.removeprefix(part): tensors.pop(name) for name in names}
+    """Whether it is what every tool assumes by default: SD's betas and noise prediction."""
+    expected = {
+        **compatibility.SD_BETAS,
+        "prediction_type": "epsilon",
+        "use_flow_sigmas": False,
+    }
+    return not compatibility.differences(scheduler, expected)

@@ -1,6 +1,6 @@
-"""Weights and configurations on disk: safetensors and JSON, nothing else, written atomically.
+"""Weights as safetensors and configurations as JSON, one file each, written atomically.
 
-Pickled checkpoints (.ckpt, .pt, .bin) run code when they are opened, so nothing here reads one.
+Pickled checkpoints (.ckpt, .pt, .bin) can run code when they are opened, so nothing here reads one.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.formats.header import Header, named, parse_json, read_header
+from latentdiff.formats.header import Header, name_repr, parse_json, read_header
 
 MAX_JSON_BYTES = 16_000_000  # an index of 50,000 tensors, the most that we read, has 5 MB
 
@@ -28,12 +28,13 @@ def load_safetensors(
     rename: Callable[[str], str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, by name; the content decides, not the extension.
+    """Read the tensors of a safetensors file, by name, whatever the file's extension.
 
-    expected: tensors (meta ones will do) with the names, shapes and kinds of number that the file
-    must hold; compared with its header before any memory is taken for weights.
-    optional: of a name that is not expected, whether the file may hold it; it is not read then.
-    rename: our name for a name of the file; `expected` and `optional` are in our names.
+    expected: tensors (meta ones will do) with the names, the shapes and the kinds of number,
+    floating-point or not, that the file must hold; compared with its header before any memory is
+    taken for weights.
+    optional: whether the file may hold a tensor that is not expected, by its name; it is not read.
+    rename: our name for a name in the file; `expected` and `optional` use our names.
     dtype: what floating-point numbers become, one tensor after another.
     Raises ValueError if the file is missing, is not safetensors, is damaged, does not fit
     `expected` or holds NaN or infinity.
@@ -51,39 +52,41 @@ def load_safetensors(
 
 def load_files(
     headers: Mapping[Path, Header],
-    whole: Path,
+    source: Path,
     *,
     expected: Mapping[str, Tensor] | None,
     optional: Callable[[str], bool] | None,
     rename: Callable[[str], str] | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Read files that together hold one set of weights, as `load_safetensors` reads one.
+    """Read files that together hold the weights of a network, as `load_safetensors` reads one.
 
-    All that the headers say is checked before the first tensor; `whole` stands for the files in
-    messages.
+    All headers are checked before the first tensor is read. source: the path that error messages
+    name, of the one file or of the index.
     """
-    places: dict[str, tuple[Path, str]] = {}  # by our name
+    locations: dict[str, tuple[Path, str]] = {}  # by our name
     for path, header in headers.items():
         for name in header.shapes:
             ours = name if rename is None else rename(name)
-            unasked = expected is not None and ours not in expected
-            if unasked and optional is not None and optional(ours):
+            unexpected = expected is not None and ours not in expected
+            if unexpected and optional is not None and optional(ours):
                 continue
-            if ours in places:
-                raise ValueError(f"{whole}: tensor {named(ours)} is there twice")
-            places[ours] = (path, name)
+            if ours in locations:
+                raise ValueError(f"{source}: tensor {name_repr(ours)} is there twice")
+            locations[ours] = (path, name)
     if expected is not None:
-        _check_fit(whole, expected, {n: headers[p].shapes[k] for n, (p, k) in places.items()})
-        for ours, (path, name) in places.items():
+        _check_shapes(
+            source, expected, {n: headers[p].shapes[k] for n, (p, k) in locations.items()}
+        )
+        for ours, (path, name) in locations.items():
             if expected[ours].is_floating_point() != headers[path].dtypes[name].is_floating_point:
                 raise ValueError(
-                    f"{whole}: tensor {ours} holds {headers[path].dtypes[name]} numbers"
+                    f"{source}: tensor {ours} holds {headers[path].dtypes[name]} numbers"
                 )
     tensors = {}
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in headers}
-        for ours, (path, name) in places.items():
+        for ours, (path, name) in locations.items():
             tensors[ours] = _read(files[path], headers[path], name, dtype)
     return tensors
 
@@ -91,9 +94,9 @@ def load_files(
 def save_safetensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors: whoever opens `path` sees the old file or the new, whole.
+    """Write tensors as safetensors, atomically: `path` is always the complete old or new file.
 
-    `metadata` is kept in the file's header beside `format: pt`, which transformers asks for.
+    `metadata` goes into the file's header beside `format: pt`, which transformers asks for.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(Path(path)) as temporary:
@@ -125,24 +128,23 @@ def save_json(content: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _check_fit(
-    whole: Path, expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]
+def _check_shapes(
+    source: Path, expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    wrong = [name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)]
     if wrong:
         first = min(wrong)
         raise ValueError(
-            f"{whole} does not fit the configuration in {len(wrong)} tensors, first "
-            f"{named(first)}: "
-            f"{found.get(first, 'missing')} in the file, "
+            f"{source} does not fit the configuration in {len(wrong)} tensors, first "
+            f"{name_repr(first)}: {shapes.get(first, 'missing')} in the file, "
             f"{wanted.get(first, 'none')} by the configuration"
         )
 
 
 def _read(file: BufferedReader, header: Header, name: str, dtype: torch.dtype | None) -> Tensor:
-    """One tensor in memory of its own: a map of the file would die with the file."""
-    begin, end = header.places[name]
+    """Read one tensor into memory: a memory map would be lost with the file."""
+    begin, end = header.byte_ranges[name]
     numbers = torch.empty(end - begin, dtype=torch.uint8)
     file.seek(begin)
     if file.readinto(numbers.numpy().data) != end - begin:
@@ -153,20 +155,20 @@ def _read(file: BufferedReader, header: Header, name: str, dtype: torch.dtype | 
     converted = tensor if dtype is None else tensor.to(dtype)
     if not _finite(converted):
         if _finite(tensor):
-            raise ValueError(f"{file.name}: tensor {named(name)} is too large for {dtype}")
-        raise ValueError(f"{file.name}: tensor {named(name)} holds NaN or infinite numbers")
+            raise ValueError(f"{file.name}: tensor {name_repr(name)} is too large for {dtype}")
+        raise ValueError(f"{file.name}: tensor {name_repr(name)} holds NaN or infinite numbers")
     return converted
 
 
 def _finite(tensor: Tensor) -> bool:
-    # Least and greatest are NaN where any number is, and take a thirtieth of isfinite's time.
+    # aminmax gives NaN if any number is NaN, and takes a thirtieth of isfinite's time.
     numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return numbers.numel() == 0 or bool(torch.stack(numbers.aminmax()).isfinite().all())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; once it is on disk, it takes `path`'s place.
+    """Yield a temporary path beside `path`; the file written there then replaces `path`.
 
     The temporary file is in the same folder because os.replace is atomic only within one file
     system, and it is synchronised first because otherwise a power cut leaves an empty file under

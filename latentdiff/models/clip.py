@@ -1,4 +1,4 @@
-"""Our two CLIP towers (Radford et al. 2021): transformers' `CLIPModel`, started from scratch."""
+"""New CLIPs to train from scratch (Radford et al. 2021), as transformers' `CLIPModel`."""
 
 from dataclasses import dataclass
 
@@ -29,8 +29,8 @@ def new_clip(
 ) -> CLIPModel:
     """Randomly initialised towers for the tokenizer's vocabulary and images of `image_size`.
 
-    text: what the text tower is, in place of what `size` says of it. Raises ValueError when the
-    patches do not tile the image.
+    text: the text tower's configuration, in place of the one that follows from `size`. Raises
+    ValueError when the patches do not tile the image.
     """
     if image_size % size.patch_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""CLIPs that were trained before: both towers of a folder, or a text tower for a new CLIP.
+"""Load pretrained CLIPs: both towers of a folder, or a text tower for a new CLIP.
 
 B images, H x W their size.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
-from latentdiff.formats.header import shown
-from latentdiff.formats.hub import fetch_towers
+from latentdiff.formats.header import short_repr
+from latentdiff.formats.hub import fetch_clip
 from latentdiff.formats.ldm.keys import TEXT_MODEL
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.text import TextEncoder
@@ -27,7 +27,7 @@ MOST_PROJECTED = 2**15  # far above every published CLIP
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an image tower wants its images, each channel: (value - mean) / std, values in [0, 1].
+    """The pixel normalisation of an image tower: (value - mean) / std per channel, of [0, 1].
 
     Called with images (B, 3, H, W) in [-1, 1], which the defaults leave as they are.
     """
@@ -36,7 +36,7 @@ class Pixels:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images as the tower wants them, (B, 3, H, W)."""
+        """Normalise images (B, 3, H, W) in [-1, 1]."""
         if self == Pixels():
             return images
         mean, std = (images.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
@@ -44,18 +44,21 @@ class Pixels:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """Read `preprocessor_config.json`. Raises ValueError for anything but that scaling."""
+        """Read `preprocessor_config.json`. Raises ValueError for any other preprocessing."""
         path = folder / "preprocessor_config.json"
         values = load_json(path)
         for key in ("do_rescale", "do_normalize"):
             if values.get(key, True) is not True:
-                raise ValueError(f"{path}: {key} is {shown(values[key])}; only true is supported")
+                raise ValueError(
+                    f"{path}: {key} is {short_repr(values[key])}; only true is supported"
+                )
         for key, least in (("image_mean", -10), ("image_std", 1e-3)):
             three: Any = values.get(key)
             numbers = isinstance(three, list) and all(type(x) in (int, float) for x in three)
             if not (numbers and len(three) == 3 and all(least <= x <= 10 for x in three)):
                 raise ValueError(
-                    f"{path}: {key} is {shown(three)}; allowed are three numbers from {least} to 10"
+                    f"{path}: {key} is {short_repr(three)}; allowed are three numbers from "
+                    f"{least} to 10"
                 )
         return cls(tuple(values["image_mean"]), tuple(values["image_std"]))
 
@@ -66,23 +69,23 @@ class Towers(NamedTuple):
     model: CLIPModel
     pixels: Pixels
     logit_bias: float | None
-    """Of a CLIP that was trained by the sigmoid loss; `CLIPModel` has no place for it."""
+    """The bias of a CLIP trained with the sigmoid loss, which `CLIPModel` does not hold."""
 
 
 class Start(NamedTuple):
-    """What the training of a CLIP begins with."""
+    """The initial towers and tokenizer of a CLIP's training."""
 
     towers: Towers
     tokenizer: CLIPTokenizer
     shapes: dict[str, int]
-    """By the name of the training's option, what the weights are made for."""
+    """The sizes that the weights are made for, by the names of the training's options."""
 
 
 def load_clip(folder: Path) -> Towers:
-    """Both towers of a folder as transformers' CLIPModel writes it, and how they want images.
+    """Load both towers of a folder that transformers' CLIPModel wrote, and their normalisation.
 
-    Of `config.json` only what the towers compute with is read, and `logit_bias`. Raises ValueError
-    when a file is missing or damaged, is of another kind of model, or does not fit the rest.
+    Only the keys of `config.json` that the towers compute with, and `logit_bias`, are read. Raises
+    ValueError when a file is missing or damaged, is of another model, or does not fit the others.
     """
     path = folder / "config.json"
     values = load_json(path)
@@ -108,14 +111,14 @@ def load_clip(folder: Path) -> Towers:
 
 
 def load_start(init: str, size: CLIPSize, *, image_size: int) -> Start:
-    """Both towers and the tokenizer, or the text tower and a new image tower of this `size`.
+    """Load both towers and a tokenizer, or a text tower for a new image tower of this `size`.
 
     init: a folder of transformers' CLIPModel with its tokenizer, such as a training's `model/clip`,
     gives both towers. The text tower alone comes from a folder with `text_encoder/` and
     `tokenizer/`, "emoji", or "open_clip:NAME:WEIGHTS" (see `TextEncoder.from_open_clip`); the
-    projections are new then. Other words are ids on the Hugging Face Hub of either kind of folder.
-    Raises ValueError when there is no such model, when it cannot be read, and for images that
-    its image tower is not made for.
+    projections are new then. Anything else is the id of such a folder on the Hugging Face Hub.
+    Raises ValueError when there is no such model, when it cannot be read, and for images of another
+    size than its image tower's.
     """
     folder = None if init.startswith(OPEN_CLIP) else _find(init)
     if folder is not None and (folder / "clip" / "config.json").is_file():
@@ -142,12 +145,14 @@ def load_start(init: str, size: CLIPSize, *, image_size: int) -> Start:
     weights = encoder.model.state_dict()
     model.text_model.load_state_dict({k.removeprefix(TEXT_MODEL): v for k, v in weights.items()})
     shapes = _shapes(model, encoder.tokenizer)
-    given = {key: n for key, n in shapes.items() if key.startswith(("clip.text_", "vocab", "max"))}
-    return Start(Towers(model, Pixels(), None), encoder.tokenizer, given)
+    text_shapes = {
+        key: n for key, n in shapes.items() if key.startswith(("clip.text_", "vocab", "max"))
+    }
+    return Start(Towers(model, Pixels(), None), encoder.tokenizer, text_shapes)
 
 
 def _find(init: str) -> Path:
-    """The folder of both towers or of a text encoder."""
+    """Find the folder of both towers or of a text encoder."""
     if init in EMBEDDED_MODELS or Path(init).is_dir():
         return find_model(init)
     if Path(init).is_file():
@@ -156,7 +161,7 @@ def _find(init: str) -> Path:
             "open_clip:NAME:WEIGHTS and ids on the Hugging Face Hub"
         )
     try:
-        return fetch_towers(init)
+        return fetch_clip(init)
     except ValueError as error:
         raise ValueError(f"init={init!r} {error}") from error
 
@@ -171,17 +176,19 @@ def _open_clip_text(init: str) -> TextEncoder:
 def _clip_config(values: dict[str, Any]) -> CLIPConfig:
     """The configuration of both towers, from a `config.json`."""
     if values.get("model_type") != "clip":
-        raise ValueError(f"model_type is {shown(values.get('model_type'))}; only clip is supported")
-    parts = [values.get(key) for key in ("text_config", "vision_config")]
-    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            f"model_type is {short_repr(values.get('model_type'))}; only clip is supported"
+        )
+    towers = [values.get(key) for key in ("text_config", "vision_config")]
+    if not all(isinstance(tower, dict) for tower in towers):
         raise ValueError("text_config and vision_config must both be there")
-    text, image = (part or {} for part in parts)
+    text, image = (tower or {} for tower in towers)
     width = values.get("projection_dim")
     if not (type(width) is int and 1 <= width <= MOST_PROJECTED):
         raise ValueError(
-            f"projection_dim={shown(width)} must be a whole number from 1 to {MOST_PROJECTED}"
+            f"projection_dim={short_repr(width)} must be a whole number from 1 to {MOST_PROJECTED}"
         )
-    # Each tower has the width of the common space too, which in old files is another.
+    # Each tower's config has the projection's width too, which in old files may differ.
     return CLIPConfig(
         text_config=tower_config(text | {"projection_dim": width}).to_dict(),
         vision_config=image_config(image | {"projection_dim": width}).to_dict(),
@@ -192,7 +199,7 @@ def _clip_config(values: dict[str, Any]) -> CLIPConfig:
 def _bias(values: dict[str, Any]) -> float | None:
     bias = values.get("logit_bias")
     if not (bias is None or (type(bias) is float and abs(bias) <= 1000)):
-        raise ValueError(f"logit_bias={shown(bias)} must be a number from -1000 to 1000")
+        raise ValueError(f"logit_bias={short_repr(bias)} must be a number from -1000 to 1000")
     return bias
 
 

@@ -1,4 +1,4 @@
-"""PatchGAN: whether an image's patches look real; trained beside a VAE and thrown away with it."""
+"""PatchGAN: scores how real the patches of an image look; used only to train a VAE."""
 
 from torch import Tensor, nn
 
@@ -6,16 +6,16 @@ from torch import Tensor, nn
 class Discriminator(nn.Module):
     """Images (B, 3, H, W) -> a score of each patch, (B, 1, H / 2^layers - 2, W / 2^layers - 2).
 
-    pix2pix's (Isola et al. 2017, arXiv:1611.07004, section 3.2.2), which LDM took for its
-    autoencoders: three layers judge patches of 70 x 70. With group norm in place of batch norm, so
-    that an image's score does not depend on the images beside it, nor on how a batch is cut.
+    pix2pix's (Isola et al. 2017, arXiv:1611.07004, section 3.2.2), which LDM uses for its
+    autoencoders: three layers score patches of 70 x 70. It has group norm in place of batch norm,
+    so that an image's score does not depend on the other images of its batch.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers={layers} must be at least 1")
-        parts: list[nn.Module] = [
+        modules: list[nn.Module] = [
             nn.Conv2d(3, channels, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
         ]
@@ -23,12 +23,12 @@ class Discriminator(nn.Module):
         for i in range(1, layers + 1):
             before, width = width, channels * min(2**i, 8)
             stride = 2 if i < layers else 1
-            parts += [
+            modules += [
                 nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=False),
                 nn.GroupNorm(min(32, width // 4), width),
                 nn.LeakyReLU(0.2),
             ]
-        self.layers = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, padding=1))
+        self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 4, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # the paper's section 6.2
                 nn.init.normal_(module.weight, std=0.02)

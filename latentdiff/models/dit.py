@@ -1,8 +1,8 @@
-"""A diffusion transformer: the UNet's place, interfaces and training, without a UNet.
+"""A diffusion transformer, with the interface of the UNet that it replaces.
 
 DiT (Peebles & Xie 2023, arXiv:2212.09748): patches of the latents are tokens, and time modulates
 every block by adaLN-Zero. The text joins by cross-attention, or in the attention itself (MMDiT,
-Esser et al. 2024, arXiv:2403.03206, section 4), where each kind of token has weights of its own.
+Esser et al. 2024, arXiv:2403.03206, section 4), where text and patches have separate weights.
 The blocks' parameters are named as diffusers names them.
 Shapes: B batch, C latent channels, H/W latent size, N patches, L tokens of D in the context,
 E width.
@@ -10,7 +10,6 @@ E width.
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -18,15 +17,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.config import (
-    MAX_TRANSFORMERS,
-    MAX_WIDTH,
-    check_range,
-    check_types,
-    config_from_dict,
-    load_network,
-    save_network,
-)
 from latentdiff.models.layers import (
     Attention,
     FeedForward,
@@ -34,6 +24,14 @@ from latentdiff.models.layers import (
     attend,
     timestep_embedding,
 )
+from latentdiff.models.network_config import (
+    MAX_TRANSFORMERS,
+    MAX_WIDTH,
+    check_range,
+    check_types,
+    config_from_dict,
+)
+from latentdiff.models.network_folder import load_network, save_network
 
 FREQUENCIES = 256  # of the timestep's sinusoids, as in DiT
 MAX_PATCH = 64
@@ -77,7 +75,7 @@ class DiTConfig:
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """Width of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,9 +127,9 @@ class CrossBlock(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """One attention of patches and text, each with projections of its own.
+    """One attention over patches and text, each with separate projections.
 
-    (B, N, E), (B, L, E) -> both; with `last` the text is only looked at, and gives nothing.
+    (B, N, E), (B, L, E) -> both; with `last` the text gives keys and values, and has no output.
     """
 
     def __init__(self, width: int, *, heads: int, last: bool) -> None:
@@ -164,8 +162,8 @@ class JointAttention(nn.Module):
 class JointBlock(nn.Module):
     """Joint attention, then a feed-forward each for patches and text.
 
-    (B, N, E), (B, L, E), (B, E) -> both. The `last` block has no use for the text's own answer, and
-    no parameters for it: the text gives keys and values alone.
+    (B, N, E), (B, L, E), (B, E) -> both. The `last` block has no output for the text, and no
+    parameters for one: the text gives only keys and values.
     """
 
     def __init__(self, config: DiTConfig, *, last: bool) -> None:
@@ -185,8 +183,8 @@ class JointBlock(nn.Module):
             attended, _ = self.attn(patches, modulated(context, shift1, scale1))
         else:
             shift1, scale1, gate3, shift4, scale4, gate4 = self.norm1_context(time)
-            attended, answer = self.attn(patches, modulated(context, shift1, scale1))
-            context = context + gate3 * answer
+            attended, context_attended = self.attn(patches, modulated(context, shift1, scale1))
+            context = context + gate3 * context_attended
             context = context + gate4 * self.ff_context(modulated(context, shift4, scale4))
         x = x + gate1 * attended
         return x + gate2 * self.ff(modulated(x, shift2, scale2)), context
@@ -194,6 +192,10 @@ class JointBlock(nn.Module):
 
 class DiT(nn.Module):
     """ε, v, x0 or velocity from noisy latents, the timestep and the text."""
+
+    config_class = DiTConfig
+    from_pretrained = classmethod(load_network)
+    save_pretrained = save_network
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -222,7 +224,7 @@ class DiT(nn.Module):
     def init_weights(self) -> None:
         """DiT's start (its section 3.2): every block is the identity, and the output is zero.
 
-        The attention to the text, which has no gate, starts with an output of zero for that.
+        The attention to the text has no gate; its output layer starts at zero instead.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -263,21 +265,6 @@ class DiT(nn.Module):
         scale, shift = self.norm_out(time)
         tokens = self.proj_out(modulated(tokens, shift, scale))  # (B, N, p·p·C)
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: Path | str,
-        *,
-        variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """Read `config.json` and the weights beside it; ValueError if they do not fit."""
-        return load_network(cls, DiTConfig, Path(folder), variant=variant, dtype=dtype)
-
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write the two files that `from_pretrained` reads."""
-        save_network(self, self.config.to_dict(), Path(folder), dtype=dtype)
 
 
 def positions(height: int, width: int, dim: int, *, device: torch.device) -> Tensor:

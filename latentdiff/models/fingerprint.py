@@ -1,4 +1,4 @@
-"""What weights are, in 64 letters: caches and images name the networks they were made with."""
+"""SHA-256 hashes of networks, by which caches and images name those that they were made with."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from latentdiff.models.vae import VAE
 
 DECODING = {"out_channels", "up_block_types", "use_post_quant_conv", "sample_size", "force_upcast"}
-"""Keys of a VAE's configuration that its latents do not depend on."""
+"""Keys of a VAE's configuration that do not affect its latents."""
 
 
 def fingerprint(network: nn.Module, config: dict[str, Any]) -> str:
-    """SHA-256 of a network's configuration and weights, as they are in float32."""
+    """SHA-256 of a network's configuration and of its weights, converted to float32."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -22,10 +22,10 @@ def fingerprint(network: nn.Module, config: dict[str, Any]) -> str:
 
 
 def encoder_fingerprint(vae: VAE) -> str:
-    """The same of what makes a VAE's latents alone: they stay valid when its decoder changes."""
+    """The fingerprint of a VAE's encoder: latents stay valid when only the decoder changes."""
     config = {key: value for key, value in vae.config.to_dict().items() if key not in DECODING}
-    parts = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
-    return fingerprint(parts, config)
+    encoder = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
+    return fingerprint(encoder, config)
 
 
 def _bytes(tensor: Tensor) -> bytes:

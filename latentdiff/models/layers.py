@@ -1,4 +1,4 @@
-"""What UNet and VAE are built of: residual block, attention, resampling, time embedding.
+"""Layers of UNet, VAE and DiT: residual block, attention, resampling, time embedding.
 
 Parameter names are diffusers', so that weights move between the two libraries without a key map.
 Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L tokens of D in the context.
@@ -40,12 +40,12 @@ class TimestepEmbedding(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """The answer of a context to its own mean, as CLIP's ResNets pool: (B, L, D) -> (B, D)."""
+    """Attention pooling, as in CLIP's ResNets, with the mean as query: (B, L, D) -> (B, D)."""
 
     def __init__(self, dim: int, *, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        # Of the one token that asks; diffusers' name and start.
+        # Added to the query; name and initialisation are diffusers'.
         self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
 
@@ -60,7 +60,7 @@ class AttentionPooling(nn.Module):
 
 
 class TextTimeEmbedding(nn.Module):
-    """A context as one vector that joins the time's: (B, L, D) -> (B, E)."""
+    """A context pooled to one vector, to be added to the time embedding: (B, L, D) -> (B, E)."""
 
     def __init__(self, dim: int, out_dim: int, *, heads: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """LoRAs (Hu et al. 2021) on a UNet and its text tower: several at once, each with its scale.
 
-The arithmetic is peft's: it puts a layer of its own around each layer that a LoRA changes, which
-computes W x + scale · alpha / r · up (down x), and leaves W as it is. formats/lora.py reads files.
+The computation is peft's: it wraps each layer that a LoRA changes in one that computes
+W x + scale · alpha / r · up (down x), and leaves W unchanged. formats/lora.py reads the files.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.lora import LoRALayer, read_lora
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
@@ -44,10 +44,10 @@ class LoRAs:
         return dict(self._scales)
 
     def load(self, path: Path | str, *, name: str | None = None, scale: float = 1.0) -> str:
-        """Lay a LoRA file on the networks, besides those that are there; returns its name.
+        """Load a LoRA file into the networks, in addition to others; returns its name.
 
-        name: by which `set_scales` finds it; the file's own, without extension, by default.
-        scale: how much of the change to add; 1 is what was trained, 0 nothing, any finite number.
+        name: for `set_scales`; by default the file's name without extension.
+        scale: multiplies the change; 1 is as trained, 0 is off, any finite number is allowed.
         Raises ValueError if the file is not a LoRA, or one for other networks, or if the name is
         taken; nothing has changed then.
         """
@@ -84,7 +84,7 @@ class LoRAs:
         self._apply()
 
     def unload(self) -> None:
-        """Take all LoRAs out: the networks are what they were before, bit for bit.
+        """Remove all LoRAs: the networks are as before, bit for bit.
 
         Raises ValueError if none is loaded, as after `fuse`, which cannot be undone.
         """
@@ -95,9 +95,9 @@ class LoRAs:
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Write all LoRAs, with their scales, into the weights: plain networks as fast as before.
+        """Add all LoRAs, with their scales, to the weights: the networks are as fast as without.
 
-        The weights without them are gone then; only loading the model anew brings them back.
+        The original weights are gone then; only loading the model anew brings them back.
         Raises ValueError if none is loaded, or if a weight would not be finite; nothing has
         changed then.
         """
@@ -123,7 +123,7 @@ class LoRAs:
         return [_adapter(i) for i, scale in enumerate(self._scales.values()) if scale != 0]
 
     def _apply(self) -> None:
-        """Tell peft's layers the scales; LoRAs of scale 0 are left out, rather than added as 0."""
+        """Set the scales in peft's layers; LoRAs of scale 0 are disabled, not added as 0."""
         from peft.functional import set_adapter
 
         for network in (self.unet, self.text_encoder):
@@ -141,7 +141,7 @@ class LoRAs:
 
 
 def _adapter(i: int) -> str:
-    """peft's name of the i-th LoRA: it becomes a module's name, in which not all texts can be."""
+    """peft's name of the i-th LoRA: a module's name, which cannot be any text."""
     return f"adapter{i}"
 
 
@@ -159,7 +159,7 @@ def _check_layers(
     if absent:
         raise ValueError(
             f"{path}: {len(absent)} of its {len(layers)} layers for the {title}, first "
-            f"{shown(absent[0])}, are not in this model: the LoRA is for another architecture"
+            f"{short_repr(absent[0])}, are not in this model: the LoRA is for another architecture"
         )
     wrong = [name for name, layer in layers.items() if not _fits(layer, weights[name])]
     if wrong:
@@ -197,7 +197,7 @@ def _lora_layers(network: nn.Module) -> dict[str, "lora.Linear | lora.Conv2d"]:
 
 
 def _inject(network: nn.Module, layers: Mapping[str, LoRALayer], adapter: str) -> None:
-    """Wrap the layers in peft's, with these weights, in the precision of the network."""
+    """Wrap layers in peft's, with these weights in the network's precision."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     if not layers:
@@ -231,7 +231,7 @@ def _inject(network: nn.Module, layers: Mapping[str, LoRALayer], adapter: str) -
 
 
 def _unwrap(network: nn.Module) -> None:
-    """Put the layers that peft has wrapped back into their places."""
+    """Replace peft's layers by those that they wrap."""
     for name, layer in _lora_layers(network).items():
         network.set_submodule(name, layer.get_base_layer())
     vars(network).pop("peft_config", None)

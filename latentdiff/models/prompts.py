@@ -1,4 +1,4 @@
-"""What a prompt says beside its words: weights in brackets, and how long text is cut in chunks.
+"""Weights in brackets, which a prompt may give its words.
 
 Pure functions of text and tensors; the tokenizer and the tower are in `text.py`.
 """
@@ -30,14 +30,14 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     `[word]` 1 / 1.1, `(word:1.3)` 1.3; weights of brackets within brackets multiply; `\(`, `\)`,
     `\[`, `\]` and `\\` are the plain characters. Neighbours of one weight are joined, so a prompt
     without weights is one text; none is empty. Its other words (`BREAK`, `AND`, `[from:to:when]`)
-    are text here, and brackets that don't match, which it mends in silence, are refused.
-    Raises ValueError, naming the place, for such brackets and for a weight that is not a number
+    are text here, and unmatched brackets, which it silently repairs, are refused.
+    Raises ValueError, naming the position, for such brackets and for a weight that is not a number
     from 0 to 10. Negative weights are refused: what the opposite of a state means is nowhere
     defined, and a negative prompt is what they are used for.
     """
     # In the order of the prompt: text, the factor of a bracket that opens, None where one closes.
     events: list[str | float | None] = []
-    opened: list[tuple[int, int]] = []  # of brackets not closed yet: index in events, place
+    opened: list[tuple[int, int]] = []  # of brackets not closed yet: index in events, position
     end = 0
     for mark in _MARK.finditer(prompt):
         events.append(prompt[end : mark.start()])
@@ -79,31 +79,11 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     ]
 
 
-def cut(word_ends: Sequence[bool], *, size: int) -> list[slice]:
-    """Cut tokens in chunks of at most `size`; the chunks in order are all the tokens.
-
-    word_ends: of each token, whether a word ends with it. A chunk is as long as it can be without
-    cutting a word in two; a word that is longer than a whole chunk is cut where the chunk is full.
-    (The webui goes back to the last comma instead, where one is near.)
-    No tokens give one empty chunk.
-    """
-    assert size >= 1
-    chunks, start = [], 0
-    while len(word_ends) - start > size:
-        stop = full = start + size
-        while stop > start and not word_ends[stop - 1]:
-            stop -= 1
-        stop = full if stop == start else stop
-        chunks.append(slice(start, stop))
-        start = stop
-    return [*chunks, slice(start, len(word_ends))]
-
-
 def weigh(states: Tensor, empty: Tensor, weights: Sequence[float]) -> Tensor:
     """Move each token's state away from the empty prompt's, or towards it: (1, L, D).
 
     states, empty: (1, L, D) of the prompt and of the prompt "". weights: L numbers.
-    empty + weight * (states - empty), place by place, as in ComfyUI (`ClipTokenWeightEncoder`).
+    empty + weight * (states - empty) for each token, as in ComfyUI (`ClipTokenWeightEncoder`).
     Weight 1 changes no bit, 0 gives the empty prompt, and no token touches another. The webui
     multiplies states and then scales the whole chunk back to its old mean, which therefore changes
     every state, and which blows up for a tower whose mean is near zero.
@@ -119,8 +99,8 @@ def _number(prompt: str, mark: re.Match[str]) -> float:
         weight = None
     if weight is None or not 0 <= weight <= MAX_WEIGHT:  # nor is NaN
         raise ValueError(
-            f"the weight {_short(mark['weight'])} at {_place(prompt, mark.start('weight'))} must "
-            f"be a number from 0 to {MAX_WEIGHT:g}; write \\( and \\) for plain brackets"
+            f"the weight {_short(mark['weight'])} at {_position(prompt, mark.start('weight'))} "
+            f"must be a number from 0 to {MAX_WEIGHT:g}; write \\( and \\) for plain brackets"
         )
     return weight
 
@@ -128,12 +108,12 @@ def _number(prompt: str, mark: re.Match[str]) -> float:
 def _unmatched(prompt: str, position: int) -> str:
     bracket = prompt[position]
     return (
-        f"the {bracket} at {_place(prompt, position)} has no bracket that matches it; write "
+        f"the {bracket} at {_position(prompt, position)} has no bracket that matches it; write "
         f"\\{bracket} for a plain one"
     )
 
 
-def _place(prompt: str, position: int) -> str:
+def _position(prompt: str, position: int) -> str:
     return f"character {position + 1} of the prompt, before {_short(prompt[position + 1 :])}"
 
 

@@ -16,14 +16,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.formats import open_clip
 from latentdiff.formats.ldm.keys import TEXT_MODEL
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
-from latentdiff.models.prompts import cut, parse_weights, weigh
+from latentdiff.models.prompts import parse_weights, weigh
 from latentdiff.models.text_config import load_tokenizer, tower_config
 
 
 class TextEncoder(nn.Module):
-    """Prompts -> the last hidden states, which the UNet attends to; frozen, always in eval mode."""
+    """Prompts -> last hidden states, which the UNet attends to; frozen, always in eval mode."""
 
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class TextEncoder(nn.Module):
         return self.model.config.hidden_size
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, L), padded to L; warns with the words that were cut off a long prompt."""
+        """Token ids (B, L), padded to L; a prompt that is too long is truncated, with a warning."""
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(
             list(prompts),
@@ -54,10 +54,10 @@ class TextEncoder(nn.Module):
             return_tensors="pt",
             split_special_tokens=self._pads_with_word,
         ).input_ids  # (B, L)
-        whole = self.tokenizer(
+        untruncated = self.tokenizer(
             list(prompts), verbose=False, split_special_tokens=self._pads_with_word
         ).input_ids
-        for prompt, tokens in zip(prompts, whole, strict=True):
+        for prompt, tokens in zip(prompts, untruncated, strict=True):
             if len(tokens) > length:
                 lost = self.tokenizer.decode(tokens[length - 1 : -1])
                 warnings.warn(
@@ -69,11 +69,11 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts (B strings) -> context (B, L, D); cuts a long one, with a warning."""
+        """Prompts (B strings) -> context (B, L, D); a long one is truncated, with a warning."""
         return self._states(self.tokenize(prompts))
 
     def count_chunks(self, prompt: str, *, weighting: bool = False) -> int:
-        """In how many chunks of L tokens `encode` reads the whole prompt; 1 or more.
+        """The number of chunks of L tokens in which `encode` reads the full prompt; 1 or more.
 
         Raises ValueError for brackets that `weighting` cannot read.
         """
@@ -81,51 +81,52 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompt: str, *, chunks: int = 1, weighting: bool = False) -> Tensor:
-        """A prompt of any length -> context (1, chunks * L, D); nothing is cut off.
+        """A prompt of any length -> context (1, chunks * L, D); nothing is truncated.
 
         The prompt's tokens go through the tower in chunks of L - 2, each with its own start, end
         and padding and each alone, and the states are joined along the tokens; empty chunks follow
-        up to `chunks`. This is how the webui and ComfyUI read long prompts; `prompts.cut` says
+        up to `chunks`. This is how the webui and ComfyUI read long prompts; `chunk_slices` says
         where a chunk ends. weighting: read brackets as weights, see `prompts.parse_weights` and
         `prompts.weigh`; otherwise they are text. A prompt of one chunk has `forward`'s states.
         Raises ValueError when the prompt needs more chunks, and for brackets that can't be read.
         """
-        parts = self._chunks(prompt, weighting=weighting)
-        if len(parts) > chunks:
+        contents = self._chunks(prompt, weighting=weighting)
+        if len(contents) > chunks:
             raise ValueError(
-                f"chunks={chunks} is too few for the prompt {prompt!r}, which needs {len(parts)}"
+                f"chunks={chunks} is too few for the prompt {prompt!r}, which needs {len(contents)}"
             )
         states = []
-        for tokens, weights in parts:
-            own = self._states(self._framed(tokens))
+        for tokens, weights in contents:
+            chunk = self._states(self._padded(tokens))
             if any(weight != 1 for weight in weights):
                 rest = self.tokenizer.model_max_length - 1 - len(weights)
-                own = weigh(own, self._states(self._framed([])), [1.0, *weights, *[1.0] * rest])
-            states.append(own)
-        empty = [self._states(self._framed([]))] * (chunks - len(parts))
-        return torch.cat([*states, *empty], dim=1)  # (1, chunks * L, D)
+                empty = self._states(self._padded([]))
+                chunk = weigh(chunk, empty, [1.0, *weights, *[1.0] * rest])
+            states.append(chunk)
+        padding = [self._states(self._padded([]))] * (chunks - len(contents))
+        return torch.cat([*states, *padding], dim=1)  # (1, chunks * L, D)
 
     def _chunks(self, prompt: str, *, weighting: bool) -> list[tuple[list[int], list[float]]]:
         """The tokens of each chunk, without start, end and padding, with their weights."""
         tokens: list[int] = []
         weights: list[float] = []
         for text, weight in parse_weights(prompt) if weighting else [(prompt, 1.0)]:
-            own = self.tokenizer(
+            ids = self.tokenizer(
                 text,
                 add_special_tokens=False,
                 verbose=False,
                 split_special_tokens=self._pads_with_word,
             ).input_ids
-            tokens += own
-            weights += [weight] * len(own)
+            tokens += ids
+            weights += [weight] * len(ids)
         ends = [
             word.endswith("</w>")  # CLIP's mark of the last token of a word
             for word in self.tokenizer.convert_ids_to_tokens(tokens)
         ]
-        places = cut(ends, size=self.tokenizer.model_max_length - 2)
-        return [(tokens[place], weights[place]) for place in places]
+        chunks = chunk_slices(ends, size=self.tokenizer.model_max_length - 2)
+        return [(tokens[chunk], weights[chunk]) for chunk in chunks]
 
-    def _framed(self, tokens: Sequence[int]) -> Tensor:
+    def _padded(self, tokens: Sequence[int]) -> Tensor:
         """Token ids (1, L): start, the tokens, end, padding."""
         tokenizer = self.tokenizer
         ids = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
@@ -141,17 +142,17 @@ class TextEncoder(nn.Module):
     ) -> Self:
         """Read `text_encoder/` and `tokenizer/` of a folder; weights become `dtype` one by one.
 
-        variant: as "fp16", of the weights' file names. Raises ValueError when a file is missing,
+        variant: which weights, such as "fp16". Raises ValueError when a file is missing,
         the configuration is not that of a CLIP text tower, the weights are not those of the
         configuration or hold NaN, or the tokenizer is not for this tower.
         """
         folder = Path(folder)
-        parts = ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
+        files = ["text_encoder/config.json", "tokenizer/tokenizer_config.json"]
         if not (folder / "tokenizer/tokenizer.json").is_file():  # the other form of the same
-            parts += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
-        for part in parts:
-            if not (folder / part).is_file():
-                raise ValueError(f"{folder} holds no text encoder: {part} is missing")
+            files += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
+        for file in files:
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} holds no text encoder: {file} is missing")
         path = folder / "text_encoder/config.json"
         values = load_json(path)
         try:
@@ -163,7 +164,7 @@ class TextEncoder(nn.Module):
             "model",
             variant=variant,
             expected=_without_prefix(model.state_dict()),
-            optional=_beside,
+            optional=_is_ignored,
             rename=lambda name: name.removeprefix(TEXT_MODEL),
             dtype=dtype,
         )
@@ -179,7 +180,7 @@ class TextEncoder(nn.Module):
         layers: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """The text tower of an open_clip model, such as ("ViT-H-14", "laion2b_s32b_b79k").
+        """Load the text tower of an open_clip model, such as ("ViT-H-14", "laion2b_s32b_b79k").
 
         weights: a safetensors file, of the text tower or the whole CLIP, or a tag of open_clip's.
         layers: how many blocks to keep, from the first; SD 2.x keeps 23 of ViT-H-14's 24.
@@ -210,6 +211,26 @@ class TextEncoder(nn.Module):
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
 
+def chunk_slices(word_ends: Sequence[bool], *, size: int) -> list[slice]:
+    """The slices of the tokens' chunks, each of at most `size`; together they are all the tokens.
+
+    word_ends: whether a word ends with each token. A chunk is as long as it can be without
+    splitting a word; a word that is longer than a full chunk is split where the chunk is full.
+    (The webui goes back to the last comma instead, where one is near.)
+    No tokens give one empty chunk.
+    """
+    assert size >= 1
+    chunks, start = [], 0
+    while len(word_ends) - start > size:
+        stop = full = start + size
+        while stop > start and not word_ends[stop - 1]:
+            stop -= 1
+        stop = full if stop == start else stop
+        chunks.append(slice(start, stop))
+        start = stop
+    return [*chunks, slice(start, len(word_ends))]
+
+
 def empty_tower(values: Mapping[str, Any]) -> CLIPTextModel:
     """A tower on the meta device, which takes no memory, for the configuration of a config.json.
 
@@ -221,19 +242,19 @@ def empty_tower(values: Mapping[str, Any]) -> CLIPTextModel:
 
 
 def fill_tower(model: CLIPTextModel, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
-    """Give a tower these tensors, without a copy; names with `text_model.` or without.
+    """Assign tensors to a tower, without a copy; names may begin with `text_model.`.
 
-    Raises ValueError when one is missing or has another shape; what a tower has no use for, such
-    as the projection of a whole CLIP, is passed over.
+    Raises ValueError when one is missing or has another shape; tensors that the tower does not
+    have, such as the projection of a complete CLIP, are ignored.
     """
-    found = _without_prefix(tensors)
+    bare_tensors = _without_prefix(tensors)
     state = {}
     for name, tensor in model.state_dict().items():
         bare = name.removeprefix(TEXT_MODEL)
-        if bare not in found or found[bare].shape != tensor.shape:
-            shape = tuple(found[bare].shape) if bare in found else "missing"
+        if bare not in bare_tensors or bare_tensors[bare].shape != tensor.shape:
+            shape = tuple(bare_tensors[bare].shape) if bare in bare_tensors else "missing"
             raise ValueError(f"the text encoder's {bare} is {shape}, not {tuple(tensor.shape)}")
-        state[name] = found[bare]
+        state[name] = bare_tensors[bare]
     model.load_state_dict(state, assign=True)
     for module in model.modules():
         if isinstance(getattr(module, "position_ids", None), Tensor):  # never in a state
@@ -247,8 +268,8 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(TEXT_MODEL): tensor for name, tensor in tensors.items()}
 
 
-def _beside(name: str) -> bool:
-    """Of old files, and of those that hold a whole CLIP or its projection."""
+def _is_ignored(name: str) -> bool:
+    """Whether a tensor is one that old files hold, or part of a complete CLIP."""
     return name == "embeddings.position_ids" or name.startswith(
         ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
     )

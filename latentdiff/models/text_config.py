@@ -1,7 +1,7 @@
-"""Configurations and tokenizer of CLIP's towers, read from files that anyone may have written.
+"""Read the configurations and tokenizer of CLIP's towers from files that are not trusted.
 
-Nothing of `config.json` reaches transformers but the keys named here, each checked: others choose
-code to run there (attention kernels from the Hub, quantizers) or say how much memory to take.
+Only the keys of `config.json` that are listed here reach transformers, each checked: other keys
+make it run code (attention kernels from the Hub, quantizers) or take memory.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from typing import Any, Literal
 from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.activations import ACT2FN
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 
 # Far above every published tower; under these even an absurd one is built, empty, in a second.
-_MOST = {
+_MAX_SIZES = {
     "vocab_size": 2**24,
     "hidden_size": 2**15,
     "intermediate_size": 2**17,
@@ -23,9 +23,9 @@ _MOST = {
     "num_attention_heads": 2**10,
     "max_position_embeddings": 2**16,
 }
-_MOST_OF_IMAGES = {
-    **{key: _MOST[key] for key in ("hidden_size", "intermediate_size", "projection_dim")},
-    **{key: _MOST[key] for key in ("num_hidden_layers", "num_attention_heads")},
+_MAX_SIZES_IMAGE = {
+    **{key: _MAX_SIZES[key] for key in ("hidden_size", "intermediate_size", "projection_dim")},
+    **{key: _MAX_SIZES[key] for key in ("num_hidden_layers", "num_attention_heads")},
     "image_size": 2**13,
     "patch_size": 2**10,
 }
@@ -40,22 +40,24 @@ Tower = Literal["text", "image"]
 def tower_config(values: Mapping[str, Any]) -> CLIPTextConfig:
     """The configuration of a CLIP text tower, from the keys of a `config.json`.
 
-    That of a whole CLIP (`model_type` "clip") has the tower's keys under `text_config`. What the
-    tower computes with is taken, and all the rest passed over. Raises ValueError, naming key and
-    value, for another kind of model and for values of a wrong type or beyond all towers there are.
+    The config of a complete CLIP (`model_type` "clip") has the tower's keys under `text_config`.
+    Keys that the tower does not compute with are ignored. Raises ValueError, naming key and value,
+    for another kind of model, and for values of a wrong type or out of range.
     """
     kind = values.get("model_type", "clip_text_model")
     if kind == "clip" and isinstance(values.get("text_config"), dict):
         values = values["text_config"]
     elif kind != "clip_text_model":
         raise ValueError(
-            f"the text encoder has model_type={shown(kind)}; only clip_text_model is supported"
+            f"the text encoder has model_type={short_repr(kind)}; only clip_text_model is supported"
         )
     for key in _TOKENS:
         value = values.get(key, 0)
-        if not (type(value) is int and 0 <= value < _MOST["vocab_size"]):
-            raise _refused(key, value, f"a token's number, from 0 to {_MOST['vocab_size'] - 1}")
-    known = _known(values, _MOST, CLIPTextConfig, of="text")
+        if not (type(value) is int and 0 <= value < _MAX_SIZES["vocab_size"]):
+            raise _refused(
+                key, value, f"a token's number, from 0 to {_MAX_SIZES['vocab_size'] - 1}"
+            )
+    known = _checked_keys(values, _MAX_SIZES, CLIPTextConfig, of="text")
     known |= {key: values[key] for key in _TOKENS if key in values}
     return CLIPTextConfig(**known)
 
@@ -67,7 +69,7 @@ def image_config(values: Mapping[str, Any]) -> CLIPVisionConfig:
     """
     if values.get("num_channels", 3) != 3:
         raise _refused("num_channels", values["num_channels"], "3: red, green and blue", of="image")
-    known = _known(values, _MOST_OF_IMAGES, CLIPVisionConfig, of="image")
+    known = _checked_keys(values, _MAX_SIZES_IMAGE, CLIPVisionConfig, of="image")
     side, patch = (known.get(key, getattr(CLIPVisionConfig, key)) for key in _TILED)
     if side % patch:
         raise ValueError(f"image_size={side} must be divisible by patch_size={patch}")
@@ -77,38 +79,40 @@ def image_config(values: Mapping[str, Any]) -> CLIPVisionConfig:
 def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     """Read a CLIPTokenizer for the tower of this configuration.
 
-    Raises ValueError when the files are not a tokenizer's, when a prompt has other tokens than the
-    tower, and when one has more tokens than the tower has places for.
+    Raises ValueError when the files are not a tokenizer's, when it has tokens that the tower does
+    not have, and when a prompt may be longer than the tower's positions.
     """
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers has no class of its own for what it cannot read
-        raise ValueError(f"{folder} holds no CLIP tokenizer ({shown(str(error))})") from error
-    length, places = tokenizer.model_max_length, config.max_position_embeddings
-    if type(length) is not int or not 3 <= length <= places:
+        raise ValueError(f"{folder} holds no CLIP tokenizer ({short_repr(str(error))})") from error
+    length, positions = tokenizer.model_max_length, config.max_position_embeddings
+    if type(length) is not int or not 3 <= length <= positions:
         raise ValueError(
-            f"{folder}: model_max_length={shown(length)} must be from 3 to the text encoder's "
-            f"max_position_embeddings={places}"
+            f"{folder}: model_max_length={short_repr(length)} must be from 3 to the text encoder's "
+            f"max_position_embeddings={positions}"
         )
-    words = tokenizer.get_vocab()
-    most = max(words.values())
-    if most >= config.vocab_size:
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary.values())
+    if largest >= config.vocab_size:
         raise ValueError(
-            f"{folder}: token {most} is beyond the text encoder's vocab_size={config.vocab_size}"
+            f"{folder}: token {largest} is beyond the text encoder's vocab_size={config.vocab_size}"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:
             raise ValueError(f"{folder}: the tokenizer has no {name.removesuffix('_id')}")
-    unknown = tokenizer.backend_tokenizer.model.unk_token  # which text would stop at
-    if unknown is not None and unknown not in words:
-        raise ValueError(f"{folder}: unk_token={shown(unknown)} is not in the vocabulary")
+    unknown = (
+        tokenizer.backend_tokenizer.model.unk_token
+    )  # the tokenizer raises at text that needs it
+    if unknown is not None and unknown not in vocabulary:
+        raise ValueError(f"{folder}: unk_token={short_repr(unknown)} is not in the vocabulary")
     return tokenizer
 
 
-def _known(
+def _checked_keys(
     values: Mapping[str, Any], sizes: Mapping[str, int], kind: type[Any], *, of: Tower
 ) -> dict[str, Any]:
-    """What a tower computes with, checked; `sizes`: the most that its whole numbers may be."""
+    """The keys that a tower computes with, checked; `sizes` has the bounds of integers."""
     for key, most in sizes.items():
         value = values.get(key, 1)
         if key == "projection_dim" and value is None:  # of what comes behind the tower
@@ -132,4 +136,4 @@ def _known(
 
 
 def _refused(key: str, value: object, allowed: str, *, of: Tower = "text") -> ValueError:
-    return ValueError(f"{key}={shown(value)} of the {of} encoder must be {allowed}")
+    return ValueError(f"{key}={short_repr(value)} of the {of} encoder must be {allowed}")

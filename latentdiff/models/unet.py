@@ -1,19 +1,16 @@
 """The denoising UNet with cross-attention to the text (LDM, Rombach et al. 2022, section 3.3).
 
 Configuration keys and parameter names are those of diffusers' `UNet2DConditionModel`, for all that
-SD 1.x and 2.x use, and for text that joins the time.
+SD 1.x and 2.x use, and for pooled text added to the time embedding.
 Shapes: B batch, C latent channels, H/W latent size, L tokens, D context width, E time width.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.config import load_network, save_network
 from latentdiff.models.layers import (
     Downsample,
     ResnetBlock,
@@ -23,6 +20,7 @@ from latentdiff.models.layers import (
     Upsample,
     timestep_embedding,
 )
+from latentdiff.models.network_folder import load_network, save_network
 from latentdiff.models.unet_config import ATTENTION_BLOCKS, ATTENTION_UP_BLOCKS, UNetConfig
 
 
@@ -142,17 +140,18 @@ def transformer(channels: int, config: UNetConfig, heads: int) -> SpatialTransfo
 class UNet(nn.Module):
     """ε, v, x0 or velocity from noisy latents, the timestep and the text."""
 
+    config_class = UNetConfig
+    from_pretrained = classmethod(load_network)
+    save_pretrained = save_network
     multiple = 1
     """What the sides of the latents must be divisible by."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        channels = tuple(config.block_out_channels)
-        levels = len(channels)
+        channels, dim = config.block_out_channels, config.cross_attention_dim
         time_dim = 4 * channels[0]
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
-        dim = config.cross_attention_dim
         self.class_embedding = self.add_embedding = None
         if config.class_embed_type is not None:
             self.class_embedding = nn.Linear(dim, time_dim)
@@ -164,47 +163,9 @@ class UNet(nn.Module):
                 )
             self.add_embedding = TextTimeEmbedding(dim, time_dim, heads=heads)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-
-        self.down_blocks = nn.ModuleList()
-        skips = [channels[0]]  # channels of every map that the way up will read
-        for i, ch in enumerate(channels):
-            last = i == levels - 1
-            previous = channels[max(i - 1, 0)]
-            self.down_blocks.append(
-                DownBlock(
-                    previous,
-                    ch,
-                    config,
-                    heads=config.heads[i] if ATTENTION_BLOCKS[config.down_block_types[i]] else None,
-                    downsample=not last,
-                )
-            )
-            skips += [ch] * (config.layers_per_block + (not last))
-
-        self.mid_block = None
-        if config.mid_block_type is not None:
-            attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
-            self.mid_block = MidBlock(
-                channels[-1], config, heads=config.heads[-1] if attends else None
-            )
-
-        self.up_blocks = nn.ModuleList()
-        below = channels[-1]
-        for i, ch in enumerate(reversed(channels)):
-            inputs = []
-            for _ in range(config.layers_per_block + 1):
-                inputs.append(below + skips.pop())
-                below = ch
-            attends = ATTENTION_UP_BLOCKS[config.up_block_types[i]]
-            self.up_blocks.append(
-                UpBlock(
-                    inputs,
-                    ch,
-                    config,
-                    heads=config.heads[levels - 1 - i] if attends else None,
-                    upsample=i < levels - 1,
-                )
-            )
+        self.down_blocks = down_blocks(config)
+        self.mid_block = mid_block(config)
+        self.up_blocks = up_blocks(config)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self.init_weights()
@@ -252,24 +213,55 @@ class UNet(nn.Module):
             h = block(h, skips, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: Path | str,
-        *,
-        variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """Read `config.json` and the weights beside it; ValueError if they do not fit.
 
-        `variant` chooses other weights than the plain ones, such as "fp16"; `dtype` is what the
-        weights become.
-        """
-        return load_network(cls, UNetConfig, Path(folder), variant=variant, dtype=dtype)
+def down_blocks(config: UNetConfig) -> nn.ModuleList:
+    """The blocks of the way down, one a level; the last does not halve the size."""
+    channels = config.block_out_channels
+    attends = [ATTENTION_BLOCKS[block] for block in config.down_block_types]
+    return nn.ModuleList(
+        DownBlock(
+            channels[max(i - 1, 0)],
+            channels[i],
+            config,
+            heads=config.heads[i] if attends[i] else None,
+            downsample=i < len(channels) - 1,
+        )
+        for i in range(len(channels))
+    )
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write the two files that `from_pretrained` and diffusers read."""
-        save_network(self, self.config.to_dict(), Path(folder), dtype=dtype)
+
+def mid_block(config: UNetConfig) -> MidBlock | None:
+    """The block at the bottom, or None where the configuration has none."""
+    if config.mid_block_type is None:
+        return None
+    attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+    return MidBlock(
+        config.block_out_channels[-1], config, heads=config.heads[-1] if attends else None
+    )
+
+
+def up_blocks(config: UNetConfig) -> nn.ModuleList:
+    """The blocks of the way up, from the bottom; each has one layer more than on the way down."""
+    channels, layers = config.block_out_channels, config.layers_per_block
+    attends = [ATTENTION_UP_BLOCKS[block] for block in config.up_block_types]
+    skips = [channels[0]]  # channels of every map that is made on the way down, in order
+    for i, ch in enumerate(channels):
+        skips += [ch] * (layers + (i < len(channels) - 1))
+    blocks = nn.ModuleList()
+    below = channels[-1]  # channels of what comes from the block below
+    for i, (ch, heads) in enumerate(zip(reversed(channels), reversed(config.heads), strict=True)):
+        inputs = [(ch if j else below) + skips.pop() for j in range(layers + 1)]
+        blocks.append(
+            UpBlock(
+                inputs,
+                ch,
+                config,
+                heads=heads if attends[i] else None,
+                upsample=i < len(channels) - 1,
+            )
+        )
+        below = ch
+    return blocks
 
 
 def zero(module: nn.Module) -> None:

@@ -1,12 +1,12 @@
-"""What a UNet's configuration says, in the words of diffusers' `UNet2DConditionModel`."""
+"""The configuration of a UNet, with the keys of diffusers' `UNet2DConditionModel`."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from latentdiff.formats.header import shown
-from latentdiff.models.config import (
+from latentdiff.formats.header import short_repr
+from latentdiff.models.network_config import (
     MAX_LAYERS,
     MAX_WIDTH,
     check_levels,
@@ -22,7 +22,7 @@ MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What a `UNet2DConditionModel` configuration says; the defaults are those of SD 1.5."""
+    """The keys of a `UNet2DConditionModel`; the defaults are those of SD 1.5."""
 
     sample_size: int | None = 64
     """Side of the latents that it was trained on; a pipeline's default image size follows."""
@@ -85,14 +85,14 @@ class UNetConfig:
             blocks = getattr(self, name)
             if len(blocks) != levels or any(block not in allowed for block in blocks):
                 raise ValueError(
-                    f"{name}={shown(list(blocks))} must be {levels} of {sorted(allowed)}, "
+                    f"{name}={short_repr(list(blocks))} must be {levels} of {sorted(allowed)}, "
                     f"one for each of block_out_channels={list(self.block_out_channels)}"
                 )
         if self.mid_block_type not in MID_BLOCKS:
-            given = shown(self.mid_block_type)
+            given = short_repr(self.mid_block_type)
             raise ValueError(f"mid_block_type={given} must be one of {MID_BLOCKS}")
         if len(self.heads) != levels:
-            given = shown(self.attention_head_dim)
+            given = short_repr(self.attention_head_dim)
             raise ValueError(f"attention_head_dim={given} must be one number or {levels}")
 
         self._check_pooled_text()
@@ -108,7 +108,7 @@ class UNetConfig:
 
     @property
     def time_width(self) -> int:
-        """Width of what the blocks are told of time, and of text that has joined it."""
+        """Width of the time embedding that the blocks get, with pooled text if there is any."""
         width = 4 * self.block_out_channels[0]
         return 2 * width if self.class_embeddings_concat else width
 
@@ -120,7 +120,7 @@ class UNetConfig:
         return tuple(self.attention_head_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in diffusers' words, every key of `UNet2DConditionModel`."""
+        """Every key of `UNet2DConditionModel`."""
         # The width of what is pooled is that of the context.
         width = None if self.class_embed_type is None else self.cross_attention_dim
         return {**FIXED, **dataclasses.asdict(self), PROJECTED: width}
@@ -136,7 +136,7 @@ class UNetConfig:
         config = config_from_dict(cls, values, fixed=FIXED, absent=ABSENT)
         if width != config.to_dict()[PROJECTED]:
             raise ValueError(
-                f"{PROJECTED}={shown(width)} must be {config.to_dict()[PROJECTED]!r}: "
+                f"{PROJECTED}={short_repr(width)} must be {config.to_dict()[PROJECTED]!r}: "
                 "cross_attention_dim where class_embed_type is given, and else null"
             )
         return config

@@ -1,151 +1,26 @@
 """The autoencoder between images and latents: a KL-regularised VAE (LDM, Rombach et al. 2022).
 
 Configuration keys and parameter names are those of diffusers' `AutoencoderKL`. With the encoder
-"downsample", which diffusers does not have, nothing is learned but the decoder: it enlarges.
+"downsample", which diffusers does not have, only the decoder is learned: it upscales.
 Shapes: B batch, f = 2^(levels-1) reduction, C latent channels.
 """
 
-import dataclasses
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.formats.header import shown
-from latentdiff.models.config import (
-    MAX_LEVELS,
-    MAX_WIDTH,
-    check_levels,
-    check_range,
-    check_types,
-    config_from_dict,
-    load_network,
-    save_network,
-)
 from latentdiff.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
+from latentdiff.models.network_folder import load_network, save_network
+from latentdiff.models.vae_config import VAEConfig
 
 EPS = 1e-6  # of every GroupNorm, as in LDM
 POINT = -30.0
-"""Log-variance of a latent that is known exactly: LDM's least. Its deviation, 3e-7, is float32's
-rounding of a latent, and far below that of a cache in float16."""
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """What an `AutoencoderKL` configuration says; the defaults are those of SD 1.x and 2.x."""
-
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: Sequence[int] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int = 512
-    """Side of the images that it was trained on, in pixels."""
-    scaling_factor: float = 0.18215
-    """Multiplies latents so that they have unit variance."""
-    mid_block_add_attention: bool = True
-    use_quant_conv: bool = True
-    """A last 1×1 convolution of the encoder "kl"; the other has none."""
-    use_post_quant_conv: bool = True
-    force_upcast: bool = True
-    """Tells diffusers' half-precision users to decode in float32; our own code ignores it."""
-    encoder: Literal["kl", "downsample"] = "kl"
-    """kl is learned, and gives a Gaussian; downsample makes the image small, by area averages: as
-    many latent_channels as in_channels, and only the decoder, which enlarges, is learned."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        check_levels(self)
-        check_range(self, 1, MAX_WIDTH, "in_channels", "out_channels", "latent_channels")
-        check_range(self, 1, MAX_WIDTH, "sample_size")
-        check_range(self, 1e-6, 1e6, "scaling_factor")
-        if self.encoder == "downsample" and self.latent_channels != self.in_channels:
-            raise ValueError(
-                f"latent_channels={self.latent_channels} must be {self.in_channels}, the "
-                "in_channels, with encoder='downsample': the latent is the image made small"
-            )
-
-    @property
-    def factor(self) -> int:
-        """How many times smaller a latent's side is than its image's."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    def check_folds(self) -> None:
-        """Raise ValueError without a convolution that `VAE.fold_latent_statistics` needs."""
-        learned = ("use_quant_conv",) if self.encoder == "kl" else ()
-        for name in (*learned, "use_post_quant_conv"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}=False must be true: latents are made standard in it")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration in diffusers' words, every key that `AutoencoderKL` needs.
-
-        The key `encoder`, which diffusers does not have, is there with "downsample" alone.
-        """
-        values = {**_fixed(self.encoder, len(self.block_out_channels)), **dataclasses.asdict(self)}
-        if self.encoder == "kl":
-            del values["encoder"]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read an `AutoencoderKL` configuration.
-
-        Raises ValueError, naming the key, for what this network cannot do.
-        """
-        values = dict(values)
-        channels = values.get("block_out_channels", ABSENT["block_out_channels"])
-        if not isinstance(channels, (list, tuple)) or len(channels) > MAX_LEVELS:
-            raise ValueError(
-                f"block_out_channels={shown(channels)} must be a list of 1 to {MAX_LEVELS} numbers"
-            )
-        encoder = "downsample" if values.get("encoder") == "downsample" else "kl"
-        fixed = _fixed(encoder, len(channels))
-        return config_from_dict(cls, values, fixed=fixed, absent=ABSENT)
-
-
-# Keys of AutoencoderKL that have one supported value, and what an absent key means to diffusers.
-FIXED: dict[str, Any] = {
-    "act_fn": "silu",
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-}
-ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
-# By encoder, the class and its blocks on the way down. Those of "downsample" diffusers does not
-# know, so that it refuses the folder, and does not add an encoder of random weights.
-_CLASSES = {"kl": ("AutoencoderKL", "DownEncoderBlock2D"), "downsample": ("VAE", "AreaAverage")}
-
-
-def _fixed(encoder: Literal["kl", "downsample"], levels: int) -> dict[str, Any]:
-    """Keys that the others leave one value."""
-    class_name, down = _CLASSES[encoder]
-    return {
-        "_class_name": class_name,
-        **FIXED,
-        "down_block_types": [down] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-
-
-# The attention's layers had other names before diffusers 0.17: the files of SD 1.5 and 2.1 do.
-_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _todays_name(name: str) -> str:
-    return re.sub(
-        r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)",
-        lambda match: _FORMER[match[1]],
-        name,
-    )
+"""Log-variance of a deterministic latent: the least that LDM allows. The standard deviation, 3e-7,
+is float32's rounding of a latent, and far below that of a cache in float16."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +32,7 @@ class Posterior:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Self:
-        """Split (B, 2C, H, W) as the encoder writes it; logvar is kept in [-30, 20], as in LDM."""
+        """Split the encoder's output (B, 2C, H, W); logvar is clamped to [-30, 20], as in LDM."""
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
@@ -261,7 +136,7 @@ class Encoder(nn.Module):
 
 
 class SmallImage(nn.Module):
-    """Images (B, 3, fH, fW) -> moments (B, 2·3, H, W) of a point: areas' means, standardised.
+    """Images (B, 3, fH, fW) -> moments (B, 2·3, H, W): means of areas, standardised, without noise.
 
     `mean` and `std`, (3,) each, are subtracted from the small image and divide it: statistics of
     the data, not parameters.
@@ -308,6 +183,10 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images in [-1, 1] <-> latents of unit variance; it alone knows the scaling factor."""
 
+    config_class = VAEConfig
+    from_pretrained = classmethod(load_network)
+    save_pretrained = save_network
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
@@ -320,9 +199,9 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(C, C, 1) if config.use_post_quant_conv else nn.Identity()
 
     def posterior(self, images: Tensor) -> Posterior:
-        """q(z | x) before scaling, the one whose KL the VAE is trained on: (B, 3, fH, fW).
+        """q(z | x) before scaling, whose KL is in the VAE's loss, of images (B, 3, fH, fW).
 
-        With the encoder "downsample" it is a point, to float32's rounding, and its KL says nothing.
+        With the encoder "downsample" it is deterministic to float32's rounding; its KL has no use.
         """
         f = self.config.factor
         if images.shape[-2] % f or images.shape[-1] % f:
@@ -341,17 +220,17 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """Reconstruction and q(z | x), all that a training step needs; noise is (B, C, H, W)."""
+        """Reconstruction and q(z | x), for a training step; noise is (B, C, H, W)."""
         posterior = self.posterior(images)
         return self.decode(posterior.sample(noise) * self.config.scaling_factor), posterior
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Make latents of mean `mean` and standard deviation `std`, each (C,), standard ones.
+        """Standardise latents that have mean `mean` and standard deviation `std`, each (C,).
 
         `mean` and `std` were measured on `encode(...)`. The affine map goes into `quant_conv`, or
         into the encoder "downsample", and its inverse into `post_quant_conv`, so reconstructions
-        stay what they were and `scaling_factor` stays right for the tools that hard-code it.
+        do not change and `scaling_factor` stays right for the tools that hard-code it.
         Raises ValueError for a VAE without those convolutions.
         """
         self.config.check_folds()
@@ -359,7 +238,7 @@ class VAE(nn.Module):
         assert isinstance(out_weight, Tensor)
         assert isinstance(out_bias, Tensor)
         raw_mean, std = mean.to(out_weight) / self.config.scaling_factor, std.to(out_weight)
-        # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std, that of a point not.
+        # Encoder: z' = (z - raw_mean) / std; the log-variance loses 2 log std, if it is not POINT.
         if isinstance(self.encoder, SmallImage):
             self.encoder.mean += self.encoder.std * raw_mean
             self.encoder.std *= std
@@ -374,24 +253,3 @@ class VAE(nn.Module):
         # Decoder: z = std z' + raw_mean, before the 1×1 convolution.
         out_bias += out_weight[:, :, 0, 0] @ raw_mean
         out_weight *= std[None, :, None, None]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: Path | str,
-        *,
-        variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """Read `config.json` and the weights beside it; ValueError if they do not fit.
-
-        `variant` chooses other weights than the plain ones, such as "fp16"; `dtype` is what the
-        weights become.
-        """
-        return load_network(
-            cls, VAEConfig, Path(folder), variant=variant, dtype=dtype, rename=_todays_name
-        )
-
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write the two files that `from_pretrained` and diffusers read."""
-        save_network(self, self.config.to_dict(), Path(folder), dtype=dtype)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import load_json
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.dit import DiT, DiTConfig
@@ -79,7 +79,7 @@ def _vae_config(settings: Mapping[str, Any]) -> VAEConfig:
     vae = settings.get("vae", "emoji")
     if vae == SD15:
         return VAEConfig()
-    return VAEConfig.from_dict(load_json(find_part(vae, "vae") / "config.json"))
+    return VAEConfig.from_dict(load_json(find_component(vae, "vae") / "config.json"))
 
 
 def _text_config(settings: Mapping[str, Any]) -> CLIPTextConfig:
@@ -87,7 +87,7 @@ def _text_config(settings: Mapping[str, Any]) -> CLIPTextConfig:
     text = settings.get("text_encoder", "emoji")
     if text == SD15:
         return tower_config(_SD15_TEXT)
-    folder = find_part(text, "text_encoder") / "text_encoder"
+    folder = find_component(text, "text_encoder") / "text_encoder"
     return tower_config(load_json(folder / "config.json"))
 
 

@@ -1,8 +1,8 @@
 """Samplers: functions that turn noise into a sample, given a denoiser and noise levels.
 
-A sampler knows no network, schedule or prompt. Each yields once a step: the estimate of x0 at that
-step, to be looked at, and last of all the finished sample. Nothing waits for the device: every
-coefficient is computed from the levels, on the CPU.
+A sampler knows no network, schedule or prompt. It yields once a step: the estimate of x0 at that
+step, as a preview, and in the last step the sample. Every coefficient is computed from the levels,
+on the CPU, so no step waits for the device.
 """
 
 import difflib
@@ -13,8 +13,7 @@ from typing import Any, Protocol, get_args
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.formats.timesteps import Grid, Spacing
-from latentdiff.levels import Denoise, LevelSpacing, NoiseLevels
+from latentdiff.levels import Denoise, Grid, LevelSpacing, NoiseLevels, Spacing
 from latentdiff.samplers.adapter import find_scheduler
 from latentdiff.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, lms, pndm, unipc
 from latentdiff.samplers.single_step import (
@@ -50,11 +49,11 @@ __all__ = [
 
 
 class Sampler(Protocol):
-    """What `find_sampler` gives: how to sample, and at which noise levels."""
+    """A sampler of `find_sampler` is called to sample, and chooses its noise levels."""
 
     @property
-    def shares(self) -> bool:
-        """Whether `denoise` is to give the share of a learned variance after x0."""
+    def takes_v(self) -> bool:
+        """Whether `denoise` must give v of a learned variance after x0."""
         ...
 
     def levels(
@@ -66,7 +65,7 @@ class Sampler(Protocol):
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
     ) -> Iterator[Tensor]:
-        """An item a step: estimates of x0, and last the sample. x is (B, C, H, W), at levels[0].
+        """Yield an estimate of x0 a step, and last the sample. x is (B, C, H, W), at levels[0].
 
         noise is called only where noise is added.
         """
@@ -75,14 +74,14 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class BuiltInSampler:
-    """A sampler of this package: its function, and whose noise levels it takes in diffusers."""
+    """A sampler of this package: its function, and the scheduler whose noise levels it has."""
 
     function: Callable[..., Iterator[Tensor]]
     grid: Grid
     takes_noise: bool = False
     spacings: tuple[LevelSpacing, ...] = get_args(LevelSpacing)
     flow: bool = True  # whether it can sample from schedule=flow
-    shares: bool = False
+    takes_v: bool = False
 
     def levels(
         self, diffusion: Diffusion, steps: int, *, spacing: LevelSpacing | None = None
@@ -92,7 +91,7 @@ class BuiltInSampler:
         if diffusion.schedule == "flow" and not self.flow:
             raise ValueError(f"sampler={name} is for beta schedules, not schedule=flow")
         if spacing in get_args(LevelSpacing) and spacing not in self.spacings:
-            fitting = ", ".join(self.spacings) or "levels of its own: leave level_spacing out"
+            fitting = ", ".join(self.spacings) or "its default: leave level_spacing out"
             raise ValueError(f"level_spacing={spacing} does not fit sampler={name}, only {fitting}")
         return diffusion.levels(steps, grid=self.grid, spacing=spacing)
 
@@ -101,7 +100,7 @@ class BuiltInSampler:
     ) -> Iterator[Tensor]:
         """See `Sampler`."""
         options: dict[str, Any] = {"noise": noise} if self.takes_noise else {}
-        if self.shares:
+        if self.takes_v:
             options["variance"] = "learned"
         return self.function(denoise, x, levels, **options)
 
@@ -127,13 +126,13 @@ SAMPLERS: dict[str, BuiltInSampler] = {
 def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
     """The sampler of that name, of `SAMPLERS` or a scheduler class of diffusers.
 
-    With `learned_variance` ddpm draws with the network's own; the others have no use for it.
-    Raises ValueError, with the nearest name, if there is none.
+    With `learned_variance` ddpm draws with the variance that the network learned; the others draw
+    with none. Raises ValueError, with the nearest name, if there is none.
     """
     if name in SAMPLERS:
         sampler = SAMPLERS[name]
         learned = learned_variance and sampler.function is ddpm
-        return replace(sampler, shares=True) if learned else sampler
+        return replace(sampler, takes_v=True) if learned else sampler
     if name.endswith("Scheduler"):
         return find_scheduler(name)
     nearest = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0)[0]

@@ -2,11 +2,11 @@
 
 diffusers is imported only inside functions: drawing with our own samplers does not need it.
 
-Not here, of diffusers' schedulers, are those for networks of another kind or trained otherwise:
+Schedulers of diffusers for other networks or other training are left out:
 EDM*, CosineDPMSolver*, KarrasVe, ScoreSdeVe (other preconditioning or score), CM*, SCM, CogVideoX*,
 LTX*, Helios*, MiniMax*, Piflow, FlowMap*, RFD4*, UnCLIP, DDPMWuerstchen (other schedules), IPNDM
 (no schedule to configure), Amused, VQDiffusion, EntropyBound, BlockRefinement, DiscreteDDIM
-(tokens); and those that do something else: *Inverse (to noise), RePaint (inpainting).
+(tokens); so are those for other purposes: *Inverse (to noise), RePaint (inpainting).
 """
 
 import copy
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.formats.timesteps import check_steps
-from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels
+from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel, NoiseLevels, check_steps
 from latentdiff.samplers.single_step import Noise
 
 SCHEDULERS = (
@@ -76,18 +75,18 @@ _OPTIONS = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SchedulerLevels(NoiseLevels):
-    """The noise levels of a scheduler, which comes along with them."""
+    """The noise levels of a scheduler, and that scheduler."""
 
     scheduler: Any
-    begins: tuple[int, ...]  # (N,) where in scheduler.timesteps each step begins
+    begins: tuple[int, ...]  # (N,) the index in scheduler.timesteps at which each step begins
 
     def last(self, n: int) -> "SchedulerLevels":
-        """The last n steps, from 1 to N, as a run of their own."""
-        here = super().last(n)
+        """The levels of the last n steps, from 1 to N."""
+        last = super().last(n)
         return SchedulerLevels(
-            timestep=here.timestep,
-            alpha=here.alpha,
-            sigma=here.sigma,
+            timestep=last.timestep,
+            alpha=last.alpha,
+            sigma=last.sigma,
             scheduler=self.scheduler,
             begins=self.begins[-n:],
         )
@@ -97,15 +96,15 @@ class SchedulerLevels(NoiseLevels):
 class SchedulerSampler:
     """A scheduler of diffusers by its class name: see `latentdiff.samplers.Sampler`.
 
-    Sampling with it is diffusers' own loop of scale_model_input and step, with its tables, which
-    are float32. Noise that it adds comes from `noise`.
+    Sampling with it is diffusers' loop of scale_model_input and step, with its tables, which are
+    float32. `noise` draws the noise that it adds.
     """
 
     name: str
 
     @property
-    def shares(self) -> bool:
-        """See `Sampler`: the scheduler is given x0 alone."""
+    def takes_v(self) -> bool:
+        """Whether `denoise` must give v: no, a scheduler takes x0 alone."""
         return False
 
     def levels(
@@ -146,7 +145,7 @@ class SchedulerSampler:
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
     ) -> Iterator[Tensor]:
-        """An item a step: estimates of x0, and last the sample. x is (B, C, H, W), at levels[0]."""
+        """Yield an estimate of x0 a step, and last the sample. x is (B, C, H, W), at levels[0]."""
         assert isinstance(levels, SchedulerLevels), "a scheduler samples at its own levels"
         scheduler = copy.deepcopy(levels.scheduler)  # it remembers its steps
         if hasattr(scheduler, "set_begin_index"):
@@ -167,7 +166,7 @@ class SchedulerSampler:
             alpha, sigma = _level(scheduler, timestep, flow=flow)
             x0 = denoise(x_t, NoiseLevel(timestep.float(), alpha, sigma))
             if call == calls[i][0] and i < len(levels) - 1:
-                yield x0
+                yield x0  # a step may have further calls
             # The output of which the scheduler makes this x0 again.
             match scheduler.config.get("prediction_type", "flow_prediction"):
                 case "epsilon":
@@ -206,7 +205,7 @@ class SchedulerSampler:
         return scheduler.from_config({key: config[key] for key in config if key in known})
 
     def _calls(self, levels: SchedulerLevels) -> list[list[int]]:
-        """Where in scheduler.timesteps each step calls the network."""
+        """The indices in scheduler.timesteps at which each step calls the network."""
         ends = [*levels.begins[1:], len(levels.scheduler.timesteps)]
         calls = [list(range(*pair)) for pair in zip(levels.begins, ends, strict=True)]
         if self.name == "PNDMScheduler":
@@ -246,7 +245,7 @@ def _class(name: str) -> Any:
 
 
 def _level(scheduler: Any, timestep: Tensor, *, flow: bool) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, (), of what the network is given at this call."""
+    """alpha and sigma, (), of the network's input at this call."""
     if not hasattr(scheduler, "sigmas"):
         return _from_alpha_bar(scheduler.alphas_cumprod[timestep])
     index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
@@ -301,7 +300,7 @@ def _step_with(noise: Noise, scheduler: type) -> Callable[..., Any]:
 def _brownian_motion(noise: Noise) -> Callable[[Tensor, Tensor], Tensor]:
     """What DPMSolverSDEScheduler draws from: a Brownian motion's increments by their deviation.
 
-    It asks for two a step, from s to s_half and from s to s': see `dpmpp_sde`.
+    It draws two a step, from r to r_half and from r to r': see `dpmpp_sde`.
     """
     drawn: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -312,7 +311,7 @@ def _brownian_motion(noise: Noise) -> Callable[[Tensor, Tensor], Tensor]:
             return drawn[2]
         _, half, z = drawn
         drawn = None
-        in_first = (start - half) / (start - end)
-        return in_first.sqrt() * z + (1 - in_first).sqrt() * noise()
+        c_squared = (start - half) / (start - end)
+        return c_squared.sqrt() * z + (1 - c_squared).sqrt() * noise()
 
     return increment

@@ -1,4 +1,7 @@
-"""Samplers whose steps remember earlier ones: DPM-Solver++(2M), UniPC, linear multistep, PNDM."""
+"""Samplers whose steps use the estimates of earlier ones: DPM-Solver++(2M), UniPC, LMS, PNDM.
+
+A step goes from the level t to the less noisy s.
+"""
 
 from collections.abc import Iterator
 
@@ -16,21 +19,19 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tenso
     gives the slope. The first step is of first order, and so is the last if it ends on data or if
     there are fewer than 15 (diffusers' `lower_order_final`).
     """
-    now, after = levels.pairs()
-    ratio = after[1] / now[1]
-    from_x0 = after[0] - now[0] * ratio  # alpha' (1 - exp(-h)), finite where h is not
+    s, t = levels.ends()
+    ratio = s.sigma / t.sigma
+    from_x0 = s.alpha - t.alpha * ratio  # alpha_s (1 - exp(-h)), finite where h is not
     slope = from_x0 * _slope(levels, first_order_at_last=len(levels) < 15)
     previous = None
     last = len(levels) - 1
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
-        if i < last:
-            yield x0
         x = ratio[i] * x + from_x0[i] * x0
         if previous is not None:
             x = x + slope[i] * (x0 - previous)
         previous = x0
-    yield x
+        yield x0 if i < last else x
 
 
 def dpmpp_2m_sde(
@@ -38,87 +39,83 @@ def dpmpp_2m_sde(
 ) -> Iterator[Tensor]:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): `dpmpp_2m` with fresh noise.
 
-    x (B, C, H, W) is N(0, I). x' = sigma' / sigma e^-h x + alpha' (1 - e^-2h) (x0 + slope)
-    + sigma' sqrt(1 - e^-2h) z, with `dpmpp_2m`'s slope (diffusers' solver_type "midpoint") and its
+    x (B, C, H, W) is N(0, I). x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) (x0 + slope)
+    + sigma_s sqrt(1 - e^-2h) z, with `dpmpp_2m`'s slope (diffusers' solver_type "midpoint") and its
     steps of first order.
     """
-    now, after = levels.pairs()
-    ratio = after[1] / now[1]
-    shrink = now[0] * ratio / after[0]  # exp(-h)
-    from_x, from_x0 = ratio * shrink, after[0] * (1 - shrink**2)
+    s, t = levels.ends()
+    ratio = s.sigma / t.sigma
+    shrink = t.alpha * ratio / s.alpha  # exp(-h)
+    from_x, from_x0 = ratio * shrink, s.alpha * (1 - shrink**2)
     slope = from_x0 * _slope(levels, first_order_at_last=len(levels) < 15)
-    std = after[1] * (1 - shrink**2).sqrt()
+    std = s.sigma * (1 - shrink**2).sqrt()
     previous = None
     last = len(levels) - 1
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
-        if i < last:
-            yield x0
         x = from_x[i] * x + from_x0[i] * x0
         if previous is not None:
             x = x + slope[i] * (x0 - previous)
         if std[i] > 0:
             x = x + std[i] * noise()
         previous = x0
-    yield x
+        yield x0 if i < last else x
 
 
 def unipc(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
     """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867).
 
-    x (B, C, H, W) is N(0, I). diffusers' default configuration ("bh2"). The predictor is
-    `dpmpp_2m`'s step; once the estimate at its end is there, the corrector takes the step again
-    with it, at no further call. The last step is of first order and is not corrected.
+    x (B, C, H, W) is N(0, I). This is diffusers' default configuration ("bh2"). The predictor is
+    the step of `dpmpp_2m`; the corrector repeats the step with the estimate at its end, which the
+    next step needs anyway, so it takes no further call. The last step is of first order and is not
+    corrected.
     """
-    now, after = levels.pairs()
-    ratio = after[1] / now[1]
-    from_x0 = after[0] - now[0] * ratio  # alpha' (1 - exp(-h)), finite where h is not
+    s, t = levels.ends()
+    ratio = s.sigma / t.sigma
+    from_x0 = s.alpha - t.alpha * ratio  # alpha_s (1 - exp(-h)), finite where h is not
     slope = from_x0 * _slope(levels, first_order_at_last=True)
     from_old, from_new = (from_x0 * weight for weight in _corrector(_steps(levels)))
-    begin = previous = torch.zeros(())
+    start = previous = torch.zeros(())
     last = len(levels) - 1
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
-        if i < last:
-            yield x0
         if i > 0:
-            x = begin + from_new[i - 1] * (x0 - previous)
-        x = begin = ratio[i] * x + from_x0[i] * x0
+            x = start + from_new[i - 1] * (x0 - previous)
+        x = start = ratio[i] * x + from_x0[i] * x0
         if 0 < i < last:
-            x = begin + slope[i] * (x0 - previous)
-            begin = begin + from_old[i] * (x0 - previous)  # what the corrector starts from
+            x = start + slope[i] * (x0 - previous)
+            start = start + from_old[i] * (x0 - previous)  # of the corrector
         previous = x0
-    yield x
+        yield x0 if i < last else x
 
 
 def lms(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
     """Adams-Bashforth steps of up to fourth order: k-diffusion's sample_lms, LMSDiscreteScheduler.
 
-    x (B, C, H, W) is N(0, I). In y = x / scale, s = sigma / scale (`NoiseLevels.straight_scale`)
-    the ODE is dy/ds = d = (x - scale x0) / sigma. A polynomial through the last slopes d is
+    x (B, C, H, W) is N(0, I). In y = x / scale and sigma' = sigma / scale (`NoiseLevels.scaling`)
+    the ODE is dy/dsigma' = d = (x - scale x0) / sigma. The polynomial through the last slopes d is
     integrated exactly over the step.
     """
-    now, after = levels.pairs()
-    ratio = after[1] / now[1]
-    from_x0 = after[0] - now[0] * ratio
-    scale = levels.straight_scale()
-    s = levels.sigma / scale
+    s, t = levels.ends()
+    ratio = s.sigma / t.sigma
+    from_x0 = s.alpha - t.alpha * ratio
+    scale = levels.scaling()
+    sigmas = levels.sigma / scale
     slopes: list[Tensor] = []
     last = len(levels) - 1
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
-        if i < last:
-            yield x0
-        if scale[i] > 0:  # else s is infinite, and no polynomial goes through it
-            slopes = [*slopes[-3:], (x - scale[i] * x0) / now[1][i]]
+        if scale[i] > 0:  # else sigmas[i] is infinite, and no polynomial goes through it
+            slopes = [*slopes[-3:], (x - scale[i] * x0) / t.sigma[i]]
         if len(slopes) < 2:
             x = ratio[i] * x + from_x0[i] * x0
-            continue
-        x = scale[i + 1] / scale[i] * x
-        nodes = s[i + 1 - len(slopes) : i + 1]
-        for weight, slope in zip(_integrals(nodes, s[i], s[i + 1]), slopes, strict=True):
-            x = x + scale[i + 1] * weight * slope
-    yield x
+        else:
+            x = scale[i + 1] / scale[i] * x
+            nodes = sigmas[i + 1 - len(slopes) : i + 1]
+            weights = _integrals(nodes, sigmas[i], sigmas[i + 1])
+            for weight, slope in zip(weights, slopes, strict=True):
+                x = x + scale[i + 1] * weight * slope
+        yield x0 if i < last else x
 
 
 def pndm(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
@@ -131,28 +128,26 @@ def pndm(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
     """
     if levels.alpha[0] == 0:
         raise ValueError("sampler=pndm works with the noise, which says nothing of x0 at alpha=0")
-    now, after = levels.pairs()
-    from_x = after[0] / now[0]
-    from_eps = after[1] - now[1] * from_x
+    s, t = levels.ends()
+    from_x = s.alpha / t.alpha
+    from_eps = s.sigma - t.sigma * from_x
     history: list[Tensor] = []
     last = len(levels) - 1
     for i in range(len(levels)):
         x0 = denoise(x, levels[i])
-        if i < last:
-            yield x0
-        eps = (x - now[0][i] * x0) / now[1][i]
+        eps = (x - t.alpha[i] * x0) / t.sigma[i]
         history = [*history[-3:], eps]
         if i == 0 < last:
             trial = from_x[i] * x + from_eps[i] * eps
-            x0 = denoise(trial, levels[1])
-            eps = (eps + (trial - now[0][1] * x0) / now[1][1]) / 2
+            trial_x0 = denoise(trial, levels[1])
+            eps = (eps + (trial - t.alpha[1] * trial_x0) / t.sigma[1]) / 2
         elif i > 0:
             *older, newest = _ADAMS_BASHFORTH[len(history)]
             eps = newest * eps
             for weight, old in zip(older, history, strict=False):
                 eps = eps + weight * old
         x = from_x[i] * x + from_eps[i] * eps
-    yield x
+        yield x0 if i < last else x
 
 
 # Of equal steps, the oldest slope first.
@@ -165,8 +160,8 @@ _ADAMS_BASHFORTH = {
 
 def _steps(levels: NoiseLevels) -> Tensor:
     """h, the steps in log(alpha / sigma), (N,); infinite from pure noise and to data."""
-    now, after = levels.pairs()
-    return (after[0] / after[1]).log() - (now[0] / now[1]).log()
+    s, t = levels.ends()
+    return (s.alpha / s.sigma).log() - (t.alpha / t.sigma).log()
 
 
 def _slope(levels: NoiseLevels, *, first_order_at_last: bool) -> Tensor:

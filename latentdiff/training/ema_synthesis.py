@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.formats.header import Header, named, parse_json, read_header, shown
+from latentdiff.formats.header import Header, name_repr, parse_json, read_header, short_repr
 from latentdiff.formats.weights import (
     load_files,
     load_safetensors,
@@ -74,9 +74,9 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Te
         for name, weight in rounded.items():
             if not weight.isfinite().all():
                 raise ValueError(
-                    f"step {step}: {named(name)} of the average of length {length} holds numbers "
-                    f"that are not finite or above {torch.finfo(DTYPE).max:.0f}, which a snapshot "
-                    "cannot keep"
+                    f"step {step}: {name_repr(name)} of the average of length {length} holds "
+                    f"numbers that are not finite or above {torch.finfo(DTYPE).max:.0f}, which a "
+                    "snapshot cannot keep"
                 )
         # A single entry: safetensors writes several in an order that changes from call to call.
         metadata = {"average": json.dumps({"length": float(length), "step": step})}
@@ -182,7 +182,7 @@ def _read(path: Path) -> Snapshot:
         average = parse_json(header.metadata.get("average", "").encode())
         return Snapshot(path, int(average["step"]), float(average["length"]), header)
     except (ValueError, TypeError, KeyError) as error:
-        said = shown(header.metadata)
+        said = short_repr(header.metadata)
         raise ValueError(f"{path}: is not a snapshot of an average: it says {said}") from error
 
 
@@ -192,7 +192,7 @@ def _replace_weights(path: Path, synthesis: Synthesis) -> None:
     for name, tensor in synthesis.tensors(weights):
         if tensor.shape != tensors[name].shape:
             raise ValueError(
-                f"{path.name}: {named(name)} is {tuple(tensors[name].shape)} in the model and "
+                f"{path.name}: {name_repr(name)} is {tuple(tensors[name].shape)} in the model and "
                 f"{tuple(tensor.shape)} in its snapshots"
             )
         tensors[name] = tensor.to(tensors[name].dtype)

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from latentdiff.data.batches import batches
 from latentdiff.data.config import DataConfig
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.diffusion import Diffusion
 from latentdiff.tasks.denoiser.loss import LossConfig
 from latentdiff.training import loop

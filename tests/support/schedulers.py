@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion, Network
+from latentdiff.guidance import guided_denoiser
 from latentdiff.levels import NoiseLevels
+from support.cases import mostly_exhaustive
 from support.toys import network, normal
 
 WORDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -23,7 +25,7 @@ CASES = [
     for spacing, offset in (("leading", 0), ("leading", 1), ("linspace", 0))
 ]
 
-STEPS = [1, 2, 5, 20]
+STEPS = mostly_exhaustive([5, 1, 2, 20])
 
 
 def our_path(
@@ -33,7 +35,7 @@ def our_path(
     levels: NoiseLevels,
     *,
     network: Network = network,
-    shares: bool = False,
+    with_v: bool = False,
     **options: Any,
 ) -> list[Tensor]:
     inputs = []
@@ -42,7 +44,7 @@ def our_path(
         inputs.append(x)
         return network(x, timestep, context)
 
-    denoise = diffusion.denoiser(recorded, normal(7), None, 1.0, shares=shares)
+    denoise = guided_denoiser(diffusion, recorded, normal(7), None, 1.0, with_v=with_v)
     samples = list(sampler(denoise, x, levels, **options))
     assert len(samples) == len(levels)
     return [*inputs, samples[-1]]

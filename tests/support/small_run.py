@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -17,6 +16,7 @@ from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.randomness import MicroBatch, generator
 from latentdiff.training.run import Run
 from support.runs import options
+from support.scripts import without_curves
 
 STEPS = 6
 
@@ -68,9 +68,7 @@ def small_run(
         for step in range(start, STEPS):
             yield torch.randn(2, 3, generator=generator(0, step, "data"))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_log", lambda log, out: None)  # these take longer than the rest
-        patch.setattr(loop, "write_report", lambda folder: None)
+    with without_curves():
         loop.fit(SmallTask(run, until, validate), loader, run)
     return run.accelerator
 

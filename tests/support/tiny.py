@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.editing import Given
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.pipeline import Pipeline
+from latentdiff.request import Request
 
 CONTEXT_DIM = 16
 TOKENS = 12
@@ -101,6 +101,6 @@ class Recording(Pipeline):
 
     latents: Tensor
 
-    def decode(self, latents: Tensor, given: Given | None = None) -> list[Image.Image]:
+    def decode(self, latents: Tensor, request: Request | None = None) -> list[Image.Image]:
         self.latents = latents
-        return super().decode(latents, given)
+        return super().decode(latents, request)

@@ -1,1 +1,1 @@
-"""Single files of LDM, A1111 and ComfyUI, in parts: names, shapes, description, conventions."""
+"""Single files of LDM, A1111 and ComfyUI: names, shapes, YAML configs, what they leave unsaid."""

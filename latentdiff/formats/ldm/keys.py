@@ -1,14 +1,14 @@
-"""The tensor names of original Stable Diffusion checkpoints (LDM), and diffusers' for the same.
+"""Translate tensor names between original Stable Diffusion checkpoints (LDM) and diffusers.
 
-Computed from the names at hand (how many levels, layers, which blocks attend), so for any depth.
+The number of levels and layers and the blocks that attend are read off the names, at any depth.
 LDM's names are those of CompVis/stable-diffusion: ldm/modules/diffusionmodules/openaimodel.py and
-model.py. "Names" are without the prefix that says which network of the file they belong to.
+model.py. Names here are without the prefix of the network that they belong to.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -17,8 +17,8 @@ OPEN_CLIP = "cond_stage_model.model."  # SD 2.x: the text half of an open_clip m
 
 TEXT_MODEL = "text_model."  # begins the names of every published CLIPTextModel
 
-MAX_BLOCKS = 100  # that LDM counts in one row; SD has 12
-_MAX_DEPTH = 7  # of the names of modules, and one more
+MAX_BLOCKS = 100  # in one list of LDM's; SD has 12
+_MAX_DEPTH = 7  # one more than the longest module name has
 
 _CLIP_NAME = re.compile(
     r"text_model\.(embeddings\.(token|position)_embedding\.weight"
@@ -62,36 +62,36 @@ _VAE_LINEAR = tuple(
 
 def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
     """LDM's name of every tensor of a UNet2DConditionModel; ValueError for any other name."""
-    found = set(names)
-    levels = count(found, "down_blocks.")
-    attends = [has(found, f"up_blocks.{i}.attentions.") for i in range(levels)]
-    return _rename(found, _unet_modules(count(found, "down_blocks.0.resnets."), attends))
+    names = set(names)
+    levels = count(names, "down_blocks.")
+    attends = [has(names, f"up_blocks.{i}.attentions.") for i in range(levels)]
+    return _rename(names, _unet_modules(count(names, "down_blocks.0.resnets."), attends))
 
 
 def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' name of every tensor of an LDM UNet; ValueError for a name that SD has not."""
-    found = set(names)
-    blocks = _few(count(found, "input_blocks."))
-    ends = [i for i in range(blocks) if has(found, f"input_blocks.{i}.0.op.")]
+    """diffusers' name of every tensor of an LDM UNet; ValueError for an unknown name."""
+    names = set(names)
+    blocks = _check_count(count(names, "input_blocks."))
+    ends = [i for i in range(blocks) if has(names, f"input_blocks.{i}.0.op.")]
     layers = (ends[0] if ends else blocks) - 1  # without the first convolution
     last = [(i + 1) * (layers + 1) - 1 for i in range(len(ends) + 1)]  # of each level's way up
-    attends = [has(found, f"output_blocks.{i}.1.norm.") for i in last]
-    return _rename(found, _swap(_unet_modules(layers, attends)))
+    attends = [has(names, f"output_blocks.{i}.1.norm.") for i in last]
+    return _rename(names, _swap(_unet_modules(layers, attends)))
 
 
 def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
     """LDM's name of every tensor of an AutoencoderKL; ValueError for any other name."""
-    found = set(names)
-    levels = count(found, "encoder.down_blocks.")
-    return _rename(found, _vae_modules(levels, count(found, "encoder.down_blocks.0.resnets.")))
+    names = set(names)
+    levels = count(names, "encoder.down_blocks.")
+    return _rename(names, _vae_modules(levels, count(names, "encoder.down_blocks.0.resnets.")))
 
 
 def vae_from_ldm(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' name of every tensor of an LDM VAE; ValueError for a name that SD has not."""
-    found = set(names)
-    levels = _few(count(found, "encoder.down."))
-    layers = _few(count(found, "encoder.down.0.block."))
-    return _rename(found, _swap(_vae_modules(levels, layers)))
+    """diffusers' name of every tensor of an LDM VAE; ValueError for an unknown name."""
+    names = set(names)
+    levels = _check_count(count(names, "encoder.down."))
+    layers = _check_count(count(names, "encoder.down.0.block."))
+    return _rename(names, _swap(_vae_modules(levels, layers)))
 
 
 def is_vae_convolution(name: str) -> bool:
@@ -101,9 +101,9 @@ def is_vae_convolution(name: str) -> bool:
 
 
 def clip_from_ldm(names: Iterable[str]) -> dict[str, str]:
-    """Names of SD 1.x text towers with `text_model.` in front, which some files leave out.
+    """Add the prefix `text_model.`, which some files leave out, to names of SD 1.x text towers.
 
-    ValueError for a name that a CLIPTextModel has not.
+    Raises ValueError for a name that no CLIPTextModel has.
     """
     renamed = {name: TEXT_MODEL + name.removeprefix(TEXT_MODEL) for name in names}
     for name in sorted(renamed):
@@ -114,9 +114,9 @@ def clip_from_ldm(names: Iterable[str]) -> dict[str, str]:
 
 def count(names: Iterable[str], prefix: str) -> int:
     """How many of prefix0, prefix1, … begin a name, up to the first that does not."""
-    found = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+    indices = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
     number = 0
-    while str(number) in found:
+    while str(number) in indices:
         number += 1
     return number
 
@@ -129,17 +129,17 @@ def has(names: Iterable[str], prefix: str) -> bool:
 def _unet_modules(layers: int, attends: list[bool]) -> dict[str, str]:
     """LDM's name of every module that a UNet can have, by diffusers' name.
 
-    LDM numbers straight on: the first convolution, then of each level its layers (0 the residual
-    block, 1 the transformer) and the step to the next. `attends` says of each level of the way up
-    whether it has transformers, because its convolution to the next size comes after them.
+    LDM numbers all blocks in sequence: the first convolution, then the layers of each level (0 is
+    the residual block, 1 the transformer) and its resampling. attends: whether each level of the
+    way up has transformers, because its upsampling is numbered after them.
     """
     levels, stride = len(attends), layers + 1
     modules = dict(_UNET_ENDS)
 
-    def layer(theirs: str, i: int, block: str) -> None:
+    def layer(block: str, i: int, ldm_block: str) -> None:
         for part, name in _UNET_RESNET.items():
-            modules[f"{theirs}.resnets.{i}.{part}"] = f"{block}.0.{name}"
-        modules[f"{theirs}.attentions.{i}"] = f"{block}.1"
+            modules[f"{block}.resnets.{i}.{part}"] = f"{ldm_block}.0.{name}"
+        modules[f"{block}.attentions.{i}"] = f"{ldm_block}.1"
 
     for level in range(levels):
         down, up = f"down_blocks.{level}", f"up_blocks.{level}"
@@ -161,7 +161,7 @@ def _unet_modules(layers: int, attends: list[bool]) -> dict[str, str]:
 def _vae_modules(levels: int, layers: int) -> dict[str, str]:
     """LDM's name of every module that a VAE can have, by diffusers' name.
 
-    LDM counts the decoder's levels from the full size, against the way the data goes.
+    LDM counts the decoder's levels from the full size, against the order of computation.
     """
     modules = {name: name for name in ("quant_conv", "post_quant_conv")}
     for half in ("encoder", "decoder"):
@@ -184,23 +184,23 @@ def _vae_modules(levels: int, layers: int) -> dict[str, str]:
     return modules
 
 
-def _few(number: int) -> int:
-    """Refuse what no network has before time goes into it."""
+def _check_count(number: int) -> int:
+    """Return `number`; ValueError if no network has as many blocks, before they take time."""
     if number > MAX_BLOCKS:
         raise ValueError(f"it has more than {MAX_BLOCKS} blocks in a row")
     return number
 
 
 def _unknown(name: str) -> ValueError:
-    return ValueError(f"{shown(name)} is no tensor of Stable Diffusion 1.x or 2.x")
+    return ValueError(f"{short_repr(name)} is no tensor of Stable Diffusion 1.x or 2.x")
 
 
 def _swap(modules: Mapping[str, str]) -> dict[str, str]:
-    return {ldm: theirs for theirs, ldm in modules.items()}
+    return {ldm_name: name for name, ldm_name in modules.items()}
 
 
 def _rename(names: Iterable[str], modules: Mapping[str, str]) -> dict[str, str]:
-    """Each name with the module that it begins with renamed; ValueError if it is none of them."""
+    """Rename the module that each name begins with; ValueError for a name with no known module."""
     renamed = {}
     for name in sorted(names):
         parts = name.split(".", _MAX_DEPTH)

@@ -1,4 +1,4 @@
-"""What a single file says of itself: Stability AI's ModelSpec, and an entry of our own."""
+"""Metadata of a single file: Stability AI's ModelSpec, and an entry of ours with the configs."""
 
 import base64
 import datetime
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from latentdiff.formats.header import parse_json
-from latentdiff.formats.ldm.guesses import Configurations
+from latentdiff.formats.ldm.inferred_config import ModelConfigs
 
-OURS = "latentdiff"  # the key of our entry
+OUR_KEY = "latentdiff"
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -28,15 +28,15 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def modelspec(
-    model: Configurations, known: Mapping[str, str], *, title: str, is_sd: bool
+    configs: ModelConfigs, inherited: Mapping[str, str], *, title: str, is_sd: bool
 ) -> dict[str, str]:
     """ModelSpec 1.0.0 (github.com/Stability-AI/ModelSpec), with the values of kohya's trainer.
 
-    known: metadata that the model was read with; its author, licence, … go on with it.
-    title: the model's, if it has none yet. is_sd: whether it has the shape of SD 1.x or 2.x.
+    inherited: metadata that the model was read with; author, licence, … are passed on.
+    title: for a model that has none yet. is_sd: whether it has the shape of SD 1.x or 2.x.
     """
-    unet, vae = model.unet, model.vae
-    prediction = model.scheduler["prediction_type"]
+    unet, vae = configs.unet, configs.vae
+    prediction = configs.scheduler["prediction_type"]
     if not is_sd:
         architecture = "latentdiff"
     elif unet["in_channels"] == 9:
@@ -51,7 +51,7 @@ def modelspec(
     return {
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **known,
+        **inherited,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -69,35 +69,35 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return f"0x{sha256.hexdigest()}"
 
 
-def pack(model: Configurations, tokenizer: Mapping[str, str] | None) -> str:
-    """Our entry: JSON, compressed, because the tokenizer of CLIP alone has 2 MB."""
+def pack_configs(configs: ModelConfigs, tokenizer: Mapping[str, str] | None) -> str:
+    """The value of our metadata entry: JSON, compressed, as CLIP's tokenizer alone has 2 MB."""
     content = {
-        "unet": model.unet,
-        "vae": model.vae,
-        "text_encoder": model.text_encoder,
-        "scheduler": model.scheduler,
+        "unet": configs.unet,
+        "vae": configs.vae,
+        "text_encoder": configs.text_encoder,
+        "scheduler": configs.scheduler,
         "tokenizer": tokenizer,
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")
 
 
-def unpack(entry: str) -> tuple[Configurations, dict[str, str] | None]:
-    """What `pack` was given; ValueError for an entry that it did not make."""
+def unpack_configs(entry: str) -> tuple[ModelConfigs, dict[str, str] | None]:
+    """The arguments of `pack_configs`; ValueError for an entry that it did not make."""
     try:
-        unpacker = zlib.decompressobj()
-        text = unpacker.decompress(base64.b64decode(entry, validate=True), MAX_TEXT_BYTES)
+        decompressor = zlib.decompressobj()
+        text = decompressor.decompress(base64.b64decode(entry, validate=True), MAX_TEXT_BYTES)
         content = parse_json(text)
     except (ValueError, zlib.error) as error:
-        raise ValueError(f"its metadata's {OURS} cannot be read ({error})") from error
-    parts = ("unet", "vae", "text_encoder", "scheduler")
-    if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
-        raise ValueError(f"its metadata's {OURS} lacks one of {', '.join(parts)}")
+        raise ValueError(f"its metadata's {OUR_KEY} cannot be read ({error})") from error
+    keys = ("unet", "vae", "text_encoder", "scheduler")
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in keys):
+        raise ValueError(f"its metadata's {OUR_KEY} lacks one of {', '.join(keys)}")
     tokenizer = content.get("tokenizer")
     if tokenizer is not None and not (
         isinstance(tokenizer, dict)
         and tokenizer.keys() <= set(TOKENIZER_FILES)
         and all(isinstance(text, str) for text in tokenizer.values())
     ):
-        raise ValueError(f"its metadata's {OURS} holds a tokenizer that is none")
-    return Configurations(*(content[part] for part in parts)), tokenizer
+        raise ValueError(f"its metadata's {OUR_KEY} holds a tokenizer that is none")
+    return ModelConfigs(*(content[key] for key in keys)), tokenizer

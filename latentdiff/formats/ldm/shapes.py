@@ -1,13 +1,13 @@
-"""What the names and shapes of a checkpoint say: whether it is SD 1.x or 2.x, and its networks.
+"""Infer configs from a checkpoint's names and shapes, and refuse what is not SD 1.x or 2.x.
 
-Names are those of diffusers and transformers, except in `refuse_others`, which reads the file's.
+Names are diffusers' and transformers', except those that `refuse_other_checkpoints` reads.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.formats.header import shown
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.ldm.keys import CLIP, OPEN_CLIP, TEXT_MODEL, UNET, VAE, count, has
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -15,8 +15,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 GROUPS = 32  # of every GroupNorm, in LDM a constant
 HEAD_WIDTH = 64  # of every head of SD 2.x's UNet and of both versions' text towers
 
-# What else people keep in safetensors files, by what a name begins with or, after a star, holds.
-_OTHERS = (
+# Other models in safetensors files, by the start of a tensor's name or, after a star, a part of it.
+_OTHER_MODELS = (
     ("*lora_", "a LoRA, which is loaded on top of a model"),
     ("*.hada_w", "a LyCORIS adapter"),
     ("*joint_blocks.", "Stable Diffusion 3"),
@@ -37,26 +37,25 @@ _OTHERS = (
 )
 
 
-def refuse_others(path: Path, shapes: Shapes) -> None:
-    """Raise ValueError, saying what the file seems to be, unless it is a whole SD 1.x or 2.x.
+def refuse_other_checkpoints(path: Path, shapes: Shapes) -> None:
+    """Raise ValueError, saying what the file seems to be, unless it is a complete SD 1.x or 2.x.
 
-    `shapes` by the file's own names. LoRA tensors beside a whole model are left for the caller.
+    `shapes` has the names in the file. LoRA tensors beside a complete model are allowed.
     """
-    parts = {
+    components = {
         "UNet": has(shapes, UNET + "input_blocks."),
         "VAE": has(shapes, VAE),
         "text encoder": has(shapes, CLIP) or has(shapes, OPEN_CLIP),
     }
-    whole = all(parts.values())
-    for mark, what in _OTHERS:
-        begins, holds = mark.removeprefix("*"), mark.startswith("*")
-        if any(begins in name if holds else name.startswith(begins) for name in shapes) and not (
-            whole and begins == "lora_"
-        ):
-            raise ValueError(f"{path} is no checkpoint of SD 1.x or 2.x but seems to be {what}")
-    missing = [part for part, there in parts.items() if not there]
-    if len(missing) == len(parts):
-        first = shown(min(shapes)) if shapes else "nothing"
+    complete = all(components.values())
+    for mark, model in _OTHER_MODELS:
+        text, anywhere = mark.removeprefix("*"), mark.startswith("*")
+        matches = any(text in name if anywhere else name.startswith(text) for name in shapes)
+        if matches and not (complete and text == "lora_"):
+            raise ValueError(f"{path} is no checkpoint of SD 1.x or 2.x but seems to be {model}")
+    missing = [name for name, present in components.items() if not present]
+    if len(missing) == len(components):
+        first = short_repr(min(shapes)) if shapes else "nothing"
         raise ValueError(f"{path} is no checkpoint of SD 1.x or 2.x; it holds {first}")
     if missing:
         raise ValueError(
@@ -64,14 +63,13 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
         )
 
 
-def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """What shows of a UNet2DConditionModel's configuration: all but heads, norms and size."""
+def infer_unet_config(shapes: Shapes) -> dict[str, Any]:
+    """The keys of a UNet2DConditionModel's config that shapes show: all but heads, norms, size."""
     levels = count(shapes, "down_blocks.")
     attends = {
         way: [has(shapes, f"{way}_blocks.{i}.attentions.") for i in range(levels)]
         for way in ("down", "up")
     }
-    middle = has(shapes, "mid_block.attentions.")
     projection = next((name for name in shapes if name.endswith(".proj_in.weight")), None)
     config = {
         "in_channels": _shape(shapes, "conv_in.weight", 4)[1],
@@ -79,17 +77,11 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         "block_out_channels": _widths(shapes, "down_blocks.", levels),
         "layers_per_block": count(shapes, "down_blocks.0.resnets."),
         "down_block_types": [
-            "CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attends["down"]
+            "CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends["down"]
         ],
-        "mid_block_type": (
-            "UNetMidBlock2DCrossAttn"
-            if middle
-            else "UNetMidBlock2D"
-            if has(shapes, "mid_block.")
-            else None
-        ),
+        "mid_block_type": _mid_block_type(shapes),
         "up_block_types": [
-            "CrossAttnUpBlock2D" if there else "UpBlock2D" for there in attends["up"]
+            "CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in attends["up"]
         ],
         "use_linear_projection": projection is not None and len(shapes[projection]) == 2,
     }
@@ -100,8 +92,8 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     return config
 
 
-def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """What shows of an AutoencoderKL's configuration: all but norms, size and scale."""
+def infer_vae_config(shapes: Shapes) -> dict[str, Any]:
+    """The keys of an AutoencoderKL's config that shapes show: all but norms, size and scale."""
     levels = count(shapes, "encoder.down_blocks.")
     return {
         "in_channels": _shape(shapes, "encoder.conv_in.weight", 4)[1],
@@ -115,12 +107,12 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def text_config(shapes: Shapes) -> dict[str, Any]:
-    """What shows of a CLIPTextConfig: all but heads, activation and special tokens."""
+def infer_text_config(shapes: Shapes) -> dict[str, Any]:
+    """The keys of a CLIPTextConfig that shapes show: all but heads, activation, special tokens."""
     layers = TEXT_MODEL + "encoder.layers."
-    words, width = _shape(shapes, TEXT_MODEL + "embeddings.token_embedding.weight", 2)
+    vocab_size, width = _shape(shapes, TEXT_MODEL + "embeddings.token_embedding.weight", 2)
     return {
-        "vocab_size": words,
+        "vocab_size": vocab_size,
         "hidden_size": width,
         "max_position_embeddings": _shape(
             shapes, TEXT_MODEL + "embeddings.position_embedding.weight", 2
@@ -130,12 +122,18 @@ def text_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _mid_block_type(shapes: Shapes) -> str | None:
+    if has(shapes, "mid_block.attentions."):
+        return "UNetMidBlock2DCrossAttn"
+    return "UNetMidBlock2D" if has(shapes, "mid_block.") else None
+
+
 def _widths(shapes: Shapes, blocks: str, levels: int) -> list[int]:
     return [_shape(shapes, f"{blocks}{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
-    """The shape of a tensor that every such network has; ValueError if this one has not."""
+    """The shape of a tensor; ValueError where it is missing or has another number of dimensions."""
     shape = shapes.get(name)
     if shape is None:
         raise ValueError(f"tensor {name} is missing")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages
 from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.randomness import choose, generator
 
@@ -75,7 +75,7 @@ def validation_pool(dataset: CaptionedImages, *, seed: int) -> Pool | None:
 
     None if there are fewer than two.
     """
-    examples = {index: dataset[index] for index in sorted(dataset.apart)}
+    examples = {index: dataset[index] for index in sorted(dataset.validation)}
     examples = {i: example for i, example in examples.items() if i not in dataset.replaced}
     if len(examples) < 2:
         return None

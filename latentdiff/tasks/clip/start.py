@@ -9,9 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from latentdiff.data.images import CaptionedImages
-from latentdiff.data.opening import some_captions
-from latentdiff.data.stream import StreamedImages
+from latentdiff.data.opening import ImageDataset
 from latentdiff.models.clip import new_clip
 from latentdiff.models.clip_start import Pixels, load_start
 from latentdiff.options import groups
@@ -33,7 +31,7 @@ class Start:
     """The normalisation of the image tower's input, from images in [-1, 1]."""
 
 
-def make_start(config: TrainCLIP, dataset: CaptionedImages | StreamedImages) -> Start:
+def make_start(config: TrainCLIP, dataset: ImageDataset) -> Start:
     """Initialise or load both towers and the tokenizer.
 
     Raises ValueError where `init` is no CLIP or has other shapes than the configuration asks for.
@@ -42,7 +40,7 @@ def make_start(config: TrainCLIP, dataset: CaptionedImages | StreamedImages) -> 
     size = config.data.image_size
     if config.init is None:
         tokenizer = train_tokenizer(
-            some_captions(dataset, MAX_CAPTIONED),
+            dataset.some_captions(MAX_CAPTIONED),
             vocab_size=config.vocab_size,
             length=config.max_tokens,
         )

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
 
-from latentdiff.data.images import CaptionedImages
-from latentdiff.data.opening import some_examples
-from latentdiff.data.stream import StreamedImages
+from latentdiff.data.opening import ImageDataset
 from latentdiff.data.summary import images_summary
 from latentdiff.images import image_grid, to_floats, to_pil
 from latentdiff.models.fingerprint import fingerprint
@@ -41,7 +39,7 @@ class CLIPTask:
         config: TrainCLIP,
         run: Run,
         *,
-        dataset: CaptionedImages | StreamedImages,
+        dataset: ImageDataset,
         pool: Pool | None,
         num_val: int = 0,
     ) -> None:
@@ -57,7 +55,7 @@ class CLIPTask:
         if config.init is not None:  # a resumed run reads it again
             facts = {"scaling": asdict(self.scaling), "tokens": self.tokenizer.get_vocab()}
             self.fingerprints["init"] = fingerprint(start.clip, facts)
-        self.data_summary = images_summary(dataset, held_out=num_val)
+        self.data_summary = images_summary(dataset, num_val=num_val)
         self.learner = run.learner(start.clip)
         self.learners = {"clip": self.learner}
         self.clip: Any = self.learner.model
@@ -131,7 +129,7 @@ class CLIPTask:
     @torch.no_grad()
     def preview(self, path: Path) -> None:
         """Draw a row for each of eight captions: its own image, then the seven nearest of 1,024."""
-        examples = list(some_examples(self.dataset, 1024))
+        examples = list(self.dataset.some_examples(1024))
         count = len(examples)
         images = torch.stack([example["image"] for example in examples])
         pixels = to_floats(images.to(self.run.device))

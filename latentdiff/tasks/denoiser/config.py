@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.views import Views
+from latentdiff.data.crop_flip import CropFlip
 from latentdiff.diffusion import Diffusion
 from latentdiff.models.dit import DiTConfig
 from latentdiff.models.unet import UNetConfig
@@ -52,7 +52,7 @@ class TrainUNet:
     """Prompts of the preview grid; by default up to eight captions of the training data."""
     loss: LossConfig = group(LossConfig)
     data: DataConfig = group(DataConfig)
-    views: Views = group(Views)
+    crop_flip: CropFlip = group(CropFlip)
     optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=300)
     ema: EMAConfig = group(EMAConfig)
     loop: LoopConfig = group(

@@ -10,10 +10,9 @@ import torch
 from latentdiff.data.batches import batches, check_batch
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
-from latentdiff.data.gate import check_latents
-from latentdiff.data.images import CaptionedImages
+from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
@@ -31,7 +30,7 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
     batch_size = config.loop.batch_size
 
     def load_vae() -> VAE:
-        return VAE.from_pretrained(find_part(config.vae, "vae")).to(run.device)
+        return VAE.from_pretrained(find_component(config.vae, "vae")).to(run.device)
 
     if config.cache is not None:
         cache = LatentCache(config.cache)
@@ -40,20 +39,20 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
         cache.check_vae(vae)
         return cache, vae
     dataset = run.processes.main_first(lambda: open_images(config.data))
-    if isinstance(dataset, CaptionedImages):  # the length of a stream is known when it is cached
-        check_batch(batch_size, len(dataset))
-    vae, vae_folder = load_vae(), find_part(config.vae, "vae")
+    if dataset.num_samples is not None:  # that of a stream is known when it is cached
+        check_batch(batch_size, dataset.num_samples)
+    vae, vae_folder = load_vae(), find_component(config.vae, "vae")
     cache_folder = config.loop.output_dir / "cache"
     write_cache(
         cache_folder,
         dataset,
         vae,
         batch_size=64,
-        views=config.views,
+        crop_flip=config.crop_flip,
         rank=run.processes.rank,
         world_size=run.processes.count,
         together=run.processes.on_all,
-        gate=partial(
+        check=partial(
             check_latents, vae, dataset, vae_folder, batch_size=64, refuse=config.check_latents
         ),
     )
@@ -80,10 +79,10 @@ def latent_batches(
     """
     loop, train = config.loop, Subset(cache, val)
 
-    def views(step: int) -> list[int]:
-        """Which view of each example of a global batch is seen."""
+    def variants(step: int) -> list[int]:
+        """Which variant of each example of a global batch is seen."""
         u = torch.rand(loop.batch_size, generator=generator(loop.seed, step, "view"))
-        return choose([range(cache.views.count)] * loop.batch_size, u.tolist())
+        return choose([range(cache.crop_flip.num_variants)] * loop.batch_size, u.tolist())
 
     return batches(
         train,
@@ -97,5 +96,5 @@ def latent_batches(
         num_workers=config.data.num_workers,
         collate=collate_moments,
         buckets=np.delete(cache.buckets, val),
-        views=views,
+        variants=variants,
     )

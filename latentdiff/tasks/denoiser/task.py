@@ -66,8 +66,8 @@ class DenoiserTask:
             "vae": cache.header["vae"],
             "text_encoder": fingerprint(text_encoder.model, {}),
         }
-        data = config.data.place() if config.cache is None else str(config.cache)
-        self.data_summary = cache_summary(cache, data, held_out=len(val))
+        data = config.data.location() if config.cache is None else str(config.cache)
+        self.data_summary = cache_summary(cache, data, num_val=len(val))
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
         """One micro-batch of moments (b, 2C, H, W) and captions."""

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.data.gate import TRAINING
-from latentdiff.data.images import CaptionedImages
-from latentdiff.data.opening import some_examples
-from latentdiff.data.stream import StreamedImages
+from latentdiff.data.latent_check import TRAINING
+from latentdiff.data.opening import ImageDataset
 from latentdiff.data.summary import images_summary
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import save_json
 from latentdiff.images import image_grid, to_floats, to_pil
 from latentdiff.models.discriminator import Discriminator
@@ -40,7 +38,7 @@ class VAETask:
         config: TrainVAE,
         run: Run,
         *,
-        dataset: CaptionedImages | StreamedImages,
+        dataset: ImageDataset,
         perceptual: Perceptual | None = None,
     ) -> None:
         """Raises ValueError where `init` cannot be read, or `vae` asks for another network."""
@@ -75,7 +73,7 @@ class VAETask:
             self.learners["discriminator"] = self.discriminator
         # The KL of a frozen encoder is constant, and a deterministic encoder has none.
         self.has_kl = not config.decoder_only and network.config.encoder == "kl"
-        examples = [example["image"] for example in some_examples(dataset, 16)]
+        examples = [example["image"] for example in dataset.some_examples(16)]
         self.preview_images = torch.stack([examples[i % len(examples)] for i in range(16)])
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
@@ -179,10 +177,10 @@ class VAETask:
         if self.logvar is not None:
             facts["logvar"] = self.output_scale.logvar.item()
         if self.discriminator is not None:
-            images = (example["image"] for example in some_examples(self.dataset, 64))
+            images = (example["image"] for example in self.dataset.some_examples(64))
             facts |= discriminator_scores(vae, self.discriminator.model, images)
         if not config.decoder_only:  # whose latents are those of `init`
-            images = (example["image"] for example in some_examples(self.dataset, 2048))
+            images = (example["image"] for example in self.dataset.some_examples(2048))
             vae.fold_latent_statistics(*latent_statistics(vae, images))
         vae.save_pretrained(folder)
         save_json(facts, folder / TRAINING)
@@ -196,7 +194,7 @@ def new_vae(config: TrainVAE) -> VAE:
     size = config.data.image_size
     if config.init is None:
         return VAE(replace(config.vae, sample_size=size))
-    folder = find_part(config.init, "vae")
+    folder = find_component(config.init, "vae")
     vae = initial_vae(folder, image_size=size, decoder_only=config.decoder_only)
     if replace(config.vae, sample_size=size) not in (replace(SMALL, sample_size=size), vae.config):
         raise ValueError(f"vae differs from the network of init={config.init!r}; leave out one")

@@ -17,7 +17,7 @@ VERSION = 1  # of what the readers make of metadata; a change makes every index 
 ROWS = 20_000  # in memory at a time
 
 
-def open_index(
+def cached_table(
     data: str, key: object, tables: Callable[[], Iterable[pa.Table]]
 ) -> datasets.Dataset:
     """The rows of all tables, memory-mapped from `datasets`' cache folder.
@@ -41,12 +41,12 @@ def open_index(
 def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
     """Rows as tables of up to ROWS rows, with a column for every key that any of them has."""
     rows = iter(rows)
-    while part := list(islice(rows, ROWS)):
-        names = dict.fromkeys(name for row in part for name in row)
+    while batch := list(islice(rows, ROWS)):
+        names = dict.fromkeys(name for row in batch for name in row)
         columns = {}
         for name in names:
             try:
-                columns[name] = pa.array([row.get(name) for row in part])
+                columns[name] = pa.array([row.get(name) for row in batch])
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                 raise _Kinds(f"the column {name!r} holds different kinds of values") from error
         yield pa.table(columns)
@@ -57,7 +57,7 @@ class _Kinds(ValueError):
 
 
 def _write(path: Path, tables: Callable[[], Iterable[pa.Table]]) -> None:
-    """Whole or not at all; several processes may do it at once, and the last one's file stays."""
+    """Write all or nothing; several processes may do it at once, and the last one's file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".index-", dir=path.parent)
     os.close(descriptor)

@@ -16,14 +16,14 @@ from support.ldm import checkpoint
 from support.strategies import unet_configs, vae_configs
 
 from latentdiff.diffusion import Diffusion
-from latentdiff.formats.ldm import loaders
-from latentdiff.formats.ldm.description import (
-    from_ldm,
-    heads,
-    load_description,
-    obstacles,
-    save_description,
-    to_ldm,
+from latentdiff.formats.ldm import compatibility
+from latentdiff.formats.ldm.yaml_config import (
+    from_ldm_config,
+    heads_per_level,
+    load_ldm_config,
+    save_ldm_config,
+    to_ldm_config,
+    unsupported_by_ldm,
 )
 from latentdiff.formats.single_file import read_single_file
 from latentdiff.formats.weights import save_safetensors
@@ -66,22 +66,22 @@ def test_what_ldm_can_say_comes_back(unet: UNetConfig, vae: VAEConfig) -> None:
     )  # fmt: skip
     vae = dataclasses.replace(vae, norm_num_groups=32, **WHOLE)
     values, vae_values = unet.to_dict(), vae.to_dict()
-    in_the_way = obstacles(values, vae_values, V)
-    assert all("heads" in reason or "widths" in reason for reason in in_the_way)
-    if in_the_way:
+    unsupported = unsupported_by_ldm(values, vae_values, V)
+    assert all("heads" in reason or "widths" in reason for reason in unsupported)
+    if unsupported:
         with pytest.raises(AssertionError):
-            to_ldm(values, vae_values, loaders.SD1_TOWER, V, open_clip=False)
+            to_ldm_config(values, vae_values, compatibility.SD1_TOWER, V, open_clip=False)
         return
-    description = to_ldm(values, vae_values, loaders.SD1_TOWER, V, open_clip=False)
-    found = from_ldm(yaml.safe_load(yaml.safe_dump(description)))
+    ldm_config = to_ldm_config(values, vae_values, compatibility.SD1_TOWER, V, open_clip=False)
+    found = from_ldm_config(yaml.safe_load(yaml.safe_dump(ldm_config)))
     for name, expected in (("unet", values), ("vae", vae_values), ("scheduler", V)):
         for key, value in found[name].items():
             there = expected[key]
             if key == "attention_head_dim":  # says something of levels that do not attend, too
                 for i, block in enumerate(unet.down_block_types):
                     if "Cross" in block:
-                        assert heads(found["unet"])[i] == unet.heads[i]
-                assert heads(found["unet"])[-1] == unet.heads[-1]
+                        assert heads_per_level(found["unet"])[i] == unet.heads[i]
+                assert heads_per_level(found["unet"])[-1] == unet.heads[-1]
                 continue
             if (name, key) == ("vae", "sample_size"):
                 assert value == found["unet"]["sample_size"] * vae.factor
@@ -92,35 +92,37 @@ def test_what_ldm_can_say_comes_back(unet: UNetConfig, vae: VAEConfig) -> None:
 @pytest.mark.parametrize(
     ("unet", "vae"), [(SD1, SD_VAE), (SD2, SD_VAE), (TINY.to_dict(), TINY_VAE.to_dict())]
 )
-def test_diffusers_reads_our_description_as_the_configuration_it_is_of(
+def test_diffusers_reads_our_ldm_config_as_the_configuration_it_is_of(
     unet: dict[str, Any], vae: dict[str, Any]
 ) -> None:
-    tower = loaders.SD2_TOWER if unet["use_linear_projection"] else loaders.SD1_TOWER
-    description = to_ldm(unet, vae, tower, EPSILON, open_clip=unet["use_linear_projection"])
-    theirs = create_unet_diffusers_config_from_ldm(description, {})
+    tower = compatibility.SD2_TOWER if unet["use_linear_projection"] else compatibility.SD1_TOWER
+    ldm_config = to_ldm_config(unet, vae, tower, EPSILON, open_clip=unet["use_linear_projection"])
+    theirs = create_unet_diffusers_config_from_ldm(ldm_config, {})
     unseen = {"sample_size", "class_embed_type", "addition_embed_type"}  # of SD's, by themselves
     for key in theirs.keys() - unseen - {"upcast_attention"}:
         expected = unet[key]
         assert theirs[key] == (list(expected) if isinstance(expected, tuple) else expected), key
-    theirs = create_vae_diffusers_config_from_ldm(description, {})
+    theirs = create_vae_diffusers_config_from_ldm(ldm_config, {})
     for key in theirs.keys() - {"sample_size"}:
         expected = vae[key]
         assert theirs[key] == (list(expected) if isinstance(expected, tuple) else expected), key
 
 
-def test_a_description_says_what_weights_do_not(tmp_path: Path) -> None:
-    """Its heads, schedule, prediction, scale and size, without a warning."""
+def test_an_ldm_config_says_what_weights_do_not(tmp_path: Path) -> None:
+    """It holds heads, schedule, prediction, scale and size; nothing is left to warn of."""
     path = tmp_path / "model.safetensors"
     save_safetensors(checkpoint(TINY, TINY_VAE), path)
-    description = to_ldm(TINY.to_dict(), TINY_VAE.to_dict(), loaders.SD1_TOWER, V, open_clip=False)
-    save_description(description, tmp_path / "any.yaml")
+    ldm_config = to_ldm_config(
+        TINY.to_dict(), TINY_VAE.to_dict(), compatibility.SD1_TOWER, V, open_clip=False
+    )
+    save_ldm_config(ldm_config, tmp_path / "any.yaml")
     file = read_single_file(path, config=tmp_path / "any.yaml")
     assert UNetConfig.from_dict(file.unet_config) == TINY
     assert file.vae_config["scaling_factor"] == 0.5
     assert file.scheduler_config == V
-    other = description | {}
+    other = ldm_config | {}
     other["model"]["params"]["unet_config"]["params"]["num_res_blocks"] = 2
-    save_description(other, tmp_path / "other.yaml")
+    save_ldm_config(other, tmp_path / "other.yaml")
     with pytest.raises(ValueError, match="layers_per_block is 2, by its tensors 1"):
         read_single_file(path, config=tmp_path / "other.yaml")
 
@@ -135,17 +137,17 @@ def test_any_other_yaml_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"bad\.yaml"):
-        load_description(path)
+        load_ldm_config(path)
 
 
 @pytest.mark.parametrize("number", [".inf", "two", "[]", "0"])
 def test_numbers_that_are_none_are_refused(tmp_path: Path, number: str) -> None:
     path = tmp_path / "bad.yaml"
-    save_description(to_ldm(SD2, SD_VAE, loaders.SD2_TOWER, V, open_clip=True), path)
+    save_ldm_config(to_ldm_config(SD2, SD_VAE, compatibility.SD2_TOWER, V, open_clip=True), path)
     text = path.read_text().replace("num_head_channels: 64", f"num_head_channels: {number}")
     path.write_text(text)
     with pytest.raises(ValueError, match=r"bad\.yaml"):
-        load_description(path)
+        load_ldm_config(path)
 
 
 def sentences(
@@ -157,16 +159,16 @@ def sentences(
     merges: str | None = None,
     looks_like_v: bool = False,
 ) -> str:
-    in_the_way = obstacles(unet, vae, scheduler)
+    unsupported = unsupported_by_ldm(unet, vae, scheduler)
     return " ".join(
-        loaders.sentences(
+        compatibility.describe_compatibility(
             unet, vae, text, scheduler, merges, looks_like_v=looks_like_v,
-            description=None if in_the_way else "model.yaml", obstacles=in_the_way,
+            yaml_name=None if unsupported else "model.yaml", unsupported=unsupported,
         )
     )  # fmt: skip
 
 
-SD1_TEXT, SD2_TEXT = loaders.SD1_TOWER, loaders.SD2_TOWER
+SD1_TEXT, SD2_TEXT = compatibility.SD1_TOWER, compatibility.SD2_TOWER
 
 
 def test_every_tool_loads_sds_own_shapes() -> None:
@@ -174,8 +176,8 @@ def test_every_tool_loads_sds_own_shapes() -> None:
         assert "ComfyUI loads it." in said
         assert "A1111 loads it" in said
         assert "diffusers loads it" in said
-    assert loaders.is_sd_shape(SD1, SD_VAE, SD1_TEXT)
-    assert loaders.is_sd_shape(SD2 | {"in_channels": 9}, SD_VAE, SD2_TEXT)
+    assert compatibility.is_sd_shape(SD1, SD_VAE, SD1_TEXT)
+    assert compatibility.is_sd_shape(SD2 | {"in_channels": 9}, SD_VAE, SD2_TEXT)
 
 
 @pytest.mark.parametrize(

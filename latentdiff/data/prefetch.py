@@ -1,4 +1,4 @@
-"""Work done a little ahead by threads: decoding and scaling leave Python's lock."""
+"""Prefetching by threads, which helps since decoding and scaling release Python's lock."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -9,8 +9,10 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(work: Callable[[T], U], items: Iterable[T], *, threads: int) -> Generator[U, None, None]:
-    """What `work` gives for each item, in order; at most a few results wait to be taken.
+def prefetch(
+    work: Callable[[T], U], items: Iterable[T], *, threads: int
+) -> Generator[U, None, None]:
+    """Yield `work(item)` for each item, in order; at most a few results wait to be taken.
 
     Without threads it is `map`. An error is raised where its result would have come.
     """

@@ -1,18 +1,14 @@
-"""A network and its folder: configuration dataclass <-> `config.json`, weights <-> safetensors."""
+"""Read and check configurations: what the dataclasses of UNet, VAE and DiT have in common.
+
+network_folder.py reads and writes the files.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
-from torch import nn
-
-from latentdiff.formats.diffusers import DIFFUSERS_VERSION
-from latentdiff.formats.header import named, shown
-from latentdiff.formats.shards import load_weights
-from latentdiff.formats.weights import load_json, save_json, save_safetensors
+from latentdiff.formats.header import name_repr, short_repr
 
 T = TypeVar("T")
 # Far from any model; building the most layers that are allowed takes three seconds.
@@ -20,7 +16,6 @@ MAX_WIDTH = 2**16
 MAX_LEVELS = 8
 MAX_LAYERS = 12
 MAX_TRANSFORMERS = 256
-STEM = "diffusion_pytorch_model"  # of the names of weights
 
 
 def config_from_dict(
@@ -28,9 +23,9 @@ def config_from_dict(
 ) -> T:
     """Build the dataclass `cls` from a diffusers configuration.
 
-    `fixed` holds the keys that have one supported value, `absent` what diffusers takes for keys
-    that are missing, where that differs from our default. Raises ValueError naming key and value
-    for a fixed key with another value and for keys that nobody knows.
+    `fixed` holds the keys that have one supported value, `absent` diffusers' defaults of missing
+    keys where they differ from ours. Raises ValueError naming key and value
+    for a fixed key with another value and for unknown keys.
     """
     names = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     known = {name: value for name, value in absent.items() if name not in values}
@@ -39,9 +34,11 @@ def config_from_dict(
             known[key] = value
         elif key in fixed:
             if _plain(value) != _plain(fixed[key]):
-                raise ValueError(f"{key}={shown(value)} is not supported, only {shown(fixed[key])}")
+                raise ValueError(
+                    f"{key}={short_repr(value)} is not supported, only {short_repr(fixed[key])}"
+                )
         elif not key.startswith("_"):
-            raise ValueError(f"unknown configuration key {named(key)}={shown(value)}")
+            raise ValueError(f"unknown configuration key {name_repr(key)}={short_repr(value)}")
     return cls(**known)
 
 
@@ -52,27 +49,27 @@ def _plain(value: Any) -> Any:
 def check_types(config: Any) -> None:
     """Raise ValueError, naming key and value, unless every field holds what its annotation says.
 
-    JSON gives lists for tuples and whole numbers for floats; a truth value is never a number here.
+    JSON gives lists for tuples and whole numbers for floats; a bool is never a number here.
     diffusers takes a list, one number a block, where some of our fields have one number; SD 1.x and
     2.x have none.
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _fits(value, hint):
-            raise ValueError(f"{name}={shown(value)} must be {_words(hint)}")
+            raise ValueError(f"{name}={short_repr(value)} must be {_words(hint)}")
 
 
 def check_range(config: Any, least: float, most: float, *names: str) -> None:
     """Raise ValueError, naming key and value, unless these keys are from `least` to `most`.
 
-    A key may hold None, and a list for which all that it holds counts. The limits are far from
-    any model: they keep a hostile file from filling the memory with layers.
+    A value may be None, or a list whose items are all checked. The limits are far from any model:
+    they keep a hostile file from filling the memory with layers.
     """
     for name in names:
         value = getattr(config, name)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if not all(number is None or least <= number <= most for number in numbers):
-            raise ValueError(f"{name}={shown(value)} must be from {least} to {most}")
+            raise ValueError(f"{name}={short_repr(value)} must be from {least} to {most}")
 
 
 def check_levels(config: Any, *, transformer_layers: int = 1) -> None:
@@ -81,7 +78,9 @@ def check_levels(config: Any, *, transformer_layers: int = 1) -> None:
     check_range(config, 1, MAX_LAYERS, "layers_per_block")
     channels, groups = config.block_out_channels, config.norm_num_groups
     if not 1 <= len(channels) <= MAX_LEVELS:
-        raise ValueError(f"block_out_channels={shown(channels)} must be 1 to {MAX_LEVELS} numbers")
+        raise ValueError(
+            f"block_out_channels={short_repr(channels)} must be 1 to {MAX_LEVELS} numbers"
+        )
     if any(width % groups for width in channels):
         raise ValueError(
             f"block_out_channels={list(channels)}: each must be a multiple of "
@@ -125,46 +124,3 @@ _WORDS = {
     str: "a text",
     type(None): "null",
 }
-
-
-def load_network(
-    cls: type[Any],
-    config_cls: type[Any],
-    folder: Path,
-    *,
-    variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    rename: Callable[[str], str] | None = None,
-) -> Any:
-    """Build a network from its folder, in eval mode; weights of any precision become `dtype`.
-
-    `rename` gives our name for a name of the file. Raises ValueError when a file is missing or the
-    weights are not those of the configuration.
-    """
-    path = folder / "config.json"
-    values = load_json(path)
-    try:
-        config = config_cls.from_dict(values)
-        with torch.device("meta"):
-            network = cls(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    expected = network.state_dict()
-    tensors = load_weights(
-        folder, STEM, variant=variant, expected=expected, rename=rename, dtype=dtype
-    )
-    network.load_state_dict(tensors, assign=True)
-    return network.eval()
-
-
-def save_network(
-    network: nn.Module, config: dict[str, Any], folder: Path, *, dtype: torch.dtype | None
-) -> None:
-    """Write `config.json` and the weights, converted to `dtype` if one is given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_json({**config, "_diffusers_version": DIFFUSERS_VERSION}, folder / "config.json")
-    tensors = {
-        name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        for name, tensor in network.state_dict().items()
-    }
-    save_safetensors(tensors, folder / f"{STEM}.safetensors", metadata={"format": "pt"})

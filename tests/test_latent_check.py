@@ -1,8 +1,7 @@
-"""The gate before a cache: sound latents pass, each fault is named, nothing is written before."""
+"""The latent check before a cache: sound latents pass, each fault is named, nothing is written."""
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.scripts import script
+from support.scripts import run_here
 from torch import Tensor
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.gate import LatentStatistics, check_latents, faults, some_images
-from latentdiff.data.images import CaptionedImages, Sample
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.latent_check import check_latents, faults, some_images
+from latentdiff.data.latent_statistics import LatentStatistics
+from latentdiff.data.samples import Sample
 from latentdiff.data.shapes import build_shapes
 from latentdiff.data.stream import StreamedImages
-from latentdiff.formats.diffusers import find_part
+from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.command_line import run_script
 
 TINY = VAEConfig(
     block_out_channels=(8, 16),
@@ -126,7 +126,7 @@ def test_a_channel_that_varies_over_places_alone_has_collapsed(trained: VAE) -> 
     assert all(f"channel {channel} (" in sentence for channel in range(4))
 
 
-def test_the_shares_do_not_depend_on_the_scale_of_the_latents(trained: VAE) -> None:
+def test_the_fractions_do_not_depend_on_the_scale_of_the_latents(trained: VAE) -> None:
     """So that a VAE from elsewhere, whose latents are not quite standard, is judged by the same."""
     images, other = rectangles(64), copied(trained)
     other.fold_latent_statistics(torch.full((4,), 0.3), torch.tensor([0.5, 0.8, 1.5, 2.0]))
@@ -154,7 +154,7 @@ def test_a_few_values_that_hold_the_variance_are_refused() -> None:
     assert faults(measured(standardised(VAE(config), rectangles(64)), rectangles(64)), {}) == []
     images[torch.arange(64), :, torch.randint(16, (64,)), torch.randint(16, (64,))] = 255
     (sentence,) = faults(measured(standardised(VAE(config), images), images), {})
-    assert sentence.startswith("unbounded latents: too large a share of the variance")
+    assert sentence.startswith("unbounded latents: too large a fraction of the variance")
     assert all(f"channel {channel} (1)" in sentence for channel in range(3))
 
 
@@ -185,15 +185,15 @@ def test_a_loss_is_judged_without_the_scores_and_one_that_is_no_number_is_refuse
     assert "scores" not in sentence
 
 
-@pytest.mark.parametrize(("kind", "share"), [("posterior collapse", 0.0), ("unbounded", 0.5)])
+@pytest.mark.parametrize(("kind", "fraction"), [("posterior collapse", 0.0), ("unbounded", 0.5)])
 def test_the_advice_for_latents_that_nothing_learns_is_not_to_train_otherwise(
-    trained: VAE, kind: str, share: float
+    trained: VAE, kind: str, fraction: float
 ) -> None:
     found = measured(trained, rectangles(64))
     if kind == "unbounded":
-        found = replace(found, far=torch.full((4,), share))
+        found = replace(found, far=torch.full((4,), fraction))
     else:
-        found = replace(found, active=torch.full((4,), share))
+        found = replace(found, active=torch.full((4,), fraction))
     for learned in (True, False):
         (sentence,) = faults(found, {}, learned=learned)
         assert sentence.startswith(kind)
@@ -213,7 +213,7 @@ def images(shapes: Path, size: int) -> CaptionedImages:
 
 
 def test_the_embedded_vae_and_small_images_pass_on_shapes(shapes: Path, tmp_path: Path) -> None:
-    folder = find_part("emoji", "vae")
+    folder = find_component("emoji", "vae")
     options = {"batch_size": 16, "refuse": True}
     check_latents(VAE.from_pretrained(folder), images(shapes, 32), folder, **options)
     small = VAE(replace(TINY, encoder="downsample", latent_channels=3))
@@ -229,7 +229,8 @@ class Counted:
     config = DataConfig(data="none", image_size=8, num_workers=0)
     fingerprint = ""
 
-    def __len__(self) -> int:
+    @property
+    def num_samples(self) -> int:
         return self.count
 
     def chunks(
@@ -272,12 +273,6 @@ def test_bad_and_small_images_are_not_measured(shapes: Path, tmp_path: Path) -> 
     assert len(list(some_images(images(copy, 32)))) == len(images(shapes, 32)) - 2
 
 
-def run(name: str, *args: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", *args])
-        run_script(script(name).main)
-
-
 @pytest.mark.parametrize("name", ["cache_latents", "train_unet"])
 def test_the_scripts_refuse_in_words_and_write_nothing(
     name: str, shapes: Path, tmp_path: Path, trained: VAE, capsys: pytest.CaptureFixture[str]
@@ -289,7 +284,7 @@ def test_the_scripts_refuse_in_words_and_write_nothing(
     args = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae'}", "--batch_size=8"]
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
-        run(name, *args, f"--output_dir={out}", "--num_workers=0")
+        run_here(name, *args, f"--output_dir={out}", "--num_workers=0")
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "posterior collapse: " in message
@@ -300,13 +295,13 @@ def test_the_scripts_refuse_in_words_and_write_nothing(
     assert not list(out.rglob("header.json"))
 
 
-def test_without_the_gate_it_warns_and_goes_on_and_what_is_finished_is_not_judged(
+def test_without_the_check_it_warns_and_goes_on_and_what_is_finished_is_not_judged(
     shapes: Path, tmp_path: Path, trained: VAE
 ) -> None:
     collapsed(trained, 2).save_pretrained(tmp_path / "vae")
     args = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae'}", "--num_workers=0"]
     args.append(f"--output_dir={tmp_path / 'cache'}")
     with pytest.warns(UserWarning, match=r"not fit to train on: posterior collapse.*channel 2 \("):
-        run("cache_latents", *args, "--check_latents=false")
+        run_here("cache_latents", *args, "--check_latents=false")
     assert (tmp_path / "cache" / "header.json").is_file()
-    run("cache_latents", *args)
+    run_here("cache_latents", *args)

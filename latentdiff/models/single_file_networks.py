@@ -1,4 +1,4 @@
-"""The networks of a single file, both ways: formats/single_file.py has the file itself."""
+"""Networks to and from a single file; the file itself is formats/single_file.py's."""
 
 import json
 import tempfile
@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 
 from latentdiff.formats.hub import fetch_tokenizer
-from latentdiff.formats.ldm.loaders import SD2_TOWER, differences
+from latentdiff.formats.ldm.compatibility import SD2_TOWER, differences
 from latentdiff.formats.open_clip import TEXT_MODEL
 from latentdiff.formats.single_file import TOKENIZER_FILES, SingleFile
 from latentdiff.models.dit import DiT
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower, save_tokenizer
 from latentdiff.models.text_config import load_tokenizer
-from latentdiff.models.unet import UNet, UNetConfig
-from latentdiff.models.vae import VAE, VAEConfig
+from latentdiff.models.unet import UNet
+from latentdiff.models.vae import VAE
 
 # CLIP's own tokenizer, which SD 1.x and 2.x share and no single file but ours holds.
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 
 
-def networks(
+def networks_from_single_file(
     file: SingleFile, *, tokenizer: str | Path | None = None
 ) -> tuple[UNet, VAE, TextEncoder]:
     """UNet, VAE and text encoder of a single file; their weights are the file's, not copies.
 
     tokenizer: a folder with a CLIP tokenizer, or a hub id; by default the one that the file holds,
-    or else CLIP's own from the hub (or its cache). Raises ValueError if configurations and weights
-    do not fit each other, or if there is no tokenizer.
+    or else CLIP's own from the hub (or its cache). Raises ValueError if configs and weights do not
+    fit each other, or if there is no tokenizer.
     """
-    unet = _network(UNet, UNetConfig, file.unet_config, file.unet)
-    vae = _network(VAE, VAEConfig, file.vae_config, file.vae)
+    unet = _network(UNet, file.unet_config, file.unet)
+    vae = _network(VAE, file.vae_config, file.vae)
     tower = fill_tower(empty_tower(file.text_config), file.text_encoder)
     with tempfile.TemporaryDirectory() as temporary:
         if tokenizer is not None or file.tokenizer is None:
@@ -43,20 +43,20 @@ def networks(
             for name, text in file.tokenizer.items():
                 if name in TOKENIZER_FILES:  # never a path of the file's choice
                     (folder / name).write_text(text, encoding="utf-8")
-        words = load_tokenizer(folder, tower.config)
+        loaded = load_tokenizer(folder, tower.config)
     is_sd2 = not differences(file.text_config, SD2_TOWER)
     if tokenizer is None and file.tokenizer is None and is_sd2:
-        words.pad_token = "!"  # as open_clip pads with token 0, which SD 2.x was trained on
-    return unet, vae, TextEncoder(tower, words)
+        loaded.pad_token = "!"  # as open_clip pads with token 0, which SD 2.x was trained on
+    return unet, vae, TextEncoder(tower, loaded)
 
 
-def single_file(
+def single_file_from_networks(
     unet: UNet | DiT, vae: VAE, text_encoder: TextEncoder, scheduler_config: dict[str, Any]
 ) -> SingleFile:
-    """A model as `formats.single_file.write_single_file` writes it.
+    """What `formats.single_file.write_single_file` writes of these networks.
 
-    Raises ValueError for what LDM's names do not cover: a VAE whose encoder is not learned, a DiT,
-    and a UNet with pooled text.
+    Raises ValueError for networks that LDM has no names for: a VAE whose encoder is not learned, a
+    DiT, and a UNet with pooled text.
     """
     if vae.config.encoder != "kl":
         raise ValueError(
@@ -93,9 +93,9 @@ def single_file(
     )
 
 
-def _network(cls: Any, config_cls: Any, values: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+def _network(cls: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     with torch.device("meta"):
-        network = cls(config_cls.from_dict(values))
+        network = cls(cls.config_class.from_dict(config))
     try:
         network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # torch lists everything, a line each

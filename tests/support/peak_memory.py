@@ -1,4 +1,4 @@
-"""What a real training run of some steps takes in memory; `python planning.py` prints it.
+"""What a real training run of some steps takes in memory: run as a script, this prints it.
 
 The peak of the process is Linux's own count (VmHWM), from which what it had before is taken: the
 same kind of network, tiny, has then been trained, so that libraries and kernels are loaded.

@@ -12,13 +12,11 @@ from support.parity import same_weights
 from support.tiny import tiny_pipeline
 from torch import nn
 
-from latentdiff.formats.shards import load_weights
+from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.pipeline import Pipeline
-
-pytestmark = pytest.mark.slow
 
 STEM = "diffusion_pytorch_model"
 

@@ -12,23 +12,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentdiff.data.decode import SUFFIXES, BadSample
-from latentdiff.data.index import ROWS, batched
-from latentdiff.data.tar import TEXT_LIMIT, strict_text
+from latentdiff.data.forms.table import ROWS, batched
 
-NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TEXT_LIMIT = 1 << 20  # bytes of a caption; beyond it is no caption
 
 
 def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
     """The rows of a metadata file as tables; `file_name` is relative to the data's root.
 
-    `folder` is the file's own, relative to that root. A row whose text is not UTF-8 has the reason
-    in `_fault` and `_detail`. Raises ValueError, with file and line, for what is no metadata and
-    for names that lead out of the folder.
+    `folder` is where the file is, relative to that root. A row whose text is not UTF-8 has the
+    reason in `_fault` and `_detail`. Raises ValueError, with file and line, for what is no metadata
+    and for names that lead out of the folder.
     """
     readers = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
-    found = False
+    empty = True
     for table in readers[path.suffix](path):
-        found = True
+        empty = False
         if "file_name" not in table.column_names:
             raise ValueError(f"{path} has no column 'file_name', only {table.column_names}")
         names = table["file_name"].to_pylist()
@@ -41,7 +41,7 @@ def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
             names = [f"{folder}/{name}" for name in names]
         column = table.column_names.index("file_name")
         yield table.set_column(column, "file_name", pa.array(names, pa.string()))
-    if not found:
+    if empty:
         raise ValueError(f"{path} has no rows")
 
 
@@ -64,22 +64,35 @@ def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:
     return batched(rows())
 
 
+def strict_text(data: bytes, name: str) -> str:
+    """UTF-8, with or without a byte order mark. Raises BadSample for a wrong byte."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = error.start + (3 if data.startswith(codecs.BOM_UTF8) else 0)
+        raise BadSample("text is not UTF-8", f"{name}, byte {at}") from error
+
+
 def images_in(folder: Path, root: Path) -> list[str]:
     """The image files below a folder, relative to the root, in the order of their names."""
     inside = "" if folder == root else folder.relative_to(root).as_posix() + "/"
-    found = walk(folder, lambda name: os.path.splitext(name)[1].lower() in SUFFIXES)
-    return [inside + name for name in found]
+    return [inside + name for name in find_files(folder, is_image)]
 
 
-def walk(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """The files below a folder whose own names are wanted, relative to it, sorted, with `/`."""
-    found = []
-    for place, folders, names in os.walk(folder):
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image, and not hidden."""
+    return name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def find_files(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """The files below a folder with a wanted base name, relative to it, sorted, with `/`."""
+    files = []
+    for path, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(place).relative_to(folder).as_posix() + "/"
+        inside = Path(path).relative_to(folder).as_posix() + "/"
         inside = "" if inside == "./" else inside
-        found += [inside + name for name in names if name[0] != "." and wanted(name)]
-    return sorted(found)
+        files += [inside + name for name in names if name[0] != "." and wanted(name)]
+    return sorted(files)
 
 
 def _inside(name: object) -> bool:
@@ -150,9 +163,9 @@ def _csv(path: Path) -> Iterator[pa.Table]:
 
     try:
         yield from batched(rows())
-    except UnicodeDecodeError as error:  # its own offset counts from the last piece read
-        place = _first_wrong_byte(path)
-        raise ValueError(f"{path} is not UTF-8: byte {place}") from error
+    except UnicodeDecodeError as error:  # its offset counts from the last block read
+        offset = _first_wrong_byte(path)
+        raise ValueError(f"{path} is not UTF-8: byte {offset}") from error
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from error
 

@@ -1,7 +1,7 @@
-"""The files of a folder that hold a network's weights: one, or the shards that an index names.
+"""Read a network's weights from its folder: one file, or the shards that an index lists.
 
-diffusers and transformers name both alike. A variant, such as `fp16`, is a second set of weights
-beside the plain one; the index of its shards has one name today and had another before.
+diffusers and transformers use the same file names. A variant, such as `fp16`, is a second set of
+weights beside the plain one; diffusers has changed the name of the index of its shards.
 """
 
 import re
@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.formats.header import Header, named, read_header, refuse_pickle, shown
+from latentdiff.formats.header import Header, name_repr, pickle_message, read_header, short_repr
 from latentdiff.formats.weights import load_files, load_json
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 MAX_SHARDS = 1000
 
 _VARIANT = r"[A-Za-z0-9_]+"
@@ -33,32 +33,34 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Read a network's weights from its folder: `<stem>[.variant].safetensors`, or its shards.
 
-    `expected` and what follows are those of `load_safetensors`. Raises ValueError as it does, and
-    where there are no such weights, naming the variants that there are; where a shard is missing,
-    lies outside the folder or does not hold just what the index says.
+    `expected`, `optional`, `rename` and `dtype` are those of `load_safetensors`. Raises ValueError
+    as it does, and where there are no such weights, naming the variants that there are; where a
+    shard is missing, lies outside the folder or differs from what the index says of it.
     """
-    whole, headers = read_headers(folder, stem, variant)
+    source, headers = read_headers(folder, stem, variant)
     return load_files(
-        headers, whole, expected=expected, optional=optional, rename=rename, dtype=dtype
+        headers, source, expected=expected, optional=optional, rename=rename, dtype=dtype
     )
 
 
 def read_headers(folder: Path, stem: str, variant: str | None) -> tuple[Path, dict[Path, Header]]:
-    """What a folder's weights are, without their numbers: file or index, and header of each file.
+    """Find a folder's weights: the file or index, and the header of each file.
 
     Raises ValueError as `load_weights` does.
     """
     folder = Path(folder)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    found = find_variants(names, stem)
-    if variant not in found:
-        raise ValueError(refuse_missing(folder, stem, variant, names))
-    whole = folder / found[variant]
-    return whole, {whole: read_header(whole)} if whole.suffix != ".json" else _shards(whole)
+    variants = find_variants(names, stem)
+    if variant not in variants:
+        raise ValueError(missing_weights_message(folder, stem, variant, names))
+    source = folder / variants[variant]
+    if source.suffix == ".json":
+        return source, _read_shard_headers(source)
+    return source, {source: read_header(source)}
 
 
 def find_variants(names: Iterable[str], stem: str) -> dict[str | None, str]:
-    """The sets of weights among a folder's files: variant -> file or index; None is the plain one.
+    """Map each variant among a folder's files to its file or index; None is the plain weights.
 
     A single file goes before shards.
     """
@@ -68,12 +70,12 @@ def find_variants(names: Iterable[str], stem: str) -> dict[str | None, str]:
         rf"{stem}\.safetensors(?:\.(?P<variant>{_VARIANT}))\.index\.json",  # diffusers before 0.30
     )
     names = sorted(names)
-    found: dict[str | None, str] = {}
+    variants: dict[str | None, str] = {}
     for form in forms:
         for name in names:
             if match := re.fullmatch(form, name):
-                found.setdefault(match["variant"], name)
-    return found
+                variants.setdefault(match["variant"], name)
+    return variants
 
 
 def describe_variants(variants: Iterable[str | None]) -> str:
@@ -81,29 +83,31 @@ def describe_variants(variants: Iterable[str | None]) -> str:
     return ", ".join(sorted({variant or "plain" for variant in variants})) or "none"
 
 
-def refuse_missing(folder: Path, stem: str, variant: str | None, names: Iterable[str]) -> str:
-    """The sentence that says what the folder holds instead of the weights asked for."""
+def missing_weights_message(
+    folder: Path, stem: str, variant: str | None, names: Iterable[str]
+) -> str:
+    """The error message for missing weights: what the folder holds instead."""
     file = f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
-    found = find_variants(names, stem)
-    if found:
-        return f"{folder / file}: no such file; variants found: {describe_variants(found)}"
-    pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
+    variants = find_variants(names, stem)
+    if variants:
+        return f"{folder / file}: no such file; variants found: {describe_variants(variants)}"
+    pickles = sorted(name for name in names if name.lower().endswith(PICKLE_SUFFIXES))
     if pickles:
-        return refuse_pickle(folder / pickles[0])
+        return pickle_message(folder / pickles[0])
     return f"{folder / file}: no such file; expected weights as safetensors"
 
 
-def _shards(index: Path) -> dict[Path, Header]:
-    """The headers of the shards, once the index and they are found to say the same."""
-    placed = load_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
+def _read_shard_headers(index: Path) -> dict[Path, Header]:
+    """The headers of an index's shards; ValueError unless they hold the tensors that it lists."""
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must be an object that gives each tensor its file")
     shards: dict[str, set[str]] = {}
-    for name, shard in placed.items():
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise ValueError(
-                f"{index}: tensor {named(name)} is in {shown(shard)}; allowed: .safetensors files "
-                "in the same folder"
+                f"{index}: tensor {name_repr(name)} is in {short_repr(shard)}; allowed: "
+                ".safetensors files in the same folder"
             )
         shards.setdefault(shard, set()).add(name)
     if len(shards) > MAX_SHARDS:
@@ -111,21 +115,21 @@ def _shards(index: Path) -> dict[Path, Header]:
     headers = {}
     for shard, names in shards.items():
         path = index.parent / shard
-        if not _stays(path):
+        if not _is_inside_folder(path):
             raise ValueError(f"{path}: is a link to outside its folder")
         headers[path] = read_header(path)
         wrong = names ^ headers[path].shapes.keys()
         if wrong:
             first = min(wrong)
             says = "is not there, as the index says" if first in names else "is not in the index"
-            raise ValueError(f"{path}: tensor {named(first)} {says}")
+            raise ValueError(f"{path}: tensor {name_repr(first)} {says}")
     return headers
 
 
-def _stays(path: Path) -> bool:
-    """Whether a file lies in its folder, or in the cache of huggingface_hub that it is part of.
+def _is_inside_folder(path: Path) -> bool:
+    """Whether a file, or what it links to, lies in its folder or in huggingface_hub's cache of it.
 
-    There `snapshots/<commit>/unet/file` is a link to `blobs/<hash>`.
+    In that cache `snapshots/<commit>/unet/file` is a link to `blobs/<hash>`.
     """
     folder, target = path.parent.resolve(), path.resolve().parent
     blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]

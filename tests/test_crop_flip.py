@@ -1,4 +1,4 @@
-"""Views of an image: where they are cut, and that names alone decide it."""
+"""Crops and flips of an image: where they lie, and that names alone decide it."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from latentdiff.data.views import Views, cut
+from latentdiff.data.crop_flip import CropFlip, crop_to
 
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 60))
 
@@ -28,67 +28,71 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 @settings(deadline=None)
 @given(SIZES, SIZES, st.integers(0, 1000))
-def test_the_largest_cut_in_the_middle_is_pillows(
+def test_the_largest_crop_in_the_middle_is_pillows(
     size: tuple[int, int], wanted: tuple[int, int], seed: int
 ) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     expected = ImageOps.fit(image, wanted, Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(pixels(cut(image, wanted)), pixels(expected))
+    np.testing.assert_array_equal(pixels(crop_to(image, wanted)), pixels(expected))
 
 
 @settings(deadline=None)
 @given(SIZES, SIZES, st.floats(0.1, 1), st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_every_cut_has_the_size_asked_for(
-    size: tuple[int, int], wanted: tuple[int, int], share: float, place: tuple[float, float]
+def test_every_crop_has_the_size_asked_for(
+    size: tuple[int, int], wanted: tuple[int, int], fraction: float, position: tuple[float, float]
 ) -> None:
-    assert cut(Image.new("RGB", size), wanted, share=share, place=place).size == wanted
+    assert (
+        crop_to(Image.new("RGB", size), wanted, fraction=fraction, position=position).size == wanted
+    )
 
 
-def test_cuts_lie_where_they_are_told() -> None:
+def test_crops_lie_at_their_positions() -> None:
     wide = coordinates(256, 64)
-    left, right = (cut(wide, (64, 64), place=(x, 0.5)) for x in (0.0, 1.0))
+    left, right = (crop_to(wide, (64, 64), position=(x, 0.5)) for x in (0.0, 1.0))
     np.testing.assert_array_equal(pixels(left), pixels(wide)[:, :64])
     np.testing.assert_array_equal(pixels(right), pixels(wide)[:, -64:])
-    corner = cut(coordinates(128, 128), (64, 64), share=0.5, place=(1.0, 0.0))
+    corner = crop_to(coordinates(128, 128), (64, 64), fraction=0.5, position=(1.0, 0.0))
     np.testing.assert_array_equal(pixels(corner), pixels(coordinates(128, 128))[:64, 64:])
 
 
-def test_a_cut_is_not_enlarged_for_variety() -> None:
-    """An image with no more pixels than the view would otherwise be blurred."""
+def test_a_crop_is_not_enlarged_for_variety() -> None:
+    """An image with no more pixels than asked for would otherwise be blurred."""
     small = coordinates(40, 64)
-    whole = cut(small, (40, 40), share=0.5, place=(0.5, 1.0))
+    whole = crop_to(small, (40, 40), fraction=0.5, position=(0.5, 1.0))
     np.testing.assert_array_equal(pixels(whole), pixels(small)[24:])
 
 
-def views(crops: int, flip: bool, name: str = "a", size: Sequence[int] = (90, 60)) -> torch.Tensor:
-    return Views(crops, flip).of(coordinates(*size), name, (40, 32))
+def variants(
+    crops: int, flip: bool, name: str = "a", size: Sequence[int] = (90, 60)
+) -> torch.Tensor:
+    return CropFlip(crops, flip).variants(coordinates(*size), name, (40, 32))
 
 
-def test_view_0_is_the_middle_and_the_second_half_are_mirror_images() -> None:
-    drawn = views(3, True)
+def test_variant_0_is_the_middle_and_the_second_half_are_mirror_images() -> None:
+    drawn = variants(3, True)
     assert drawn.shape == (6, 3, 32, 40)
     assert drawn.dtype == torch.uint8
-    middle = torch.from_numpy(pixels(cut(coordinates(90, 60), (40, 32))).copy())
+    middle = torch.from_numpy(pixels(crop_to(coordinates(90, 60), (40, 32))).copy())
     assert torch.equal(drawn[0], middle.permute(2, 0, 1))
     assert torch.equal(drawn[3:], drawn[:3].flip(-1))
 
 
-def test_more_views_leave_the_others_as_they_are() -> None:
+def test_more_variants_leave_the_others_as_they_are() -> None:
     for count in (1, 2, 4):
-        assert torch.equal(views(count, False), views(5, False)[:count])
+        assert torch.equal(variants(count, False), variants(5, False)[:count])
 
 
-def test_cuts_are_functions_of_name_and_view() -> None:
-    assert torch.equal(views(4, True), views(4, True))
-    both = torch.cat([views(4, False, "a"), views(4, False, "b")[1:]])
-    assert len({view.numpy().tobytes() for view in both}) == 7
+def test_crops_are_functions_of_name_and_variant() -> None:
+    assert torch.equal(variants(4, True), variants(4, True))
+    both = torch.cat([variants(4, False, "a"), variants(4, False, "b")[1:]])
+    assert len({variant.numpy().tobytes() for variant in both}) == 7
 
 
-def test_cuts_reach_every_side_and_show_at_least_four_fifths() -> None:
-    drawn = torch.stack([views(2, False, str(i), (64, 64))[1] for i in range(100)]).float()
+def test_crops_reach_every_side_and_show_at_least_four_fifths() -> None:
+    drawn = torch.stack([variants(2, False, str(i), (64, 64))[1] for i in range(100)]).float()
     red, green = drawn[:, 0].mean(1), drawn[:, 1].mean(2)  # (100, 40), (100, 32)
-    for values, full in ((red, 1.0), (green, 0.8)):  # the cut is wider than the image
+    for values, full in ((red, 1.0), (green, 0.8)):  # the crop is wider than the image
         shown = (values[:, -1] - values[:, 0]) / 255
         assert shown.min() > 0.78 * full
         assert shown.max() > 0.96 * full
@@ -98,4 +102,4 @@ def test_cuts_reach_every_side_and_show_at_least_four_fifths() -> None:
 
 def test_no_crop_is_refused() -> None:
     with pytest.raises(ValueError, match="crops=0 must be at least 1"):
-        Views(crops=0)
+        CropFlip(crops=0)

@@ -1,6 +1,6 @@
 """The table of docs/interchange.md: what tests measured between our files and other tools'.
 
-A test calls `measured(...)`, and `pytest --interchange-table docs/interchange.md` puts all rows
+A test calls `measured(...)`, and `pytest --interchange_table docs/interchange.md` puts all rows
 between the marks in that file; nobody writes a row by hand.
 """
 

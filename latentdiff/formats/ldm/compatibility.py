@@ -1,4 +1,4 @@
-"""Which other tools load a single file, by the rules with which they guess what is in it.
+"""Which other tools load a single file, by the rules with which they infer its model.
 
 Read from diffusers 0.42.1 (loaders/single_file_utils.py), ComfyUI a125cd8 (model_detection.py,
 supported_models.py, sd.py) and A1111's webui 0120be7 (modules/sd_models_config.py).
@@ -8,11 +8,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentdiff.formats.ldm.description import heads
 from latentdiff.formats.ldm.shapes import GROUPS
+from latentdiff.formats.ldm.yaml_config import heads_per_level
 
-# The towers that tools build for SD 1.x and 2.x, whatever the file holds; of SD 2.x all layers but
-# the last of OpenCLIP's ViT-H-14.
+# The text towers that tools build for SD 1.x and 2.x, whatever the file holds. That of SD 2.x has
+# all layers of OpenCLIP's ViT-H-14 but the last.
 _TOWER = {"vocab_size": 49408, "max_position_embeddings": 77}
 SD1_TOWER = _TOWER | {
     "hidden_size": 768,
@@ -47,26 +47,26 @@ _SD_VAE = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
-_SHOWN = 3  # reasons in a sentence
-# Of the 48,894 lines of CLIP's merges.txt, without its first, joined by line breaks.
-_CLIP_MERGES = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+_MAX_REASONS = 3  # in a sentence
+# Of the 48,894 lines of CLIP's merges.txt, without the first, joined by line breaks.
+_CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 
 
 def differences(
     config: Mapping[str, Any], expected: Mapping[str, Any], *, of: str = ""
 ) -> list[str]:
-    """Where a configuration differs, in words; keys that it lacks count as equal."""
-    found = []
+    """A phrase on each key whose value is not the expected one; a missing key counts as equal."""
+    phrases = []
     for key, value in expected.items():
-        there = config.get(key, value)
-        there = list(there) if isinstance(there, tuple) else there
-        if there != value:
-            found.append(f"{of}{key} is {there}, not {value}")
-    return found
+        actual = config.get(key, value)
+        actual = list(actual) if isinstance(actual, tuple) else actual
+        if actual != value:
+            phrases.append(f"{of}{key} is {actual}, not {value}")
+    return phrases
 
 
 def is_sd_shape(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    """Whether a model has the shapes of SD 1.x or 2.x, whatever goes into its UNet."""
+    """Whether a model has the shapes of SD 1.x or 2.x, with any number of UNet input channels."""
     linear = unet["use_linear_projection"]
     levels = [True, True, True, False]
     return (
@@ -81,7 +81,7 @@ def is_sd_shape(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[s
     )
 
 
-def sentences(
+def describe_compatibility(
     unet: Mapping[str, Any],
     vae: Mapping[str, Any],
     text: Mapping[str, Any],
@@ -89,34 +89,36 @@ def sentences(
     merges: str | None,
     *,
     looks_like_v: bool,
-    description: str | None,
-    obstacles: Sequence[str],
+    yaml_name: str | None,
+    unsupported: Sequence[str],
 ) -> list[str]:
     """One sentence a tool: whether it loads such a file, and how, or what keeps it from that.
 
-    The configurations are in diffusers' words. merges: the tokenizer's merges.txt, if it is known.
-    looks_like_v: what ComfyUI will take a model of SD 2.x's shape for. description: name of the
-    YAML file that was written. obstacles: why none could be.
+    The configs have diffusers' keys. merges: the tokenizer's merges.txt, if it is known.
+    looks_like_v: what ComfyUI infers of a model of SD 2.x's shape. yaml_name: name of the LDM
+    config that was written beside the file. unsupported: why none could be.
     """
-    tower = _tower(unet, text, merges)
-    found = [
+    tower = _tower_differences(unet, text, merges)
+    sentences = [
         "latentdiff loads it exactly: what weights do not say is in its metadata.",
         "diffusers loads it with StableDiffusionPipeline.from_single_file(file, config=folder), "
         "where folder is the same model saved as a diffusers folder.",
         _comfyui(unet, vae, scheduler, tower, looks_like_v=looks_like_v),
     ]
-    if obstacles:
-        found.append(f"A1111 cannot load it, LDM having no words for it: {_and(obstacles)}.")
-    elif tower:
-        found.append(
-            f"A1111 cannot load it, having only SD's own text encoders: {_and(tower)}; its "
-            f"UNet, VAE and schedule are described in {description}."
+    if unsupported:
+        sentences.append(
+            f"A1111 cannot load it, LDM having no words for it: {_first_reasons(unsupported)}."
         )
-    elif description is None:
-        found.append("A1111 loads it.")
+    elif tower:
+        sentences.append(
+            f"A1111 cannot load it, having only SD's own text encoders: {_first_reasons(tower)}; "
+            f"its UNet, VAE and schedule are described in {yaml_name}."
+        )
+    elif yaml_name is None:
+        sentences.append("A1111 loads it.")
     else:
-        found.append(f"A1111 loads it with {description}, which must stay beside it.")
-    return found
+        sentences.append(f"A1111 loads it with {yaml_name}, which must stay beside it.")
+    return sentences
 
 
 def _comfyui(
@@ -127,21 +129,21 @@ def _comfyui(
     *,
     looks_like_v: bool,
 ) -> str:
-    """What detect_unet_config, the classes SD15 and SD20, and VAE of ComfyUI make of a file."""
-    wrong = [*_comfyui_unet(unet), *tower, *differences(vae, _SD_VAE, of="the VAE's ")]
+    """The sentence on ComfyUI, by its detect_unet_config and its classes SD15, SD20 and VAE."""
+    reasons = [*_comfyui_unet(unet), *tower, *differences(vae, _SD_VAE, of="the VAE's ")]
     if scheduler.get("use_flow_sigmas"):
-        wrong.append("it takes every file of this form for a beta schedule, and this is a flow")
+        reasons.append("it takes every file of this form for a beta schedule, and this is a flow")
     else:
-        wrong += differences(scheduler, SD_BETAS)
+        reasons += differences(scheduler, SD_BETAS)
         prediction = scheduler["prediction_type"]
         if prediction not in ("epsilon", "v_prediction"):
-            wrong.append(f"prediction_type is {prediction}")
-    if wrong:
-        return f"ComfyUI cannot load it: {_and(wrong)}."
-    # Read only in files of SDXL: the tensors v_pred and ztsnr (supported_models.py).
-    guess = "v_prediction" if looks_like_v else "epsilon"
+            reasons.append(f"prediction_type is {prediction}")
+    if reasons:
+        return f"ComfyUI cannot load it: {_first_reasons(reasons)}."
+    # ComfyUI reads the tensors v_pred and ztsnr in files of SDXL only (supported_models.py).
+    inferred = "v_prediction" if looks_like_v else "epsilon"
     zero = bool(scheduler.get("rescale_betas_zero_snr"))
-    if guess == scheduler["prediction_type"] and not zero:
+    if inferred == scheduler["prediction_type"] and not zero:
         return "ComfyUI loads it."
     sampling = "v_prediction" if scheduler["prediction_type"] == "v_prediction" else "eps"
     return (
@@ -153,50 +155,53 @@ def _comfyui(
 def _comfyui_unet(unet: Mapping[str, Any]) -> list[str]:
     """What keeps a UNet from being taken for one of SD 1.x or 2.x, or from working as one."""
     widths, linear = list(unet["block_out_channels"]), unet["use_linear_projection"]
-    found = []
+    reasons = []
     if widths[0] != _SD_WIDTHS[0]:
-        found.append(f"the UNet begins {widths[0]} wide, not {_SD_WIDTHS[0]}")
+        reasons.append(f"the UNet begins {widths[0]} wide, not {_SD_WIDTHS[0]}")
     if unet["in_channels"] not in (4, 9):
-        found.append(f"the UNet takes {unet['in_channels']} channels, not 4 or 9")
+        reasons.append(f"the UNet takes {unet['in_channels']} channels, not 4 or 9")
     if unet["out_channels"] != 4:
-        found.append(f"the UNet makes {unet['out_channels']} channels, not 4")
+        reasons.append(f"the UNet makes {unet['out_channels']} channels, not 4")
     if any(width % widths[0] for width in widths):
-        found.append(f"the UNet's widths {widths} are no whole multiples of the first")
+        reasons.append(f"the UNet's widths {widths} are no whole multiples of the first")
     context = 1024 if linear else 768
     if unet["cross_attention_dim"] != context:
-        word = "linear layers" if linear else "convolutions"
-        found.append(
-            f"cross_attention_dim is {unet['cross_attention_dim']}, not {context} as with {word}"
+        projection = "linear layers" if linear else "convolutions"
+        reasons.append(
+            f"cross_attention_dim is {unet['cross_attention_dim']}, not {context} as with "
+            f"{projection}"
         )
     expected = [width // 64 for width in widths] if linear else [8] * len(widths)
     last = len(widths) - 1  # the middle attends with its heads
     attends = [
         block.startswith("Cross") or i == last for i, block in enumerate(unet["down_block_types"])
     ]
-    if any(a and n != m for a, n, m in zip(attends, heads(unet), expected, strict=True)):
-        found.append(f"the UNet's numbers of heads are {heads(unet)}, not {expected}")
-    return found + differences(
+    if any(a and n != m for a, n, m in zip(attends, heads_per_level(unet), expected, strict=True)):
+        reasons.append(f"the UNet's numbers of heads are {heads_per_level(unet)}, not {expected}")
+    return reasons + differences(
         unet, {"norm_num_groups": GROUPS, "flip_sin_to_cos": True, "freq_shift": 0}
     )
 
 
-def _tower(unet: Mapping[str, Any], text: Mapping[str, Any], merges: str | None) -> list[str]:
-    """What keeps tools from using their own text towers and tokenizer."""
+def _tower_differences(
+    unet: Mapping[str, Any], text: Mapping[str, Any], merges: str | None
+) -> list[str]:
+    """What keeps tools from using the text towers and the tokenizer that they bring along."""
     expected = SD2_TOWER if unet["use_linear_projection"] else SD1_TOWER
-    found = differences(text, expected, of="the text encoder's ")
-    if merges is not None and not found and not is_clip_tokenizer(merges):
-        found.append("the tokenizer is not CLIP's")
-    return found
+    reasons = differences(text, expected, of="the text encoder's ")
+    if merges is not None and not reasons and not is_clip_tokenizer(merges):
+        reasons.append("the tokenizer is not CLIP's")
+    return reasons
 
 
 def is_clip_tokenizer(merges: str) -> bool:
     """Whether merges.txt is that of CLIP's tokenizer, which every tool brings along."""
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest() == _CLIP_MERGES
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() == _CLIP_MERGES_SHA256
 
 
-def _and(reasons: Sequence[str]) -> str:
-    """The first reasons in a row: to know the rest changes nothing."""
-    more = len(reasons) - _SHOWN
-    shown = "; ".join(reasons[:_SHOWN])
-    return f"{shown}; and {more} more" if more > 0 else shown
+def _first_reasons(reasons: Sequence[str]) -> str:
+    """The first reasons, joined, and the number of the others: to know them changes nothing."""
+    more = len(reasons) - _MAX_REASONS
+    first = "; ".join(reasons[:_MAX_REASONS])
+    return f"{first}; and {more} more" if more > 0 else first

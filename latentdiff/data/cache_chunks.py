@@ -1,0 +1,114 @@
+"""The chunks of an unfinished latent cache: moments, and a record of the samples, on disk.
+
+A chunk's moments are written first, its record (names, captions, what was bad) last and in one
+piece, so a chunk with a record is finished. When all are, the records are joined into the index
+and header of a finished cache, see `cache.py`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentdiff.formats.weights import replacing, save_json
+
+RECORD = pa.schema(
+    {
+        "name": pa.string(),
+        "captions": pa.list_(pa.string()),
+        "bucket": pa.int32(),
+        "row": pa.int32(),
+        "reason": pa.string(),  # of a bad sample, which has this and `detail` alone
+        "detail": pa.string(),
+    }
+)
+
+
+class MomentsFile:
+    """A .npy file of float16 that grows row by row; how many there will be need not be known."""
+
+    def __init__(self, file: IO[bytes], shape: tuple[int, ...]) -> None:
+        self.file, self.shape, self.count = file, shape, 0
+        self._write_header()
+        self._start = file.tell()
+
+    def add(self, rows: np.ndarray) -> None:
+        """Append rows (n, *shape)."""
+        assert rows.shape[1:] == self.shape
+        self.file.write(rows.astype("<f2").tobytes())
+        self.count += len(rows)
+
+    def finish(self) -> None:
+        """Write the number of rows into the header, where NumPy leaves room for it."""
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() == self._start
+
+    def _write_header(self) -> None:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (self.count, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """The record of a chunk."""
+    return folder / f"chunk-{number:05d}.arrow"
+
+
+def records(folder: Path) -> list[Path]:
+    """The records of all finished chunks, in order."""
+    return sorted(folder.glob("chunk-*.arrow"), key=lambda path: int(path.stem.split("-")[1]))
+
+
+def read_record(path: Path) -> pa.Table:
+    """The samples of a finished chunk."""
+    with pa.OSFile(str(path)) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
+def write_record(
+    path: Path, samples: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]
+) -> None:
+    """Finish a chunk of these samples; `inputs` are what its cache is made of."""
+    schema = RECORD.with_metadata({"made_of": json.dumps(inputs)})
+    with replacing(path) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+        writer.write_table(pa.Table.from_pylist(samples, schema))
+
+
+def record_inputs(path: Path) -> dict[str, Any]:
+    """What the cache of a finished chunk is made of."""
+    return json.loads(read_record(path).schema.metadata[b"made_of"])
+
+
+def join_records(folder: Path, header: dict[str, Any]) -> None:
+    """Make index, samples and header of the records, which are then no longer needed."""
+    paths = records(folder)
+    assert paths == [record_path(folder, number) for number in range(len(paths))]
+    index = list[np.ndarray]()
+    bad = list[dict[str, str]]()
+    schema = pa.schema([RECORD.field("name"), RECORD.field("captions")])
+    with (
+        replacing(folder / "samples.arrow") as temporary,
+        pa.ipc.new_stream(str(temporary), schema) as writer,
+    ):
+        for number, path in enumerate(paths):
+            record = read_record(path)
+            good = record.filter(record["bucket"].is_valid())
+            rows = np.full((len(good), 3), number, dtype=np.int32)
+            rows[:, 0], rows[:, 2] = good["bucket"].to_numpy(), good["row"].to_numpy()
+            index.append(rows)
+            writer.write_table(good.select(schema.names))
+            wrong = record.filter(record["reason"].is_valid())
+            bad += wrong.select(["reason", "detail"]).to_pylist()
+    with replacing(folder / "index.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate(index))
+    if bad:
+        with replacing(folder / "left_out.jsonl") as temporary:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in bad]
+            temporary.write_text("".join(lines), encoding="utf-8")
+    count = sum(map(len, index))
+    save_json({**header, "num_samples": count}, folder / "header.json")
+    for path in paths:
+        path.unlink()

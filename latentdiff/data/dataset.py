@@ -1,0 +1,251 @@
+"""CaptionedImages: a data set by random access, without what is known to be bad."""
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import datasets
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentdiff.data.bad_samples import ListedBadSamples, breakdown, read_bad_samples
+from latentdiff.data.batches import batches
+from latentdiff.data.captions import Captions
+from latentdiff.data.config import DataConfig
+from latentdiff.data.decode import BadSample, decode
+from latentdiff.data.forms.detect import Index, open_index
+from latentdiff.data.prefetch import prefetch
+from latentdiff.data.samples import Sample, collate, square_pixels
+
+MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are kept, so that small sets decode once
+
+
+class CaptionedImages(Dataset[dict[str, Any]]):
+    """Examples `{"image": (3, S, S) uint8, "captions": [str, …]}`.
+
+    What is known to be bad when the set is opened is left out and counted in `left_out`; what turns
+    out to be bad later is replaced by the next good sample, and noted in `replaced`.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        """Open the data set.
+
+        Raises ValueError when there is no such data, split or column, when its metadata is broken,
+        when nothing is left, or when more than `max_bad` is bad.
+        """
+        self.config = config
+        self.index = open_captioned(config)
+        captions = index_captions(self.index, config)
+        faults = known_faults(self.index, captions, config) | _listed_faults(self.index, config)
+        selected = _without_excluded(self.index.rows, config)
+        self.left_out = Counter(faults[i].reason for i in sorted(faults) if selected[i])
+        total = int(selected.sum())
+        selected[list(faults)] = False
+        if sum(self.left_out.values()) > config.max_bad * total:
+            first = min(faults)
+            raise ValueError(
+                f"data={config.data!r}: {sum(self.left_out.values())} of {total} samples are bad, "
+                f"more than max_bad={config.max_bad}: {breakdown(self.left_out)}; the first is "
+                f"{self.index.name(first)!r} ({faults[first]})"
+            )
+        if not selected.any():
+            raise ValueError(f"data={config.data!r}: no image is left in split {config.split!r}")
+        rows = self.index.rows
+        self._selected = None if selected.all() else np.flatnonzero(selected)
+        self.rows = rows if self._selected is None else rows.select(self._selected)
+        self.rows = self.rows.with_format(None)
+        self.num_samples = len(self.rows)
+        self.captions = index_captions(self.index, config, self.rows)
+        self.replaced: dict[int, BadSample] = {}
+        self.validation: frozenset[int] = frozenset()
+        """Samples of a validation split, which never stand in for a bad one."""
+        size = len(self.rows) * 3 * config.image_size**2
+        self._images: dict[int, Tensor] | None = {} if size <= MEMORY_LIMIT else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of which samples there are, and of all that their images and captions are of.
+
+        The index's own fingerprint covers its rows with all their texts, and sizes and times of
+        the files that they came from: nothing is read for it.
+        """
+        config = self.config
+        options = {
+            name: getattr(config, name)
+            for name in (
+                *("data", "split", "image_size", "image_column", "caption_columns"),
+                *("caption_templates", "caption_weights", "allow_empty_caption", "upscale_limit"),
+            )
+        }
+        text = json.dumps(options, sort_keys=True) + repr(config.decoding())
+        digest = hashlib.sha256(text.encode())
+        digest.update(self.index.rows._fingerprint.encode())
+        if self._selected is not None:
+            digest.update(self._selected.tobytes())
+        return digest.hexdigest()
+
+    def chunks(
+        self, size: int, wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, Iterable[Sample | BadSample]]]:
+        """Go through the data in order, in chunks of `size` consecutive samples.
+
+        Yields the number of each chunk that is `wanted`, which is asked before anything of it is
+        read, and its samples, which are decoded as they are taken: take them all before the next
+        chunk. One that cannot be decoded, or has no captions that make sense, is its error.
+        """
+        for number, start in enumerate(range(0, len(self), size)):
+            if wanted(number):
+                ids = range(start, min(start + size, len(self)))
+                yield number, prefetch(self._sample, ids, threads=self.config.num_workers)
+
+    def batches(
+        self,
+        start: int,
+        *,
+        batch_size: int,
+        seed: int,
+        stop: int,
+        rank: int = 0,
+        world_size: int = 1,
+        examples: Dataset[Any] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """This process's rows of the batches of steps `start` … `stop - 1`, see `collate`.
+
+        `examples` are those of this data set that batches are made of, if not all.
+        """
+        chosen: Any = self if examples is None else examples
+        return batches(
+            chosen,
+            start,
+            num_samples=len(chosen),
+            collate=collate,
+            batch_size=batch_size,
+            seed=seed,
+            stop=stop,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.config.num_workers,
+        )
+
+    def some_examples(self, count: int) -> Iterator[dict[str, Any]]:
+        """Up to `count` examples, evenly spaced and the same each time."""
+        count = min(count, len(self))
+        return (self[i * len(self) // count] for i in range(count))
+
+    def some_captions(self, count: int) -> Iterator[str]:
+        """The captions of all samples, however many: none of them is in memory."""
+        return chain.from_iterable(self.captions)
+
+    def _sample(self, index: int) -> Sample | BadSample:
+        row = self._row(index)
+        name = self.index.name(row)
+        try:
+            data = self.index.read(row, self.config.image_column)
+            image = decode(data, self.config.decoding()).image
+            captions = self.captions[index] if self.captions else []
+        except BadSample as error:
+            return BadSample(error.reason, f"{name!r} {error.detail}".strip())
+        return Sample(name, image, captions)
+
+    def image(self, index: int) -> Tensor:
+        """The image as (3, S, S) uint8. Raises ValueError when it is bad."""
+        if self._images is not None and index in self._images:
+            return self._images[index]
+        row = self._row(index)
+        try:
+            data = self.index.read(row, self.config.image_column)
+            pixels = square_pixels(data, self.config)
+        except BadSample as error:
+            raise BadSample(
+                error.reason,
+                f"data={self.config.data!r}: the image of row {index}, "
+                f"{self.index.name(row)!r}, cannot be used: {error.detail}; "
+                "`latentdiff data check` finds all such images",
+            ) from error
+        if self._images is not None:
+            self._images[index] = pixels
+        return pixels
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for other in range(index, index + len(self)):
+            other %= len(self)
+            if other in self.replaced or (other != index and other in self.validation):
+                continue
+            try:
+                return self._example(other)
+            except BadSample as error:
+                self._replace(other, error)
+        raise AssertionError("the run ends before every sample is bad")
+
+    def _example(self, index: int) -> dict[str, Any]:
+        captions = self.captions[index] if self.captions else []  # a VAE's data has none
+        return {"image": self.image(index), "captions": captions}
+
+    def _replace(self, index: int, error: BadSample) -> None:
+        """Note a bad sample. Raises ValueError when there are too many."""
+        self.replaced[index] = error
+        if len(self.replaced) > min(self.config.max_bad * len(self), len(self) - 1):
+            reasons = Counter(error.reason for error in self.replaced.values())
+            raise ValueError(
+                f"{len(self.replaced)} of {len(self)} samples turned out to be bad, more than "
+                f"max_bad={self.config.max_bad}: {breakdown(reasons)}; the last: {error}"
+            ) from error
+        if len(self.replaced) == 1:
+            warnings.warn(f"a sample is replaced by the next: {error}", stacklevel=3)
+
+    def _row(self, index: int) -> int:
+        """The row of a sample in the index."""
+        return index if self._selected is None else int(self._selected[index])
+
+
+def open_captioned(config: DataConfig) -> Index:
+    """The index of the data, with all the columns that `config` names. Raises ValueError."""
+    index = open_index(config.location(), config.split)
+    config.check_columns(index.columns, index.image_columns)
+    return index
+
+
+def index_captions(
+    index: Index, config: DataConfig, rows: datasets.Dataset | None = None
+) -> Captions:
+    """The captions of an index, or of some of its rows. Raises ValueError for other columns."""
+    try:
+        return Captions(index.rows if rows is None else rows, config.caption_rules())
+    except ValueError as error:
+        raise ValueError(f"data={config.data!r}: {error}") from error
+
+
+def known_faults(index: Index, captions: Captions, config: DataConfig) -> dict[int, BadSample]:
+    """The samples that are bad without a look at their images, by row."""
+    faults = dict(index.faults)
+    if config.caption_columns and not config.allow_empty_caption:
+        for row in np.flatnonzero(~captions.present()).tolist():
+            faults.setdefault(row, BadSample("no caption"))
+    return faults
+
+
+def _listed_faults(index: Index, config: DataConfig) -> dict[int, BadSample]:
+    """The samples that the list of bad samples names, by row."""
+    listed = ListedBadSamples(read_bad_samples(config))
+    reasons = map(listed.reason, index.names() if listed.reasons else ())
+    return {row: BadSample(reason) for row, reason in enumerate(reasons) if reason is not None}
+
+
+def _without_excluded(rows: datasets.Dataset, config: DataConfig) -> np.ndarray:
+    """(N,) bool: the rows without an excluded value."""
+    selected = np.ones(len(rows), dtype=bool)
+    for name, values in config.exclude.items():
+        start = 0
+        for chunk in rows.data.column(name).chunks:
+            for i, value in enumerate(chunk.to_pylist(), start=start):
+                selected[i] &= value not in values
+            start += len(chunk)
+    return selected

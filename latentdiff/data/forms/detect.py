@@ -1,0 +1,105 @@
+"""Which form a data set has, which follows from the files in it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
+
+from latentdiff.data.forms.embedded import EmbeddedIndex
+from latentdiff.data.forms.file_index import FileIndex
+from latentdiff.data.forms.folder import Folder
+from latentdiff.data.forms.form import Shards, check_split, unreadable
+from latentdiff.data.forms.hub import Hub
+from latentdiff.data.forms.metadata import METADATA, find_files
+from latentdiff.data.forms.parquet import Parquet
+from latentdiff.data.forms.webdataset import Tars
+
+Form = Folder | Tars | Parquet | Hub
+"""One split of a data set, with `index()` for random access and `shards()` to be read in order.
+
+All raise ValueError when the split's metadata is broken."""
+Index = FileIndex | EmbeddedIndex
+SPLITS = ("train", "validation", "test")  # folders, or beginnings of file names
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+SUFFIXES = (".tar", ".parquet", *COMPRESSED)
+
+
+def splits(data: str) -> list[str]:
+    """The names of the splits of a data set. Raises ValueError when it cannot be read."""
+    with _readable(data):
+        return sorted(_local_splits(data) if Path(data).exists() else Hub.load(data))
+
+
+def open_index(data: str, split: str) -> Index:
+    """Open a split of a folder, of tar or parquet files, or of a hub data set by random access.
+
+    Raises ValueError when there is no such data or split, or its metadata is broken.
+    """
+    with _readable(data):
+        return _form(data, split).index()
+
+
+def open_shards(data: str, split: str, *, image_column: str, columns: Sequence[str]) -> Shards:
+    """Open a split as shards: tars, row groups, metadata files, folders, or the hub's files.
+
+    Of tables nothing is read but the images' column and `columns`. Raises ValueError when there
+    is no such data or split.
+    """
+    with _readable(data):
+        return _form(data, split).shards(image_column, columns)
+
+
+def _form(data: str, split: str) -> Form:
+    if not Path(data).exists():
+        return Hub(data, split)
+    local = _local_splits(data)
+    check_split(data, split, local)
+    return local[split]
+
+
+@contextmanager
+def _readable(data: str) -> Iterator[None]:
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except (OSError, DatasetsError, pa.ArrowException) as error:
+        raise unreadable(data, error) from error
+
+
+def _local_splits(data: str) -> dict[str, Form]:
+    """The splits of what lies on disk. Raises ValueError when it is nothing that can be read."""
+    root = Path(data)
+    files = find_files(root, lambda name: name in METADATA or name.endswith(SUFFIXES))
+    if root.is_file():
+        files = [root.name] if root.name.endswith(SUFFIXES) else []
+        root = root.parent
+    metadata = [name for name in files if name.rpartition("/")[2] in METADATA]
+    if not metadata:
+        if tars := _by_split(files, ".tar"):
+            return {split: Tars(root, split, names) for split, names in tars.items()}
+        if tables := _by_split(files, ".parquet"):
+            return {split: Parquet(root, split, tables) for split in tables}
+    if Path(data).is_file() or any(name.endswith(COMPRESSED) for name in files):
+        raise ValueError(
+            f"data={data!r} must be a folder, .tar or .parquet files, or a hub data set; "
+            "compressed tars have no random access: unpack them to .tar"
+        )
+    folders = {split: f"{split}/" for split in SPLITS if (root / split).is_dir()}
+    return {
+        split: Folder(root, split, folder, [name for name in metadata if name.startswith(folder)])
+        for split, folder in (folders or {"train": ""}).items()
+    }
+
+
+def _by_split(files: Sequence[str], suffix: str) -> dict[str, list[str]]:
+    """Files with the suffix; those whose folder or name has a split's name as a word are its."""
+    groups: dict[str, list[str]] = {}
+    for name in files:
+        if name.endswith(suffix):
+            words = name.replace("/", " ").replace("-", " ").replace("_", " ").split()
+            split = next((split for split in SPLITS if split in words), "train")
+            groups.setdefault(split, []).append(name)
+    return groups

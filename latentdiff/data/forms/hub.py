@@ -1,0 +1,101 @@
+"""Data sets of the Hugging Face Hub."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import datasets.config
+from datasets.utils.file_utils import xopen
+
+from latentdiff.data.decode import BadSample
+from latentdiff.data.forms.embedded import (
+    EmbeddedIndex,
+    embedded_record,
+    image_columns,
+    undecoded,
+)
+from latentdiff.data.forms.form import Record, Shard, Shards, check_split, digest, unreadable
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A split of the data set that has the id `data`."""
+
+    data: str
+    split: str
+
+    @staticmethod
+    def load(data: str) -> Any:
+        """All splits, downloaded. Raises ValueError when there is no such data set."""
+        try:
+            return datasets.load_dataset(data)
+        except ValueError as error:
+            raise unreadable(data, error) from error
+
+    def index(self) -> EmbeddedIndex:
+        """Open it by random access; everything is downloaded, once."""
+        loaded = self.load(self.data)
+        check_split(self.data, self.split, loaded)
+        return EmbeddedIndex(loaded[self.split], self.split)
+
+    def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
+        """Open it in order: the files that `datasets` can stream."""
+        try:
+            builder = datasets.load_dataset_builder(self.data)
+            loaded = builder.as_streaming_dataset()
+        except ValueError as error:
+            raise unreadable(self.data, error) from error
+        assert isinstance(loaded, dict)
+        check_split(self.data, self.split, loaded)
+        rows = loaded[self.split]
+        if rows.features is None:
+            rows = rows._resolve_features()
+        features = rows.features
+        assert features is not None
+        rows = undecoded(rows)
+        wanted = (image_column, *columns)
+        rows = rows.select_columns([name for name in features if name in wanted])
+        count = rows.num_shards
+        files: Any = builder.config.data_files or {}
+        key = [self.data, builder.hash, self.split, count]
+        # The address of each file with its commit, or what its server says of its version.
+        key += [[name, list(paths), str(paths.origin_metadata)] for name, paths in files.items()]
+        address = f"{datasets.config.HUB_DATASETS_HFFS_URL.partition('{')[0]}{self.data}@"
+        shards: list[Shard] = [
+            HubShard(rows.shard(count, i), f"{self.split}:{i}", address, image_column)
+            for i in range(count)
+        ]
+        return Shards(
+            shards, list(features), image_columns(features), digest(key), named_as_in_index=False
+        )
+
+
+@dataclass(frozen=True)
+class HubShard:
+    """One of the files that a hub data set is made of, as `datasets` streams it."""
+
+    rows: datasets.IterableDataset
+    name: str
+    address: str
+    """How the addresses of files of this data set begin."""
+    image_column: str
+    seekable = False
+
+    def records(self, images: Callable[[], bool]) -> Iterator[Record]:
+        """See Shard."""
+        wanted = images()
+        for number, row in enumerate(self.rows):
+            name = f"{self.name}/{number}"
+            yield embedded_record(name, row, self.image_column, wanted=wanted, read=self._read)
+
+    def _read(self, path: str) -> bytes:
+        """Read a file of this data set at the hub, loose or in a zip."""
+        *archive, address = path.split("::")
+        if not address.startswith(self.address) or any(a[:6] != "zip://" for a in archive):
+            raise BadSample("leads outside", path)
+        try:
+            with xopen(path, "rb") as file:
+                return file.read()
+        except FileNotFoundError as error:
+            raise BadSample("missing image", path) from error

@@ -1,0 +1,98 @@
+"""Parquet files whose rows hold the images' files themselves."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentdiff.data.decode import BadSample
+from latentdiff.data.forms.embedded import EmbeddedIndex, embedded_record, image_columns
+from latentdiff.data.forms.form import Record, Shard, Shards, digest, file_stamps
+
+ROWS = 64  # with their images, in memory at a time
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """A split of parquet files below `root`."""
+
+    root: Path
+    split: str
+    splits: Mapping[str, Sequence[str]]
+    """The files of every split."""
+
+    def index(self) -> EmbeddedIndex:
+        """Open it by random access; `datasets` copies all splits into its cache, once."""
+        files = {split: [str(self.root / f) for f in fs] for split, fs in self.splits.items()}
+        loaded = datasets.load_dataset("parquet", data_files=files)
+        return EmbeddedIndex(loaded[self.split], self.split)
+
+    def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
+        """Open it in order: the row groups of all files, whose footers alone are read."""
+        files = self.splits[self.split]
+        shards, first, schema = list[Shard](), 0, None
+        for path in (self.root / name for name in files):
+            with pq.ParquetFile(path) as file:
+                if schema is None:
+                    schema = file.schema_arrow
+                elif missing := set(schema.names) - set(file.schema_arrow.names):
+                    raise ValueError(f"{path} has no column {min(missing)!r}, as other files do")
+                for group in range(file.num_row_groups):
+                    shards.append(
+                        RowGroup(path, group, self.split, first, image_column, tuple(columns))
+                    )
+                    first += file.metadata.row_group(group).num_rows
+        assert schema is not None
+        features = datasets.Features.from_arrow_schema(schema)
+        fingerprint = digest(["parquet", self.split, file_stamps(self.root, files)])
+        return Shards(shards, schema.names, image_columns(features), fingerprint)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of a parquet file."""
+
+    path: Path
+    group: int
+    split: str
+    first: int
+    """The number of the group's first row in the split."""
+    image_column: str
+    columns: Sequence[str]
+    seekable = False
+
+    def records(self, images: Callable[[], bool]) -> Iterator[Record]:
+        """See Shard."""
+        wanted = images()
+        columns = list(dict.fromkeys((*self.columns, *([self.image_column] if wanted else ()))))
+        try:
+            with pq.ParquetFile(self.path, pre_buffer=False) as file:
+                number = self.first
+                if not columns:
+                    for i in range(file.metadata.row_group(self.group).num_rows):
+                        yield Record(f"{self.split}:{number + i}", {}, None)
+                    return
+                for batch in file.iter_batches(
+                    ROWS, row_groups=[self.group], columns=columns, use_threads=False
+                ):
+                    batch.validate(full=True)  # the texts are UTF-8
+                    for row in batch.to_pylist():
+                        yield embedded_record(
+                            f"{self.split}:{number}",
+                            row,
+                            self.image_column,
+                            wanted=wanted,
+                            read=_refuse,
+                        )
+                        number += 1
+        except pa.ArrowInvalid as error:
+            message = " ".join(str(error).split())
+            raise ValueError(f"{self.path} is no parquet file: {message}") from error
+
+
+def _refuse(path: str) -> bytes:
+    """No row of a parquet file may name another file."""
+    raise BadSample("leads outside", path)

@@ -1,0 +1,138 @@
+"""Whether the latents of a VAE are fit to train on: its faults in words, each with its limit.
+
+Judged are the latents that a denoiser would see, on some images of its own data, and the last
+losses of the VAE's discriminator. docs/vae.md has the reasons for each limit.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from latentdiff.data.buckets import check_scale
+from latentdiff.data.crop_flip import CropFlip
+from latentdiff.data.decode import BadSample
+from latentdiff.data.latent_statistics import FAR, LatentStatistics
+from latentdiff.data.opening import ImageDataset
+from latentdiff.data.samples import Sample
+from latentdiff.formats.weights import load_json
+from latentdiff.models.vae import VAE
+
+ACTIVE = 0.01
+"""Least fraction of a channel's variance that depends on the image (Burda et al. 2016,
+arXiv:1509.00519, where the unit is a variance of 1)."""
+DEVIATIONS = (0.25, 4.0)
+"""Of all latents from 0: a factor of 4 in signal against noise, beyond which schedules are made
+anew (Esser et al. 2024, arXiv:2403.03206, shift theirs by 3 for 16 times as many pixels)."""
+FAR_FRACTION = 0.1
+"""Most of a channel's variance that may lie further out; a Student's t of three degrees of freedom,
+whose kurtosis is infinite, has 0.13 there."""
+HINGE = 0.1
+"""Least mean of a discriminator's hinge loss, which is 1 when it cannot tell and 0 when all scores
+are beyond the margins, so that nothing is left to learn from (Lim & Ye 2017, eq. 9, halved)."""
+NUM_IMAGES, GROUP = 256, 16  # images that are measured, and how many of them are neighbours
+TRAINING = "training.json"  # beside a VAE, of train_vae.py
+
+
+def faults(
+    latents: LatentStatistics, training: Mapping[str, Any], *, learned: bool = True
+) -> list[str]:
+    """What is wrong with a VAE, a sentence each; none if its latents are fit to train on.
+
+    `training` is the content of TRAINING, such as the discriminator's last `disc_loss` and, if it
+    is known, its mean scores, `disc_real` and `disc_fake`; nothing for a VAE from elsewhere.
+    `learned` is whether its encoder is, so that other training would mend the latents.
+    """
+    found = list[str]()
+    if not all(x.isfinite().all() for x in (latents.active, latents.variance)):
+        return ["some latents are not finite"]
+    active = (latents.active / latents.variance).tolist()
+    if dead := [c for c, fraction in enumerate(active) if fraction < ACTIVE]:
+        found.append(
+            "posterior collapse: too small a fraction of the variance depends on the image in "
+            f"{_channels(dead, active)}, where {ACTIVE} is the least of a channel that is used; "
+            + (
+                "train it with a lower kl_weight or fewer latent_channels"
+                if learned
+                else "it is the images that hardly differ there"
+            )
+        )
+    deviation = float((latents.variance + latents.mean.square()).mean().sqrt())
+    least, most = DEVIATIONS
+    if not least <= deviation <= most:
+        word = "unbounded" if deviation > most else "vanishing"
+        found.append(
+            f"{word} latents: their deviation from 0 is {deviation:.3g}, where noise has 1 and "
+            f"{least} to {most} is allowed; the scaling_factor, or what is folded in, is not that "
+            "of this data"
+        )
+    far = latents.far.tolist()
+    if wild := [c for c, fraction in enumerate(far) if fraction > FAR_FRACTION]:
+        found.append(
+            f"unbounded latents: too large a fraction of the variance lies more than {FAR:g} "
+            f"deviations from the mean in {_channels(wild, far)}, where {FAR_FRACTION} is allowed, "
+            f"and the largest value is {float(latents.largest[wild].max()):.3g}; "
+            + (
+                "train it with a higher kl_weight"
+                if learned
+                else "it is the images in which a few positions stand out"
+            )
+        )
+    loss = training.get("disc_loss", 1.0)
+    if not loss >= HINGE:  # one that is not a number either
+        scores = ""
+        if training.keys() >= {"disc_real", "disc_fake"}:
+            scores = (
+                f", with mean scores of {training['disc_real']:.2g} for images and "
+                f"{training['disc_fake']:.2g} for what the decoder makes of them"
+            )
+        found.append(
+            f"saturated discriminator: its loss ended at {loss:.2g}, where {HINGE} is the least of "
+            f"one that still learns{scores}; train it with a later disc_start or a lower "
+            "disc_weight"
+        )
+    return found
+
+
+def check_latents(
+    vae: VAE, dataset: ImageDataset, folder: Path, *, batch_size: int, refuse: bool
+) -> None:
+    """Judge the latents of up to 256 of the images, before all are encoded by the VAE in `folder`.
+
+    Raises ValueError, in words, when something is wrong; warns instead without `refuse`.
+    """
+    found = list[str]()
+    images = list(some_images(dataset))
+    if len(images) > 1:
+        latents = LatentStatistics.of(vae, images, batch_size=batch_size)
+        noted = folder / TRAINING
+        training = load_json(noted) if noted.is_file() else {}
+        found = faults(latents, training, learned=vae.config.encoder == "kl")
+    if found:
+        sentence = f"the VAE in {folder} is not fit to train on: {'; '.join(found)}"
+        if refuse:
+            raise ValueError(f"{sentence}; --check_latents false goes on all the same")
+        warnings.warn(sentence, stacklevel=2)
+
+
+def some_images(dataset: ImageDataset) -> Iterator[Tensor]:
+    """Up to 256 good images as squares (3, S, S) uint8: from all over a set, a stream's first."""
+    size = next(size for size in dataset.config.buckets() if size[0] == size[1])
+    total, groups = dataset.num_samples, NUM_IMAGES // GROUP
+    num_chunks = groups if total is None else -(-total // GROUP)
+    chosen = {i * num_chunks // groups for i in range(groups)}
+    chunks = dataset.chunks(GROUP, lambda number: number in chosen)
+    for sample in chain.from_iterable(samples for _, samples in islice(chunks, len(chosen))):
+        if isinstance(sample, Sample):
+            with suppress(BadSample):  # which is too small
+                check_scale(sample.image.size, size, dataset.config.upscale_limit)
+                yield CropFlip().variants(sample.image, sample.name, size)[0]
+
+
+def _channels(numbers: Sequence[int], fractions: Sequence[float]) -> str:
+    """Such as "channel 2 (0.0003)"."""
+    return ", ".join(f"channel {number} ({fractions[number]:.2g})" for number in numbers)

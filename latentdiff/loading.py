@@ -1,0 +1,136 @@
+"""The components of a pipeline, read from and written to disk: a diffusers folder or a single file.
+
+`pipeline.Pipeline` is what they do together.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from latentdiff.diffusion import Diffusion
+from latentdiff.formats.diffusers import (
+    check_pipeline_folder,
+    find_model,
+    load_scheduler_config,
+    save_model_index,
+    save_scheduler_config,
+)
+from latentdiff.formats.lora import check_without_loras
+from latentdiff.formats.single_file import read_single_file, write_single_file
+from latentdiff.models.dit import DiT
+from latentdiff.models.fingerprint import fingerprint
+from latentdiff.models.single_file_networks import (
+    networks_from_single_file,
+    single_file_from_networks,
+)
+from latentdiff.models.text import TextEncoder
+from latentdiff.models.unet import UNet
+from latentdiff.models.vae import VAE
+
+
+class Components(NamedTuple):
+    """The three networks of a pipeline and its diffusion process."""
+
+    unet: UNet | DiT
+    vae: VAE
+    text_encoder: TextEncoder
+    diffusion: Diffusion
+
+
+def check_shapes(
+    unet: UNet | DiT, vae: VAE, text_encoder: TextEncoder, diffusion: Diffusion
+) -> None:
+    """Raise ValueError unless the networks fit each other."""
+    channels, text = vae.config.latent_channels, text_encoder.width
+    if unet.config.in_channels not in (channels, 2 * channels + 1):
+        raise ValueError(
+            f"in_channels={unet.config.in_channels} of the UNet must be {channels}, the VAE's "
+            f"latent_channels, or {2 * channels + 1}, with mask and masked image"
+        )
+    times, variance = (2, "learned") if diffusion.learned_variance else (1, "not learned")
+    if unet.config.out_channels != times * channels:
+        raise ValueError(
+            f"out_channels={unet.config.out_channels} of the UNet must be {times * channels}: "
+            f"the VAE has latent_channels={channels}, and the scheduler says that the variance "
+            f"is {variance}"
+        )
+    if unet.config.cross_attention_dim != text:
+        raise ValueError(
+            f"cross_attention_dim={unet.config.cross_attention_dim} of the UNet must be "
+            f"{text}, the width of the text encoder"
+        )
+
+
+def load_folder(
+    name: str | Path, *, revision: str | None, variant: str | None, dtype: torch.dtype
+) -> Components:
+    """Read a diffusers folder, here or on the hub: see `Pipeline.from_pretrained`."""
+    folder = find_model(name, revision=revision, variant=variant)
+    variants = check_pipeline_folder(folder, variant=variant)
+    network, subfolder = (UNet, "unet") if "unet" in variants else (DiT, "transformer")
+    return Components(
+        network.from_pretrained(folder / subfolder, variant=variants[subfolder], dtype=dtype),
+        VAE.from_pretrained(folder / "vae", variant=variants["vae"], dtype=dtype),
+        TextEncoder.from_pretrained(folder, variant=variants["text_encoder"], dtype=dtype),
+        Diffusion.from_scheduler_config(load_scheduler_config(folder)),
+    )
+
+
+def load_single_file(
+    path: str | Path,
+    *,
+    config: str | Path | None,
+    tokenizer: str | Path | None,
+    ema: bool,
+    dtype: torch.dtype,
+) -> Components:
+    """Read a .safetensors file with LDM's names: see `Pipeline.from_single_file`."""
+    file = read_single_file(path, config=config, ema=ema, dtype=dtype)
+    unet, vae, text_encoder = networks_from_single_file(file, tokenizer=tokenizer)
+    return Components(
+        unet, vae, text_encoder, Diffusion.from_scheduler_config(file.scheduler_config)
+    )
+
+
+def save_folder(components: Components, folder: str | Path, *, dtype: torch.dtype | None) -> None:
+    """Write a diffusers folder: see `Pipeline.save_pretrained`."""
+    _check_without_loras(components)
+    folder = Path(folder)
+    subfolder = "unet" if isinstance(components.unet, UNet) else "transformer"
+    components.unet.save_pretrained(folder / subfolder, dtype=dtype)
+    components.vae.save_pretrained(folder / "vae", dtype=dtype)
+    components.text_encoder.save_pretrained(folder, dtype=dtype)
+    scheduler = components.diffusion.to_scheduler_config()
+    save_scheduler_config(scheduler, folder)
+    # model_index.json comes last, so that a folder that has one is complete.
+    save_model_index(folder, scheduler_class=scheduler["_class_name"], denoiser=subfolder)
+
+
+def save_single_file(
+    components: Components, path: str | Path, *, dtype: torch.dtype | None
+) -> list[str]:
+    """Write a .safetensors file with LDM's names: see `Pipeline.save_single_file`."""
+    _check_without_loras(components)
+    unet, vae, text_encoder, diffusion = components
+    file = single_file_from_networks(unet, vae, text_encoder, diffusion.to_scheduler_config())
+    return write_single_file(file, path, dtype=dtype)
+
+
+def components_fingerprint(components: Components) -> str:
+    """SHA-256 of the three networks and the noise schedule: the same in any precision."""
+    unet, vae, text_encoder, diffusion = components
+    fingerprints = [
+        fingerprint(unet, unet.config.to_dict()),
+        fingerprint(vae, vae.config.to_dict()),
+        fingerprint(text_encoder.model, {}),
+        json.dumps(diffusion.to_scheduler_config(), sort_keys=True),
+    ]
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
+
+
+def _check_without_loras(components: Components) -> None:
+    for network in (components.unet, components.text_encoder):
+        check_without_loras(network)
