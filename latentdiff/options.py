@@ -5,24 +5,30 @@ the dataclass is composed of groups (`config.optimizer.learning_rate`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, field, fields, replace
+from dataclasses import Field, field, fields, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 FLAT, MAY_CHANGE, FORMER_NAME = "flat", "may_change", "former_name"
+FINGERPRINTED = "fingerprinted"
 
 
 def option(
-    default: Any = MISSING, *, may_change: bool = False, former_name: str | None = None
+    default: Any,
+    *,
+    may_change: bool = False,
+    former_name: str | None = None,
+    fingerprinted: bool = True,
 ) -> Any:
     """A field of a configuration; immutable defaults only.
 
     `may_change`: a resumed run may have another value, since the steps before are the same. An
     option without it identifies the run. `former_name` is refused with a sentence that names the
-    new one.
+    new one. An option of data that is not `fingerprinted` leaves each sample as it is.
     """
-    return field(default=default, metadata={MAY_CHANGE: may_change, FORMER_NAME: former_name})
+    metadata = {MAY_CHANGE: may_change, FORMER_NAME: former_name, FINGERPRINTED: fingerprinted}
+    return field(default=default, metadata=metadata)
 
 
 def group(make: Callable[..., Any], **changes: Any) -> Any:
@@ -60,6 +66,11 @@ def compose(config: type[T], values: Mapping[str, Any]) -> T:
 def changeable(config: type[Any]) -> frozenset[str]:
     """The names of the options that a resumed run may change."""
     return frozenset(one.name for one in flat_fields(config) if one.metadata.get(MAY_CHANGE))
+
+
+def fingerprinted(config: type[Any]) -> list[str]:
+    """The names of the options that decide what the samples are, in their order."""
+    return [one.name for one in flat_fields(config) if one.metadata.get(FINGERPRINTED, True)]
 
 
 def former_names(config: type[Any]) -> dict[str, str]:

@@ -12,8 +12,6 @@ from latentdiff.data.shapes import build_shapes
 from latentdiff.options import option
 
 SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its images, once
-NOT_DATA = {"num_workers", "max_bad", "bad_samples", "bucket_step", "max_aspect", "shuffle_buffer"}
-"""Options that do not change what the samples are."""
 MOST_ASPECT = 16.0  # beyond it an image is a strip
 
 
@@ -27,10 +25,10 @@ class DataConfig:
     split: str = "train"
     image_size: int = 64
     """Side in pixels: the shorter side is scaled to it and the middle cropped."""
-    bucket_step: int = 0
+    bucket_step: int = option(0, fingerprinted=False)
     """0: all latents are of squares; else of images that keep about their shape, with as many
     pixels as the square has at most, and sides that are multiples of this."""
-    max_aspect: float = 2.0
+    max_aspect: float = option(2.0, fingerprinted=False)
     """With bucket_step: the longer side to the shorter one, at most."""
     image_column: str = "image"
     caption_columns: Sequence[str] = ("text",)
@@ -51,16 +49,16 @@ class DataConfig:
     """Take the first frame of an animation, which is bad otherwise."""
     background: str = "white"
     """The colour behind transparent images, such as "white" or "#808080"."""
-    bad_samples: Path | None = None
+    bad_samples: Path | None = option(None, fingerprinted=False)
     """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
-    max_bad: float = 0.01
+    max_bad: float = option(0.01, fingerprinted=False)
     """The fraction of bad samples above which the data is refused."""
-    num_workers: int = option(0, may_change=True)
+    num_workers: int = option(0, may_change=True, fingerprinted=False)
     """Processes that prefetch images; threads where a set is read in order."""
     stream: bool = False
     """Read the data shard by shard, without an index of all samples: for sets that are too large
     to open, or too far away to download."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = option(1000, fingerprinted=False)
     """With stream: samples in memory, of which the next one is drawn."""
 
     def __post_init__(self) -> None:

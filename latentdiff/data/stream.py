@@ -10,7 +10,6 @@ import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
 from functools import lru_cache
 from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
@@ -19,13 +18,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from latentdiff.data.bad_samples import ListedBadSamples, breakdown, read_bad_samples
 from latentdiff.data.batches import local_rows, outlive_signals
-from latentdiff.data.config import NOT_DATA, DataConfig
+from latentdiff.data.config import DataConfig
 from latentdiff.data.decode import BadSample, decode
 from latentdiff.data.forms.detect import open_shards
 from latentdiff.data.forms.form import FileRange, Record, Shard, Shards, is_public
 from latentdiff.data.prefetch import prefetch
 from latentdiff.data.samples import Sample, collate, square_pixels
 from latentdiff.data.shuffle import shuffled_epoch
+from latentdiff.options import fingerprinted
 
 COLUMNS_SEEN_IN = 100  # samples at the beginning that must have the columns asked for
 LEAST_COUNTED = 1000  # samples before which the fraction of bad ones says nothing
@@ -84,7 +84,7 @@ class StreamedImages:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the files, by size and time, and of how they become images and captions."""
-        names = [one.name for one in fields(DataConfig) if one.name not in NOT_DATA]
+        names = fingerprinted(DataConfig)
         options = {name: getattr(self.config, name) for name in names}
         text = json.dumps([self._files, options, self.listed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

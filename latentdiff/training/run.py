@@ -98,6 +98,7 @@ class Run:
         loop = config.loop
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
         self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
+        self.device = self.accelerator.device
         self.processes = Processes(self.accelerator, timeout=config.parallel.timeout)
         check_divisible(loop.batch_size, config.parallel, self.processes.count)
         self.folder = RunFolder(
@@ -106,11 +107,6 @@ class Run:
             self.processes,
             may_change=changeable(type(config)),
         )
-
-    @property
-    def device(self) -> Any:
-        """The device of this process."""
-        return self.accelerator.device
 
     def learner(self, model: nn.Module, **changes: Any) -> Learner:
         """A learner with this run's options; `changes` replace some of them (see `Learner`)."""
