@@ -90,7 +90,7 @@ class Turns:
     def fit(self, task: Any, loader: Any, run: Any) -> None:
         """`fit` with turns; of what it does at intervals only the log is left."""
         task.validate, task.preview = dict, lambda path: None
-        bare = bare_step(task.denoiser, task.config, next(loader(0)))
+        bare = bare_step(task.learner, task.config, next(loader(0)))
 
         def turns(start: int) -> Iterator[Any]:
             batches = loader(start)

@@ -1,4 +1,4 @@
-"""Blocks: recomputed and compiled they give the same numbers, and recomputed they keep less."""
+"""Blocks: checkpointing and compiling change no number, and checkpointing saves memory."""
 
 import copy
 from dataclasses import replace
@@ -13,8 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.planning.footprint import Work, footprint
-from latentdiff.training.blocks import blocks, compile_blocks, recompute
+from latentdiff.planning.footprint import Workload, footprint
+from latentdiff.training.blocks import blocks, checkpoint_activations, compile_blocks
 
 DIT = DiTConfig(num_layers=3, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
 
@@ -63,11 +63,11 @@ def loss_of(network: nn.Module, count: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("make", [unet, dit, joint_dit, vae, text])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_recomputed_gradients_have_the_same_bits(make, mixed: bool) -> None:
+def test_checkpointed_gradients_have_the_same_bits(make, mixed: bool) -> None:
     plain = make().train()
     randomise(plain)
     other = copy.deepcopy(plain)
-    recompute(other)
+    checkpoint_activations(other)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         expected, found = loss_of(plain), loss_of(other)
     assert found.equal(expected)
@@ -79,25 +79,25 @@ def test_recomputed_gradients_have_the_same_bits(make, mixed: bool) -> None:
     assert blocks(other)
 
 
-def test_recomputing_keeps_less() -> None:
+def test_checkpointing_saves_fewer_activations() -> None:
     def loss(model, frozen, n: int) -> Tensor:
         return model(
             torch.zeros(n, 4, 8, 8), torch.zeros(n, dtype=torch.long), torch.zeros(n, 5, 16)
         ).mean()
 
-    def recomputed() -> UNet:
+    def checkpointed() -> UNet:
         network = unet()
-        recompute(network)
+        checkpoint_activations(network)
         return network
 
-    kept, less = (footprint(Work(make, loss), 4) for make in (unet, recomputed))
-    assert less.activations < 0.5 * kept.activations
-    assert less.parameters == kept.parameters
-    # Everything but the blocks runs once: less than a whole forward pass comes on top.
-    assert 1.1 < less.step_flop / kept.step_flop < 4 / 3
+    plain, less = (footprint(Workload(make, loss), 4) for make in (unet, checkpointed))
+    assert less.activations < 0.5 * plain.activations
+    assert less.num_parameters == plain.num_parameters
+    # Everything but the blocks runs once: less than a full forward pass comes on top.
+    assert 1.1 < less.step_flop / plain.step_flop < 4 / 3
 
 
-def test_a_learner_trains_the_same_with_recomputed_blocks() -> None:
+def test_a_learner_trains_the_same_with_gradient_checkpointing() -> None:
     network = unet()
     randomise(network)
     plain, other = (
@@ -124,7 +124,7 @@ def test_compiled_blocks_give_the_same_numbers_up_to_rounding() -> None:
     plain = unet().train()
     randomise(plain)
     other = copy.deepcopy(plain)
-    recompute(other)
+    checkpoint_activations(other)
     compile_blocks(other)
     torch.use_deterministic_algorithms(False)  # which fill new memory, and compiled code with it
     expected, found = loss_of(plain), loss_of(other)

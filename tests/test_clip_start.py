@@ -23,7 +23,7 @@ from latentdiff.models.clip import CLIPSize
 from latentdiff.models.clip_start import Pixels, load_clip, load_start
 from latentdiff.models.text import TextEncoder
 from latentdiff.options import compose
-from latentdiff.planning.plan import work_of
+from latentdiff.planning.workload import make_workload
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.start import check_shapes
 
@@ -207,4 +207,4 @@ def test_options_of_other_shapes_are_refused_and_defaults_give_way(folder: Path)
 def test_a_plan_asks_for_the_shapes_in_place_of_init() -> None:
     settings = {"clip": asdict(SIZE), "init": "emoji"}
     with pytest.raises(ValueError, match="init='emoji' must be left out for a plan"):
-        work_of(settings)
+        make_workload(settings)

@@ -35,7 +35,7 @@ STORED = ("0.05", "0.1")
 ROUNDING = 2**-11  # relative, of float16: more snapshots do not help against it
 
 
-def shares(length: float, updates: int) -> np.ndarray:
+def profile(length: float, updates: int) -> np.ndarray:
     """What the weights of each update have in the last average, by the rule of averaging alone."""
     gamma = power_exponent(length)
     decays = np.array([power_decay(update, gamma) for update in range(1, updates + 1)])
@@ -87,11 +87,11 @@ def distance(found: Tensor, true: Tensor) -> float:
 def test_weights_of_an_update_count_as_the_integral_of_the_profile_over_it(length: float) -> None:
     a, updates = power_exponent(length) + 1, 300
     edges = (np.arange(updates + 1) / updates) ** a
-    np.testing.assert_allclose(shares(length, updates), np.diff(edges), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(profile(length, updates), np.diff(edges), rtol=1e-9, atol=1e-15)
 
 
 def test_weights_count_by_the_power_of_their_time() -> None:
-    found, gamma = shares(0.1, 100_000), power_exponent(0.1)
+    found, gamma = profile(0.1, 100_000), power_exponent(0.1)
     np.testing.assert_allclose(
         found[50_000:] / found[-1], np.linspace(0.5, 1, 50_000) ** gamma, rtol=2e-4
     )
@@ -100,7 +100,7 @@ def test_weights_count_by_the_power_of_their_time() -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_length_is_the_deviation_of_the_profile(length: float) -> None:
     updates = 20_000
-    weights, times = shares(length, updates), (np.arange(updates) + 0.5) / updates
+    weights, times = profile(length, updates), (np.arange(updates) + 0.5) / updates
     mean = weights @ times
     assert (weights @ (times - mean) ** 2) ** 0.5 == pytest.approx(length, rel=1e-5)
 
@@ -257,13 +257,13 @@ def take(one: Learner, updates: range, loss: Callable[[Tensor], Tensor] = torch.
 
 
 def test_a_resumed_average_goes_on_as_if_it_had_not_stopped() -> None:
-    whole, before, after = (learner((0.05, 0.1)) for _ in range(3))
-    take(whole, range(10))
+    full, before, after = (learner((0.05, 0.1)) for _ in range(3))
+    take(full, range(10))
     take(before, range(4))
     state = {name: tensor.clone() for name, tensor in before.tensors().items()}
     after.load_tensors(state, num_updates=4)
     take(after, range(4, 10))
-    for length, tensors in whole.snapshots().items():
+    for length, tensors in full.snapshots().items():
         for name, tensor in tensors.items():
             assert torch.equal(after.snapshots()[length][name], tensor)
 
@@ -274,7 +274,7 @@ def test_the_learner_tracks_the_average_that_the_synthesis_takes_it_for() -> Non
     for number in range(12):
         take(one, range(number, number + 1))
         past.append(one.model.weight.detach().double().clone())
-    expected = sum(w * weight for w, weight in zip(shares(length, 12), past, strict=True))
+    expected = sum(w * weight for w, weight in zip(profile(length, 12), past, strict=True))
     (tensors,) = one.snapshots().values()
     torch.testing.assert_close(tensors["weight"].double(), expected, rtol=1e-5, atol=1e-7)
 

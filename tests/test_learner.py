@@ -42,8 +42,8 @@ def train(subject: Learner, start: int, stop: int) -> list[float]:
 
 def test_learning_rate_climbs_stays_and_falls_in_straight_lines() -> None:
     rates = [CONFIG.learning_rate_at(step, max_steps=MAX_STEPS) for step in range(20)]
-    up = [0.05 * share for share in (0.25, 0.5, 0.75, 1.0)]
-    down = [0.05 * share for share in (1.0, 0.8, 0.6, 0.4, 0.2)]
+    up = [0.05 * fraction for fraction in (0.25, 0.5, 0.75, 1.0)]
+    down = [0.05 * fraction for fraction in (1.0, 0.8, 0.6, 0.4, 0.2)]
     assert rates == pytest.approx([*up, *[0.05] * 11, *down])
 
 
@@ -105,12 +105,12 @@ def test_ema_is_the_weighted_mean_of_all_weights_so_far() -> None:
         subject.update(loss_of(subject.forward_model, step % 20))
         weights.append([p.detach().clone() for p in subject.model.parameters()])
     decays = [min(0.8, (1 + n) / (10 + n)) for n in range(1, 31)]
-    shares = [1.0]  # of the initial weights, then of those after each update
+    contributions = [1.0]  # of the initial weights, then of those after each update
     for decay in decays:
-        shares = [share * decay for share in shares] + [1 - decay]
-    assert sum(shares) == pytest.approx(1)
+        contributions = [c * decay for c in contributions] + [1 - decay]
+    assert sum(contributions) == pytest.approx(1)
     for i, average in enumerate(subject.ema.parameters()):
-        expected = sum(share * at[i] for share, at in zip(shares, weights, strict=True))
+        expected = sum(c * at[i] for c, at in zip(contributions, weights, strict=True))
         torch.testing.assert_close(average, expected)
 
 
@@ -152,11 +152,11 @@ def test_tensors_of_another_network_are_refused_by_name() -> None:
 
 
 def test_micro_batches_add_up_to_the_step_of_the_batch() -> None:
-    whole, split = learner(), learner()
+    full, split = learner(), learner()
     draw = torch.Generator().manual_seed(0)
     for _ in range(5):
         x, y = torch.randn(8, 3, generator=draw), torch.randn(8, 2, generator=draw)
-        expected = whole.update((whole.forward_model(x) - y).square().mean())
+        expected = full.update((full.forward_model(x) - y).square().mean())
         norms = []
         for micro_batch in (MicroBatch(i, 4) for i in range(4)):
             error = split.forward_model(micro_batch.rows(x)) - micro_batch.rows(y)
@@ -164,8 +164,8 @@ def test_micro_batches_add_up_to_the_step_of_the_batch() -> None:
         assert [float(norm) for norm in norms[:3]] == [0.0] * 3
         torch.testing.assert_close(norms[3], expected)
     assert split.num_updates == 5
-    torch.testing.assert_close(split.model.state_dict(), whole.model.state_dict())
-    torch.testing.assert_close(split.ema.state_dict(), whole.ema.state_dict())
+    torch.testing.assert_close(split.model.state_dict(), full.model.state_dict())
+    torch.testing.assert_close(split.ema.state_dict(), full.ema.state_dict())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

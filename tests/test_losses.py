@@ -109,7 +109,7 @@ def test_the_best_width_is_the_mean_error(norm: Reconstruction) -> None:
     (slope,) = torch.autograd.grad(pixel_nats(distance, best, norm=norm), best)
     assert float(slope) == pytest.approx(0, abs=1e-6)
     scale = OutputScale(norm)
-    options = {"learning_rate": scale.RATE, "weight_decay": 0.0, "cooldown_steps": 200}
+    options = {"learning_rate": scale.LEARNING_RATE, "weight_decay": 0.0, "cooldown_steps": 200}
     learner = make_learner(scale, ema=False, max_steps=600, **options)
     for error in (0.02, 0.04) * 300:
         learner.update(learner.forward_model(torch.tensor(error)))

@@ -1,4 +1,4 @@
-"""The preflight: counted arithmetic against formulas, and what a plan says of a training."""
+"""Planning: counted arithmetic against formulas, counted memory against that of real tensors."""
 
 import argparse
 from pathlib import Path
@@ -12,12 +12,15 @@ from support.settings import ANY, clip, dit, unet, vae
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from latentdiff.cli import main
 from latentdiff.cli import plan as command
 from latentdiff.models.layers import Attention
 from latentdiff.models.unet import UNet
 from latentdiff.planning.devices import DEVICES
-from latentdiff.planning.footprint import Passes, Work, footprint, nbytes
-from latentdiff.planning.plan import make_plan, read_settings, work_of
+from latentdiff.planning.footprint import Execution, Workload, footprint, nbytes
+from latentdiff.planning.plan import make_plan
+from latentdiff.planning.settings import read_settings
+from latentdiff.planning.workload import cache_bytes_per_image, make_workload
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,16 +41,16 @@ class Small(nn.Module):
 @pytest.mark.parametrize("side", [8, 16])  # products for few tokens, the fused kernel for many
 def test_arithmetic_is_that_of_the_formulas(side: int) -> None:
     n, N, C = 2, side * side, 16
-    work = Work(Small, lambda model, _, n: model(torch.randn(n, 3, side, side)).mean())
-    found = footprint(work, n)
+    workload = Workload(Small, lambda model, _, n: model(torch.randn(n, 3, side, side)).mean())
+    counted = footprint(workload, n)
     conv, linear, attention = 2 * 9 * 3 * C * N, 2 * C * 5 * N, 4 * N * N * C
     projections = 4 * 2 * C * C * N
-    assert found.forward_flop == n * (conv + linear + projections + attention)
+    assert counted.forward_flop == n * (conv + linear + projections + attention)
     # Backward, a product for the weight and one for the input, which the first layer's has not;
     # fused attention computes its scores a second time, one more product of five.
     again = 2 * attention + (0 if side == 8 else attention // 2)
     backward = conv + 2 * (linear + projections) + again
-    assert found.step_flop == found.forward_flop + n * backward
+    assert counted.step_flop == counted.forward_flop + n * backward
 
 
 @pytest.mark.parametrize(
@@ -55,25 +58,25 @@ def test_arithmetic_is_that_of_the_formulas(side: int) -> None:
     mostly_exhaustive([unet(32, 2, 32), dit(2), dit(2, "joint"), vae(16, 2, 16), clip(3)]),
 )
 def test_arithmetic_is_what_torch_counts_on_real_tensors(settings: dict[str, Any]) -> None:
-    work = work_of(settings)[1]
+    workload = make_workload(settings)
     batch = settings["batch_size"]
-    model, frozen = work.model(), work.frozen()
+    model, frozen = workload.model(), workload.frozen()
     # The CPU's fused attention, which the text encoder calls, torch's counter has to be told of.
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     formula = {fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     with FlopCounterMode(display=False, custom_mapping=formula) as counter:
-        work.loss(model, frozen, batch).backward()
-    assert footprint(work, batch).step_flop == counter.get_total_flops()
+        workload.loss(model, frozen, batch).backward()
+    assert footprint(workload, batch).step_flop == counter.get_total_flops()
 
 
 @pytest.mark.full_size
 def test_the_parameters_of_sd_15_are_859_520_964() -> None:
     """The number of the published weights, and 803 GFLOP a forward pass of 64×64 latents."""
     plan = make_plan(sd15(), device=DEVICES["a100-80gb"], gpu=True, processes=8)
-    assert plan.footprint.parameters == 859_520_964
+    assert plan.footprint.num_parameters == 859_520_964
     assert plan.forward_flop == pytest.approx(803.3e9, rel=1e-3)
-    assert plan.cache_bytes == 2 * 8 * 64 * 64
-    assert plan.resident["buckets of gradients"] == 4 * 859_520_964
+    assert plan.cache_bytes_per_image == 2 * 8 * 64 * 64
+    assert plan.resident["gradient buckets"] == 4 * 859_520_964
 
 
 def sd15() -> dict[str, Any]:
@@ -84,7 +87,7 @@ def sd15() -> dict[str, Any]:
 
 def test_the_memory_of_a_network_is_that_of_its_tensors() -> None:
     plan = make_plan(unet(32, 2, 32), device=ANY, gpu=False)
-    network = work_of(unet(32, 2, 32))[1].model()
+    network = make_workload(unet(32, 2, 32)).model()
     assert isinstance(network, UNet)
     assert plan.footprint.weights == nbytes(network)
     optimizer = torch.optim.AdamW(network.parameters())
@@ -92,36 +95,38 @@ def test_the_memory_of_a_network_is_that_of_its_tensors() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert plan.resident["optimizer"] == sum(moment.nbytes for moment in moments)
-    assert plan.checkpoint_bytes == 2 * nbytes(network) + plan.resident["optimizer"]
+    assert plan.resident["optimizer state"] == sum(moment.nbytes for moment in moments)
+    assert plan.checkpoint_bytes == 2 * nbytes(network) + plan.resident["optimizer state"]
 
 
-def test_what_autograd_keeps_is_counted() -> None:
+def test_activations_are_what_autograd_saves() -> None:
     """Against torch's own hooks, on real tensors; the rest is the loss, and the batch itself."""
-    work = work_of(vae(16, 4, 32))[1]
-    model = work.model()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    workload = make_workload(vae(16, 4, 32))
+    model = workload.model()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = work.loss(model, [], 4)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = workload.loss(model, [], 4)
     assert loss.requires_grad
-    assert footprint(work, 4).activations == pytest.approx(sum(kept.values()), rel=0.03)
+    assert footprint(workload, 4).activations == pytest.approx(sum(saved.values()), rel=0.03)
 
 
 @pytest.mark.exhaustive
-def test_half_precision_and_smaller_parts_need_less() -> None:
-    work = work_of(vae(16, 8, 32))[1]
+def test_half_precision_and_smaller_micro_batches_need_less() -> None:
+    workload = make_workload(vae(16, 8, 32))
 
     def step(precision: str, *, accumulation: int = 1, gpu: bool = False) -> int:
-        passes = Passes(precision=precision, gpu=gpu)
-        return footprint(work, 8 // accumulation, accumulation=accumulation, passes=passes).step
+        execution = Execution(precision=precision, gpu=gpu)
+        return footprint(
+            workload, 8 // accumulation, accumulation=accumulation, execution=execution
+        ).step_peak
 
     assert step("bf16") < 0.8 * step("no")
     assert step("bf16") < step("bf16", gpu=True) < step("no", gpu=True)
@@ -131,15 +136,15 @@ def test_half_precision_and_smaller_parts_need_less() -> None:
 @pytest.mark.parametrize(
     ("precision", "gpu"), mostly_exhaustive([("no", False), ("bf16", False), ("bf16", True)])
 )
-def test_gradient_checkpointing_keeps_less_and_runs_the_blocks_again(
+def test_gradient_checkpointing_saves_less_and_runs_the_blocks_again(
     precision: str, gpu: bool
 ) -> None:
     """In the VAE they are about half of the forward pass; the rest is convolutions alone."""
     plain, again = (
         footprint(
-            work_of(vae(16, 4, 32))[1],
+            make_workload(vae(16, 4, 32)),
             4,
-            passes=Passes(precision=precision, gpu=gpu, gradient_checkpointing=on),
+            execution=Execution(precision=precision, gpu=gpu, gradient_checkpointing=on),
         )
         for on in (False, True)
     )
@@ -147,45 +152,46 @@ def test_gradient_checkpointing_keeps_less_and_runs_the_blocks_again(
     more = (again.step_flop - plain.step_flop) / plain.forward_flop
     assert 0.4 < more < 1
     assert again.activations < 0.6 * plain.activations
-    assert again.step < 0.8 * plain.step
+    assert again.step_peak < 0.8 * plain.step_peak
 
 
 @pytest.mark.exhaustive
-def test_a_split_network_is_divided_by_the_processes() -> None:
-    work = work_of(unet(32, 4, 32))[1]
-    one, two, eight = (
-        footprint(work, 4, passes=Passes(processes=n, sharding="full")) for n in (1, 2, 8)
+def test_a_sharded_network_is_divided_by_the_processes() -> None:
+    workload = make_workload(unet(32, 4, 32))
+    one = footprint(workload, 4)
+    two, eight = (
+        footprint(workload, 4, execution=Execution(processes=n, sharding="full")) for n in (2, 8)
     )
-    assert one.resident(averages=1)["averages"] == one.weights
-    for found, count in ((two, 2), (eight, 8)):
-        assert found.parameters == one.parameters
-        assert found.step_flop == one.step_flop
+    assert one.resident(averages=1)["weight averages"] == one.weights
+    for sharded, count in ((two, 2), (eight, 8)):
+        assert sharded.num_parameters == one.num_parameters
+        assert sharded.step_flop == one.step_flop
         # Rows that do not divide evenly, such as the three of an output, round up.
-        assert found.own_weights == pytest.approx(one.weights / count, rel=0.02)
-        held = found.resident(averages=3)
-        assert held["optimizer"] == 2 * found.own_weights
-        assert held["averages"] == found.weights + 3 * found.own_weights
-    assert eight.step < two.step
+        assert sharded.local_weights == pytest.approx(one.weights / count, rel=0.02)
+        resident = sharded.resident(averages=3)
+        assert resident["optimizer state"] == 2 * sharded.local_weights
+        assert resident["weight averages"] == sharded.weights + 3 * sharded.local_weights
+    assert eight.step_peak < two.step_peak
 
 
-def test_moments_are_divided_with_zero_and_gradients_in_its_second_stage() -> None:
-    work = work_of(vae(16, 1, 8))[1]
-    whole, first, second = (
-        footprint(work, 1, passes=Passes(processes=4, sharding=sharding))
+def test_zero_partitions_the_moments_and_in_stage_2_the_gradients() -> None:
+    workload = make_workload(vae(16, 1, 8))
+    full, first, second = (
+        footprint(workload, 1, execution=Execution(processes=4, sharding=sharding))
         for sharding in ("none", "zero1", "zero2")
     )
-    moments = whole.resident(averages=1)["optimizer"]
-    for found in (first, second):
-        assert found.resident(averages=1)["optimizer"] == moments // 4
-    assert first.step == whole.step
-    assert second.step < whole.step
+    moments = full.resident(averages=1)["optimizer state"]
+    for partitioned in (first, second):
+        assert partitioned.resident(averages=1)["optimizer state"] == moments // 4
+    assert first.step_peak == full.step_peak
+    assert second.step_peak < full.step_peak
 
 
 def test_each_average_is_one_more_in_memory_and_on_disk() -> None:
     settings = {**vae(16, 2, 32), "ema_lengths": [0.05, 0.1]}
     one, three = (make_plan(s, device=ANY, gpu=True) for s in (vae(16, 2, 32), settings))
-    assert three.resident["averages"] == 3 * one.resident["averages"]
-    weights = 4 * one.footprint.parameters
+    assert three.resident["weight averages"] == 3 * one.resident["weight averages"]
+    weights = 4 * one.footprint.num_parameters
     assert three.checkpoint_bytes - one.checkpoint_bytes == 2 * weights
     assert one.snapshot_bytes == 0
     assert three.snapshot_bytes == weights  # two of them in half precision
@@ -193,29 +199,29 @@ def test_each_average_is_one_more_in_memory_and_on_disk() -> None:
 
 def test_each_view_of_an_image_is_cached() -> None:
     settings = {**unet(32, 2, 32), "crops": 3, "flip": True}
-    one, six = (work_of(s)[2] for s in (unet(32, 2, 32), settings))
+    one, six = (cache_bytes_per_image(s) for s in (unet(32, 2, 32), settings))
     assert one is not None
     assert six == 6 * one
 
 
 def test_accumulation_changes_no_arithmetic() -> None:
     plans = [{**vae(16, 8, 32), "gradient_accumulation_steps": steps} for steps in (1, 4)]
-    whole, parts = (make_plan(settings, device=ANY, gpu=False) for settings in plans)
-    assert whole.training_flop == parts.training_flop
-    assert whole.forward_flop == parts.forward_flop
+    one, four = (make_plan(settings, device=ANY, gpu=False) for settings in plans)
+    assert one.training_flop == four.training_flop
+    assert one.forward_flop == four.forward_flop
 
 
 @pytest.mark.exhaustive
-def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     def peak(batch: int) -> float:
         return make_plan(vae(16, batch, 32), device=ANY, gpu=False).peak
 
     limit = 60e6
     plan = make_plan(vae(16, 1, 32), device=ANY, gpu=False, memory=limit)
-    assert plan.largest is not None
-    assert plan.largest > 1
-    assert peak(plan.largest) <= limit < peak(plan.largest + 1)
-    assert make_plan(vae(16, 1, 32), device=ANY, gpu=False, memory=1e6).largest == 0
+    assert plan.max_micro_batch_size is not None
+    assert plan.max_micro_batch_size > 1
+    assert peak(plan.max_micro_batch_size) <= limit < peak(plan.max_micro_batch_size + 1)
+    assert make_plan(vae(16, 1, 32), device=ANY, gpu=False, memory=1e6).max_micro_batch_size == 0
 
 
 def test_twice_the_processes_take_half_the_time() -> None:
@@ -232,12 +238,24 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = parser.parse_args([*given, "--processes", "2", "--max_steps", "1000"])
     arguments.run(arguments)
     printed = capsys.readouterr().out
-    assert "clip: batch_size 4 on 2 × l4, 2 images at a time each" in printed
+    assert "clip: batch_size 4 on 2 × l4, micro-batches of 2" in printed
     assert "time of 1,000 steps" in printed
     assert "fits" in printed
     arguments.device = "a toaster"
     with pytest.raises(ValueError, match="device='a toaster' must be one of cpu, t4"):
         arguments.run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("former", "name"),
+    [("pictures", "images"), ("accumulation", "gradient_accumulation_steps")],
+)
+def test_a_former_option_is_refused_with_its_new_name(
+    former: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", "config.yaml", f"--{former}", "4"])
+    assert f"argument --{former}: it is named --{name} now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -267,7 +285,11 @@ def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], sente
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    for text, sentence in (("- 1", "must be a YAML mapping"), ("a: [", "is not YAML")):
+    for text, sentence in (
+        ("- 1", "must be a YAML mapping"),
+        ("a: [", "is not YAML"),
+        ("accumulation: 2", "accumulation is named gradient_accumulation_steps now"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             read_settings(path, {})

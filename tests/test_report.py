@@ -16,7 +16,7 @@ from latentdiff.data.shapes import build_shapes
 from latentdiff.data.summary import cache_summary, images_summary
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.logging.plots import plot_log
-from latentdiff.training.logging.report import PREVIEWS, write_data, write_report
+from latentdiff.training.logging.report import MAX_PREVIEWS, write_data, write_report
 
 
 class Tags(HTMLParser):
@@ -146,7 +146,7 @@ def test_of_many_previews_some_are_shown_and_always_the_newest(tmp_path: Path) -
     write_report(run_folder(tmp_path / "run", steps=1, previews=40))
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     shown = re.findall(r"<figcaption>step-(\d+)</figcaption>", page)
-    assert len(shown) == PREVIEWS
+    assert len(shown) == MAX_PREVIEWS
     assert shown == sorted(shown)
     assert shown[-1] == "0000039"
 

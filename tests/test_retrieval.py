@@ -19,19 +19,19 @@ def plain_pool(count: int) -> Pool:
     return Pool.of(make_images(*range(count)), [own[0] for own in captions], captions)
 
 
-def shares(found: dict[str, Tensor]) -> set[float]:
+def recalls(found: dict[str, Tensor]) -> set[float]:
     assert list(found) == [f"retrieval_{name}@{k}" for name in ("text", "image") for k in (1, 5)]
-    return {float(share) for share in found.values()}
+    return {float(recall) for recall in found.values()}
 
 
 def test_embeddings_that_agree_find_everything_and_those_of_the_next_nothing() -> None:
     pool, own = plain_pool(12), torch.eye(12)
-    assert shares(pool.recall(own, 3 * own)) == {1.0}
+    assert recalls(pool.recall(own, 3 * own)) == {1.0}
     found = pool.recall(own, own.roll(1, dims=0) + 0.1 * torch.rand(12, 12))
     assert found["retrieval_text@1"] == found["retrieval_image@1"] == 0
 
 
-def test_recall_is_the_share_whose_own_is_among_the_k_nearest() -> None:
+def test_recall_is_the_fraction_whose_match_is_among_the_k_nearest() -> None:
     image, text = torch.randn(2, 40, 3)
     text += 2 * image
     found = plain_pool(40).recall(image, text)
@@ -39,9 +39,9 @@ def test_recall_is_the_share_whose_own_is_among_the_k_nearest() -> None:
     for name, scores in (("text", similarity), ("image", similarity.T)):
         for k in (1, 5):
             nearest = scores.topk(k, dim=1).indices
-            share = (nearest == torch.arange(40)[:, None]).any(dim=1).double().mean()
-            assert found[f"retrieval_{name}@{k}"] == share
-            assert 0 < share < 1
+            recall = (nearest == torch.arange(40)[:, None]).any(dim=1).double().mean()
+            assert found[f"retrieval_{name}@{k}"] == recall
+            assert 0 < recall < 1
 
 
 def test_embeddings_at_random_are_right_by_chance() -> None:
@@ -49,13 +49,13 @@ def test_embeddings_at_random_are_right_by_chance() -> None:
     found = [plain_pool(100).recall(*torch.randn(2, 100, 16)) for _ in range(8)]
     for k in (1, 5):
         for name in ("text", "image"):
-            share = sum(float(one[f"retrieval_{name}@{k}"]) for one in found) / 8
-            assert abs(share - k / 100) < 4 * (k / 100 / 800) ** 0.5
+            recall = sum(float(one[f"retrieval_{name}@{k}"]) for one in found) / 8
+            assert abs(recall - k / 100) < 4 * (k / 100 / 800) ** 0.5
 
 
 def test_a_clip_to_which_all_is_equal_finds_nothing() -> None:
-    """topk would give each image the first captions, and a share of them would be right."""
-    assert shares(plain_pool(10).recall(torch.ones(10, 4), torch.ones(10, 4))) == {0.0}
+    """topk would give each image the first captions, and a fraction of them would be right."""
+    assert recalls(plain_pool(10).recall(torch.ones(10, 4), torch.ones(10, 4))) == {0.0}
 
 
 def test_equal_captions_are_one_and_right_for_each_of_their_images() -> None:
@@ -67,7 +67,7 @@ def test_equal_captions_are_one_and_right_for_each_of_their_images() -> None:
     assert pool.matches.tolist() == expected
     # The third image has the first one's embedding, and is not worse for it.
     image = torch.eye(3)[[0, 1, 0, 2]]
-    assert shares(pool.recall(image, torch.eye(3))) == {1.0}
+    assert recalls(pool.recall(image, torch.eye(3))) == {1.0}
 
 
 def test_equal_images_are_one_with_the_captions_of_all() -> None:
@@ -89,7 +89,7 @@ def test_a_caption_of_another_form_of_the_same_image_is_right() -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 3])
-def test_the_order_of_the_examples_changes_no_share(shift: int) -> None:
+def test_the_order_of_the_examples_changes_no_recall(shift: int) -> None:
     image, text = torch.randn(2, 9, 4)
     order = torch.arange(9).roll(shift)
     captions = [[f"number {i}"] for i in range(9)]

@@ -1,6 +1,6 @@
-"""A network that several processes share trains as a whole one, and its checkpoints fit any number.
+"""A sharded network trains as an unsharded one, and its checkpoints fit any number of processes.
 
-Real processes on gloo; the network is a small UNet, with its averages and its blocks recomputed.
+Real processes on gloo; the network is a small UNet, with its averages and gradient checkpointing.
 """
 
 import importlib.util
@@ -77,12 +77,12 @@ def work(job: Job) -> None:
         job.folder, job.stop, {"unet": learner}, keep=9, manifest={}, processes=processes
     )
     learner.gather()
-    whole = {f"ema.{name}": p for name, p in learner.ema.named_parameters()}
+    full = {f"ema.{name}": p for name, p in learner.ema.named_parameters()}
     snapshots = learner.snapshots()
     if processes.rank == 0:
-        whole |= {f"ema-0.1.{name}": p for name, p in snapshots["0.1"].items()}
+        full |= {f"ema-0.1.{name}": p for name, p in snapshots["0.1"].items()}
         stored = StoredTensors(checkpoints(job.folder)[-1][1], "unet")
-        assert [name for name, tensor in whole.items() if not tensor.equal(stored[name])] == []
+        assert [name for name, tensor in full.items() if not tensor.equal(stored[name])] == []
 
 
 def _process(job: Job, rank: int, count: int, port: int) -> None:
@@ -140,7 +140,7 @@ def assert_equivalent(
     ("sharding", "count", "gradient_accumulation_steps"),
     [("full", 2, 1), ("full", 4, 1), ("full", 2, 2), zero("zero1"), zero("zero2")],
 )
-def test_a_shared_network_trains_as_a_whole_one(
+def test_a_sharded_network_trains_as_an_unsharded_one(
     tmp_path: Path,
     plain: tuple[Path, dict[str, Tensor]],
     sharding: str,
@@ -164,7 +164,7 @@ def test_a_shared_network_trains_as_a_whole_one(
 
 @pytest.mark.parametrize("sharding", ["full", pytest.param("zero2", marks=deepspeed)])
 def test_its_processes_resume_bit_for_bit(tmp_path: Path, sharding: str) -> None:
-    expected = run(Job(tmp_path / "whole", sharding=sharding), 2)
+    expected = run(Job(tmp_path / "full", sharding=sharding), 2)
     run(Job(tmp_path / "stopped", sharding=sharding, stop=2), 2)
     found = run(Job(tmp_path / "stopped", sharding=sharding), 2)
     assert {n: t.equal(expected[n]) for n, t in found.items()} == dict.fromkeys(expected, True)
@@ -173,7 +173,7 @@ def test_its_processes_resume_bit_for_bit(tmp_path: Path, sharding: str) -> None
 def test_its_checkpoints_load_in_any_number_of_processes(
     tmp_path: Path, plain: tuple[Path, dict[str, Tensor]]
 ) -> None:
-    """One process alone, two that share, four that share, two with copies, each from the last's."""
+    """One process, two and four with shards, two with copies: each resumes from the last one's."""
     _, expected = plain
     ways = [(1, "none"), (2, "full"), (4, "full"), (2, "none")]
     before: dict[str, Tensor] = {}

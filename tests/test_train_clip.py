@@ -60,10 +60,10 @@ def test_a_crop_is_a_square_inside_the_image_enlarged() -> None:
     size, scale = 16, 0.5
     along = (torch.arange(size) + 0.5) / size * 2 - 1
     images = torch.stack([along.expand(size, size), along[:, None].expand(size, size)])
-    places = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.25], [1.0, 0.3, 0.9], [0.2, 1.0, 0.0]])
-    cropped = crop(images.expand(4, 2, size, size), places, scale=scale)
-    for image, (u, x, y) in zip(cropped, places.tolist(), strict=True):
-        side = scale + (1 - scale) * u
+    u = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.25], [1.0, 0.3, 0.9], [0.2, 1.0, 0.0]])
+    cropped = crop(images.expand(4, 2, size, size), u, scale=scale)
+    for image, (u_side, x, y) in zip(cropped, u.tolist(), strict=True):
+        side = scale + (1 - scale) * u_side
         for channel, middle in ((image[0], x), (image[1].T, y)):
             seen = side * along + (2 * middle - 1) * (1 - side)
             # Between the outermost pixels' middles and the edge is only the outermost pixel.
@@ -81,7 +81,7 @@ def pairs() -> tuple[Tensor, Tensor, Any]:
 
 
 def loss_and_gradients(kind: str, rank: int, count: int) -> tuple[Tensor, list[Tensor]]:
-    """Of a process's share of the batch: loss () and gradients, those of the rows whole."""
+    """The loss () of a process's local batch, and its full gradients."""
     image, text, clip = pairs()
     micro_batch = MicroBatch(rank, count)
     loss_of = contrastive_loss(kind, rank=rank, world_size=count)
@@ -241,8 +241,8 @@ def test_a_run_starts_from_a_clip_and_finds_what_that_one_does(
     values = processor.image_processor(list(pool.images), return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = source(input_ids=words.input_ids, pixel_values=values)
-    shares = pool.recall(expected.image_embeds, expected.text_embeds)
-    assert {name: float(share) for name, share in shares.items()} == {
+    recalls = pool.recall(expected.image_embeds, expected.text_embeds)
+    assert {name: float(recall) for name, recall in recalls.items()} == {
         name: value for name, value in plain.items() if name != "step"
     }
 

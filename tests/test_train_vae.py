@@ -1,4 +1,4 @@
-"""What train_vae.py does to its images, and what it trains beside or in place of the whole."""
+"""What train_vae.py does to its images, and what it trains beside the full network or instead."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ from latentdiff.training.randomness import MicroBatch, generator
 
 def test_about_half_of_the_images_are_mirrored_whoever_works_on_them() -> None:
     images = torch.rand(64, 3, 2, 4)
-    places = torch.rand(64, generator=generator(0, 5, "flip"))
-    found = mirror(images, places)
+    u = torch.rand(64, generator=generator(0, 5, "flip"))
+    found = mirror(images, u)
     turned = [not torch.equal(a, b) for a, b in zip(found, images, strict=True)]
     assert 20 < sum(turned) < 44
     for before, after, was_turned in zip(images, found, turned, strict=True):
         assert torch.equal(after, before.flip(-1) if was_turned else before)
     slices = [MicroBatch(index, 4) for index in range(4)]
-    alone = [mirror(one.rows(images), one.rows(places)) for one in slices]
+    alone = [mirror(one.rows(images), one.rows(u)) for one in slices]
     assert torch.equal(torch.cat(alone), found)
 
 
@@ -74,14 +74,14 @@ def gradients_of(run: Path, name: str) -> dict[str, Tensor]:
 
 @pytest.mark.training
 def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path: Path) -> None:
-    records = train(images, tmp_path / "whole", "--learn_logvar=true")
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-4")
-    again = train(images, tmp_path / "part", "--learn_logvar=true")
+    records = train(images, tmp_path / "straight", "--learn_logvar=true")
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
+    again = train(images, tmp_path / "resumed", "--learn_logvar=true")
     for name in ("vae", "discriminator", "logvar"):
         found, expected = (
             dict(StoredTensors(tmp_path / run / "checkpoints" / "step-4", name))
-            for run in ("part", "whole")
+            for run in ("resumed", "straight")
         )
         assert {k: t.equal(expected[k]) for k, t in found.items()} == dict.fromkeys(expected, True)
         assert any(key.startswith("ema.") for key in expected) == (name == "vae")
@@ -90,10 +90,10 @@ def test_a_vae_with_its_discriminator_resumes_bit_for_bit(images: Path, tmp_path
     assert all(key in records[1] for key in ("adversarial", "grad_norm_disc", "disc_real"))
     for record in records:
         assert record["loss"] == pytest.approx(record["pixel_nats"] + 1e-3 * record["kl"])
-    facts = load_json(tmp_path / "whole" / "model" / "training.json")
-    assert facts == load_json(tmp_path / "part" / "model" / "training.json")
+    facts = load_json(tmp_path / "straight" / "model" / "training.json")
+    assert facts == load_json(tmp_path / "resumed" / "model" / "training.json")
     assert facts["reconstruction"] == "l1"
-    assert facts["logvar"] == float(stored(tmp_path / "whole", 4, "logvar")["model.logvar"]) < 0
+    assert facts["logvar"] == float(stored(tmp_path / "straight", 4, "logvar")["model.logvar"]) < 0
     assert facts.keys() >= {"disc_real", "disc_fake", "disc_loss"}
 
 

@@ -37,21 +37,21 @@ DDPM = Diffusion("linear", "epsilon")
 @settings(deadline=None)
 @given(
     num_samples=st.integers(0, 3000),
-    share=st.floats(0, 1, exclude_max=True),
+    fraction=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 9),
 )
-def test_every_example_is_either_held_out_or_trained_on(
-    num_samples: int, share: float, seed: int
+def test_every_example_is_either_validated_or_trained_on(
+    num_samples: int, fraction: float, seed: int
 ) -> None:
-    numbers = val_indices(num_samples, share, seed=seed)
-    assert len(numbers) == min(int(share * num_samples), MAX_EXAMPLES)
+    numbers = val_indices(num_samples, fraction, seed=seed)
+    assert len(numbers) == min(int(fraction * num_samples), MAX_EXAMPLES)
     rest = Subset(range(num_samples), numbers)
     trained_on = [rest[i] for i in range(len(rest))]
     assert trained_on == sorted(trained_on)
     assert sorted([*trained_on, *numbers.tolist()]) == list(range(num_samples))
 
 
-def test_what_is_held_out_is_a_function_of_number_and_seed() -> None:
+def test_the_validation_split_is_a_function_of_number_and_seed() -> None:
     numbers = val_indices(1000, 0.05, seed=1)
     assert np.array_equal(numbers, val_indices(1000, 0.05, seed=1))
     assert not np.array_equal(numbers, val_indices(1000, 0.05, seed=2))
@@ -60,9 +60,9 @@ def test_what_is_held_out_is_a_function_of_number_and_seed() -> None:
     assert abs(numbers.mean() - 500) < 150  # of all the data, not of its beginning
 
 
-@pytest.mark.parametrize(("num_samples", "share"), [(99, 0.01), (0, 0.5), (1000, 0.0)])
-def test_too_small_a_share_holds_out_nothing(num_samples: int, share: float) -> None:
-    numbers = val_indices(num_samples, share, seed=0)
+@pytest.mark.parametrize(("num_samples", "fraction"), [(99, 0.01), (0, 0.5), (1000, 0.0)])
+def test_too_small_a_fraction_has_no_validation_split(num_samples: int, fraction: float) -> None:
+    numbers = val_indices(num_samples, fraction, seed=0)
     assert numbers.tolist() == []
     assert len(Subset(range(num_samples), numbers)) == num_samples
 
@@ -88,12 +88,12 @@ def test_each_bin_has_a_time_of_each_example_and_they_fill_it_evenly(
     width = diffusion.num_timesteps / BINS
     assert t.shape == (count, BINS)
     for number, column in enumerate(t.T):
-        places = column.double().sort().values / width - number
-        assert places[0] > 0
-        assert places[-1] <= 1
+        u = column.double().sort().values / width - number
+        assert u[0] > 0
+        assert u[-1] <= 1
         # Whole times are at most one above, and the bin is 125 wide.
         even = (torch.arange(count) + 0.5) / count
-        assert torch.allclose(places, even.double(), rtol=0, atol=1 / width)
+        assert torch.allclose(u, even.double(), rtol=0, atol=1 / width)
     sampled = LossConfig().sample_t(diffusion, 1, generator=torch.Generator())
     assert t.dtype == sampled.dtype
     diffusion.alpha_sigma(t.flatten())  # refuses what is out of range
@@ -102,21 +102,21 @@ def test_each_bin_has_a_time_of_each_example_and_they_fill_it_evenly(
 
 
 LOSSES = torch.rand(20, BINS, generator=torch.Generator().manual_seed(0))
-BUCKETS = [place % 3 for place in range(20)]
+BUCKETS = [row % 3 for row in range(20)]
 
 
 def test_the_losses_are_means_of_all_examples() -> None:
     asked: list[Sequence[int]] = []
 
-    def score(places: Sequence[int]) -> Tensor:
-        asked.append(places)
-        return LOSSES[list(places)]
+    def score(rows: Sequence[int]) -> Tensor:
+        asked.append(rows)
+        return LOSSES[list(rows)]
 
     found = validation_loss(score, BUCKETS, batch_size=4, processes=Processes())
-    assert sorted(place for places in asked for place in places) == list(range(20))
-    for places in asked:
-        assert len(places) <= 4
-        assert len({BUCKETS[place] for place in places}) == 1
+    assert sorted(row for rows in asked for row in rows) == list(range(20))
+    for rows in asked:
+        assert len(rows) <= 4
+        assert len({BUCKETS[row] for row in rows}) == 1
     assert list(found) == ["val_loss", *(f"val_loss_{i}" for i in range(BINS))]
     means = LOSSES.double().mean(dim=0)
     assert float(found["val_loss"]) == pytest.approx(float(means.mean()))
@@ -203,7 +203,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.training
-def test_the_script_scores_what_it_holds_out(whole: Path) -> None:
+def test_the_script_validates_on_its_split(whole: Path) -> None:
     rows = validated(whole)
     assert [row["step"] for row in rows] == [2, 4]
     names = ["step", "val_loss", *(f"val_loss_{i}" for i in range(BINS))]

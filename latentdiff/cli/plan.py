@@ -1,15 +1,17 @@
 """`latentdiff plan`: what a training run would take, before it starts."""
 
 import argparse
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.planning.footprint import Passes
+    from latentdiff.planning.footprint import Execution
     from latentdiff.planning.plan import Plan
 
 GIB = 2**30
 COUNTS = ("batch_size", "gradient_accumulation_steps", "image_size", "max_steps", "crops")
+FORMER_NAMES = {"pictures": "images", "accumulation": "gradient_accumulation_steps"}
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,25 +24,35 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--config", type=Path, required=True, help="of train_unet, train_vae or train_clip")
     add("--device", default="cpu", help="a GPU's name, such as a100-80gb; default: this CPU")
     add("--device_memory", type=float, metavar="GIB", help="of each process; default: the GPU's")
-    add("--processes", type=int, default=1, help="of the whole run, one a GPU; default: 1")
-    add("--efficiency", type=float, default=0.4, help="share of the peak FLOP/s; default: 0.4")
-    add("--images", type=int, metavar="N", help="in the data set, for the latent cache")
-    given = parser.add_argument_group("in place of what the configuration says")
+    add("--processes", type=int, default=1, help="of the full run, one per GPU; default: 1")
+    add("--efficiency", type=float, default=0.4, help="fraction of the peak FLOP/s; default: 0.4")
+    add("--images", type=int, default=1_000_000, metavar="N", help="in the data set, for the cache")
+    for former, name in FORMER_NAMES.items():
+        add(f"--{former}", type=_renamed(name), help=argparse.SUPPRESS)
+    overrides = parser.add_argument_group("in place of what the configuration says")
     for name in COUNTS:
-        given.add_argument(f"--{name}", type=int, metavar="N")
-    given.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"))
-    given.add_argument("--sharding", choices=("none", "full", "zero1", "zero2"))
-    given.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
-    given.add_argument("--ema_lengths", type=float, nargs="+", metavar="SIGMA")
-    given.add_argument("--flip", action=argparse.BooleanOptionalAction)
+        overrides.add_argument(f"--{name}", type=int, metavar="N")
+    overrides.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"))
+    overrides.add_argument("--sharding", choices=("none", "full", "zero1", "zero2"))
+    overrides.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
+    overrides.add_argument("--ema_lengths", type=float, nargs="+", metavar="SIGMA")
+    overrides.add_argument("--flip", action=argparse.BooleanOptionalAction)
     for name in ("vae", "text_encoder"):
-        given.add_argument(f"--{name}", help="a folder, emoji, or sd15 for SD 1.x's shapes")
-    parser.set_defaults(overrides=[action.dest for action in given._group_actions])
+        overrides.add_argument(f"--{name}", help="a folder, emoji, or sd15 for SD 1.x's shapes")
+    parser.set_defaults(overrides=[action.dest for action in overrides._group_actions])
+
+
+def _renamed(name: str) -> Callable[[str], str]:
+    def refuse(_: str) -> str:
+        raise argparse.ArgumentTypeError(f"it is named --{name} now")
+
+    return refuse
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from latentdiff.planning.devices import DEVICES, measure_cpu
-    from latentdiff.planning.plan import make_plan, read_settings
+    from latentdiff.planning.plan import make_plan
+    from latentdiff.planning.settings import read_settings
 
     overrides = {name: getattr(arguments, name) for name in arguments.overrides}
     settings = read_settings(arguments.config, overrides)
@@ -57,71 +69,77 @@ def _plan(arguments: argparse.Namespace) -> None:
         memory=memory,
         efficiency=arguments.efficiency,
     )
-    peak = device.flops[plan.precision] / 1e12
+    execution = plan.footprint.execution
     print(
         f"{plan.kind}: batch_size {settings['batch_size']} on {arguments.processes} × {name}, "
-        f"{plan.parts} images at a time each, mixed precision {plan.precision}"
-        f"{_ways(plan.footprint.passes)}"
+        f"micro-batches of {plan.micro_batch_size}, mixed precision {execution.precision}"
+        f"{_modes(execution)}"
     )
-    for title, value in (*_counts(plan), *_memory(plan, cpu=name == "cpu")):
+    speed = f"{_rate(plan.images_per_second)} at {arguments.efficiency:.0%} of "
+    speed += f"{device.flops[execution.precision] / 1e12:.4g} TFLOP/s"
+    for title, value in (
+        *_arithmetic(plan),
+        *_memory(plan, cpu=name == "cpu"),
+        ("images per second", speed),
+        *_time_and_disk(plan, settings, images=arguments.images),
+    ):
         print(f"{title:<38}{value}".rstrip())
-    rate = plan.images_per_second
-    share = f"{arguments.efficiency:.0%} of {peak:.4g} TFLOP/s"
-    print(f"{'images a second':<38}{_rate(rate)} at {share}")
+
+
+def _modes(execution: "Execution") -> str:
+    modes = ["gradient checkpointing"] if execution.gradient_checkpointing else []
+    if execution.sharding != "none":
+        modes.append(f"sharding {execution.sharding}")
+    return "".join(f", {mode}" for mode in modes)
+
+
+def _arithmetic(plan: "Plan") -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{plan.footprint.num_parameters / 1e6:,.2f} M"),
+        ("FLOP per image, forward", f"{plan.forward_flop / 1e9:,.2f} G"),
+        ("FLOP per image, training", f"{plan.training_flop / 1e9:,.2f} G"),
+    ]
+
+
+def _memory(plan: "Plan", *, cpu: bool) -> Iterator[tuple[str, str]]:
+    yield "memory of each process", ""
+    sizes = {name: size for name, size in plan.resident.items() if size}
+    sizes["activations"] = plan.footprint.activations
+    sizes["peak of a step, with gradients"] = plan.footprint.step_peak
+    for name, size in sizes.items():
+        yield f"  {name}", _size(size)
+    note = "with the heap's overhead, beside Python's own" if cpu else "of tensors"
+    yield "  peak", f"{_size(plan.peak)} {note}"
+    if plan.memory_limit is None:
+        return
+    verdict = "fits" if plan.peak <= plan.memory_limit else "does NOT fit"
+    largest = (
+        "not even one image does"
+        if plan.max_micro_batch_size == 0
+        else f"the largest micro-batch is {plan.max_micro_batch_size}"
+    )
+    yield f"  {verdict}", f"in {_size(plan.memory_limit)}; {largest}"
+
+
+def _time_and_disk(
+    plan: "Plan", settings: Mapping[str, Any], *, images: int
+) -> Iterator[tuple[str, str]]:
     steps = settings.get("max_steps")
     if steps is not None:
-        seconds = steps * settings["batch_size"] / rate
-        print(f"{f'time of {steps:,} steps':<38}{_time(seconds)}")
-    if plan.cache_bytes is not None:
-        count = 1_000_000 if arguments.images is None else arguments.images
-        size = plan.cache_bytes * count / 1e9
-        print(f"{f'disk, latents of {count:,} images':<38}{size:,.2f} GB")
-    kept = settings.get("keep_checkpoints", 2)
+        seconds = steps * settings["batch_size"] / plan.images_per_second
+        yield f"time of {steps:,} steps", _time(seconds)
+    if plan.cache_bytes_per_image is not None:
+        size = plan.cache_bytes_per_image * images / 1e9
+        yield f"disk, latents of {images:,} images", f"{size:,.2f} GB"
+    # A new checkpoint is complete before the oldest is deleted.
+    count = settings.get("keep_checkpoints", 2) + 1
     size = plan.checkpoint_bytes / 1e9
-    # One more than are kept: a new one is whole before an old one goes.
-    print(f"{'disk, a checkpoint':<38}{size:,.2f} GB; {(kept + 1) * size:,.2f} GB at most")
+    yield "disk, a checkpoint", f"{size:,.2f} GB; {count * size:,.2f} GB at most"
     if plan.snapshot_bytes:
         size = plan.snapshot_bytes / 1e9
         every = settings.get("snapshot_every", 500)
-        count = "" if steps is None else f"; {-(-steps // every) * size:,.2f} GB in the end"
-        print(f"{f'disk, averages, each {every} steps':<38}{size:,.2f} GB{count}")
-
-
-def _ways(passes: "Passes") -> str:
-    ways = ["gradient checkpointing"] if passes.gradient_checkpointing else []
-    if passes.split != "none":
-        ways.append(f"sharding {passes.split}")
-    return "".join(f", {way}" for way in ways)
-
-
-def _counts(plan: "Plan") -> list[tuple[str, str]]:
-    return [
-        ("parameters", f"{plan.footprint.parameters / 1e6:,.2f} M"),
-        ("FLOP an image, forward", f"{plan.forward_flop / 1e9:,.2f} G"),
-        ("FLOP an image, training", f"{plan.training_flop / 1e9:,.2f} G"),
-    ]
-
-
-def _memory(plan: "Plan", *, cpu: bool) -> list[tuple[str, str]]:
-    gib = {name: size for name, size in plan.resident.items() if size}
-    gib["kept for the backward pass"] = plan.footprint.activations
-    gib["a step at its peak, with gradients"] = plan.footprint.step
-    lines = [(f"  {name}", _size(size)) for name, size in gib.items()]
-    note = "with the heap's losses, beside Python's own" if cpu else "of tensors"
-    lines = [
-        ("memory of each process", ""),
-        *lines,
-        ("  peak", f"{_size(plan.peak)} {note}"),
-    ]
-    if plan.limit is not None:
-        verdict = "fits" if plan.peak <= plan.limit else "does NOT fit"
-        most = (
-            "not even one image does"
-            if plan.largest == 0
-            else (f"the most at a time is {plan.largest} images")
-        )
-        lines.append(("  " + verdict, f"in {_size(plan.limit)}; {most}"))
-    return lines
+        total = "" if steps is None else f"; {-(-steps // every) * size:,.2f} GB in the end"
+        yield f"disk, averages, each {every} steps", f"{size:,.2f} GB{total}"
 
 
 def _size(size: float) -> str:

@@ -1,1 +1,1 @@
-"""What a training will need, before it starts: arithmetic, memory, time and disk."""
+"""Capacity planning: the arithmetic, memory, time and disk of a training run before it starts."""

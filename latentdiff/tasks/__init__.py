@@ -1,1 +1,1 @@
-"""What the scripts train: a task owns the step, validation, preview and saving of one module."""
+"""Tasks: each owns the step, validation, preview and saving of what one script trains."""

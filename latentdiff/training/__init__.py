@@ -1,1 +1,1 @@
-"""Training: one loop, learners, checkpoints, losses; it knows nothing of drawing images."""
+"""Training of any task: the loop, learners, checkpoints and logging. Sampling is elsewhere."""

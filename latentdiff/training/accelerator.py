@@ -1,4 +1,4 @@
-"""How a run computes: precision, memory, processes; and the accelerator that does it."""
+"""How a run computes: the options of precision, memory and processes, and the accelerator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,26 +17,25 @@ Sharding = Literal["none", "full", "zero1", "zero2"]
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Precision, and what is traded between memory and time; nothing here changes the objective."""
+    """Precision, and what trades memory for time; nothing here changes the loss function."""
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the processor computes in it, else no."""
     gradient_checkpointing: bool = option(False, may_change=True)
-    """Compute each block's activations again in the backward pass instead of keeping them."""
+    """Recompute each block's activations in the backward pass instead of storing them."""
     compile: bool = option(False, may_change=True)
     """Compile the blocks of the network (torch.compile): minutes at the start, faster steps."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a global batch and a network are divided over time and over processes."""
+    """How a global batch is split into micro-batches, and a network sharded over processes."""
 
     gradient_accumulation_steps: int = option(1, may_change=True, former_name="accumulation")
-    """Micro-batches in which each process works through its rows of the batch: less memory, the
-    same step."""
+    """Micro-batches that each process splits its batch into: less memory, the same step."""
     sharding: Sharding = option("none", may_change=True)
-    """What the processes divide among them: full splits weights, gradients, moments and averages
-    (FSDP2); zero1 the moments alone and zero2 the gradients too, with DeepSpeed."""
+    """full: weights, gradients, moments and averages are sharded over the processes (FSDP2); zero1:
+    the moments alone, zero2: the gradients too (DeepSpeed)."""
     timeout: int = option(1800, may_change=True)
     """Seconds for which a process waits for the others before the run ends with an error."""
 
@@ -51,7 +50,7 @@ def make_accelerator(
 ) -> Accelerator:
     """The accelerator of a run.
 
-    Raises ValueError where accelerate's own sharding is on, which would be a second one.
+    Raises ValueError where accelerate's own sharding is on, which would shard a second time.
     """
     for name, sharding in (("FSDP", "full"), ("DEEPSPEED", "zero2")):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -71,7 +70,7 @@ def make_accelerator(
 
 
 def check_divisible(batch_size: int, parallel: ParallelConfig, num_processes: int) -> None:
-    """Raise ValueError if micro-batches of one size cannot make up a global batch."""
+    """Raise ValueError if a global batch cannot be split into micro-batches of one size."""
     count = num_processes * parallel.gradient_accumulation_steps
     if batch_size % count:
         raise ValueError(
@@ -81,12 +80,12 @@ def check_divisible(batch_size: int, parallel: ParallelConfig, num_processes: in
 
 
 def uses_cpu() -> bool:
-    """Whether training is on CPUs: what accelerate must be told, or else it joins no processes."""
+    """Whether training is on CPUs; unless accelerate is told so, each process would train alone."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 arithmetic of its own."""
+    """Whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -1,4 +1,4 @@
-"""A network's repeated blocks: what is recomputed, compiled and split over processes one by one."""
+"""A network's repeated blocks, the units of activation checkpointing, compilation and sharding."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from latentdiff.models.dit import CrossBlock, JointBlock
 from latentdiff.models.layers import ResnetBlock, SpatialAttention, SpatialTransformer
 
 KINDS = (ResnetBlock, SpatialAttention, SpatialTransformer, CrossBlock, JointBlock)
-CLIP_KIND = "CLIPEncoderLayer"  # by name: importing transformers' CLIP takes seconds
+CLIP_KIND = "CLIPEncoderLayer"  # a name, since importing transformers' CLIP takes seconds
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -24,11 +24,11 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     ]
 
 
-def recompute(network: nn.Module) -> None:
-    """Gradient checkpointing: a block keeps its input alone and runs again in the backward pass.
+def checkpoint_activations(network: nn.Module) -> None:
+    """Gradient checkpointing (Chen et al. 2016): the backward pass runs each block forward again.
 
-    A third more arithmetic for the memory of one block's activations in place of all blocks'
-    (Chen et al. 2016). The gradients have the same bits: no block draws random numbers.
+    A block saves its input alone, so that one block's activations are in memory at a time, for a
+    third more arithmetic. The gradients have the same bits: no block draws random numbers.
     """
     for block in blocks(network):
         block.forward = partial(
@@ -37,16 +37,16 @@ def recompute(network: nn.Module) -> None:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile block by block, so that equal blocks are compiled once; needs a C++ compiler."""
+    """Compile each block on its own: equal blocks are compiled once. It needs a C++ compiler."""
     for block in blocks(network):
         block.compile()
 
 
 def shard(network: nn.Module, device_type: str, processes: int) -> None:
-    """FSDP2: split weights, gradients and moments over all processes by rows.
+    """FSDP2: shard weights, gradients and moments over all processes by rows.
 
-    Each block's weights are put together for as long as it runs, and its gradients are summed and
-    split again (ZeRO stage 3, Rajbhandari et al. 2020). Raises ValueError for a network with a
+    Each block's weights are all-gathered for as long as it runs, and its gradients are
+    reduce-scattered (ZeRO stage 3, Rajbhandari et al. 2020). Raises ValueError for a network with a
     parameter that has no rows.
     """
     for name, parameter in network.named_parameters():
@@ -59,28 +59,28 @@ def shard(network: nn.Module, device_type: str, processes: int) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: its rows if it is split, else all of it."""
+    """This process's rows of a sharded tensor; any other tensor as it is."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_rows(whole: Tensor, like: Tensor) -> Tensor:
-    """The rows of a whole tensor that this process has of `like`."""
+def local_rows(full: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a full tensor, sharded as `like` is; all of them if `like` is not."""
     if not isinstance(like, DTensor):
-        return whole
+        return full
     # As torch.chunk cuts, but for the last processes, which may have none.
-    size = -(-len(whole) // like.device_mesh.size())
+    size = -(-len(full) // like.device_mesh.size())
     start = like.device_mesh.get_local_rank() * size
-    return whole[start : start + size]
+    return full[start : start + size]
 
 
-def joined(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `own_rows`, which every process must call."""
-    return split(rows, like).full_tensor() if isinstance(like, DTensor) else rows
+def gathered(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `local_rows`: the full tensor. Every process must call it."""
+    return as_dtensor(rows, like).full_tensor() if isinstance(like, DTensor) else rows
 
 
-def split(rows: Tensor, like: DTensor) -> DTensor:
-    """A tensor that is split as `like` is, from the rows of every process."""
+def as_dtensor(rows: Tensor, like: DTensor) -> DTensor:
+    """The sharded tensor of which every process passes its local rows."""
     return DTensor.from_local(
         rows,
         like.device_mesh,

@@ -1,9 +1,9 @@
-"""Training checkpoints: a folder a step, complete and verified or absent; safetensors and JSON.
+"""Training checkpoints: one folder per step, complete and verified or absent; safetensors and JSON.
 
-A checkpoint holds a safetensors file a learner, or one a process where they share a network, and
+A checkpoint holds one safetensors file per learner, or per process if the learner is sharded, and
 `manifest.json`: every file's size and SHA-256, the step, the configuration, library versions and
-fingerprints. There is no state of generators in it, since every random number of a run is a
-function of (seed, step, purpose).
+fingerprints. It holds no generator state, since every random number of a run is a function of
+(seed, step, purpose).
 """
 
 import json
@@ -52,11 +52,11 @@ def save_checkpoint(
     manifest: Mapping[str, Any],
     processes: Processes | None = None,
 ) -> None:
-    """Write `step-N/` beside its final name, verify it, rename it, then drop all but `keep`.
+    """Write `step-N/` under a temporary name, rename it, then delete all but the newest `keep`.
 
-    Every process calls it and writes some of the learners. Once there is a first checkpoint, there
-    is a complete one at every moment: older ones go when the new one has its name. `manifest` is
-    what goes into manifest.json beside the files and the step.
+    Every process must call it, and writes some of the files. Once there is a first checkpoint,
+    there is a complete one at every moment: older ones are deleted after the new one is renamed.
+    `manifest` goes into manifest.json beside the files and the step.
     Raises OSError, or in several processes ValueError, when it cannot be written; then nothing
     is left of it and the older checkpoints are as they were.
     """
@@ -83,11 +83,11 @@ def load_checkpoint(
 ) -> int:
     """Restore the newest intact checkpoint, if there is one; returns its step, else 0.
 
-    A damaged one is skipped with a warning that names the file. `path` asks for one checkpoint in
-    place of the newest, and later ones are set aside under other names; once there are checkpoints
-    that were resumed from it (`resumed_from` of `manifest`), the newest of these is taken. Raises
-    ValueError when that one is damaged, when there are checkpoints but none is intact, and when it
-    is of other networks or other data (`fingerprints` of `manifest`).
+    A damaged one is skipped with a warning that names the file. `path` asks for that checkpoint in
+    place of the newest, and later ones are renamed; once there are checkpoints that were resumed
+    from it (`resumed_from` of `manifest`), the newest of these is taken. Raises ValueError when
+    `path` is damaged, when there are checkpoints but none is intact, and when the checkpoint is of
+    other networks or other data (`fingerprints` of `manifest`).
     """
     processes = Processes() if processes is None else processes
     newest = processes.on_main(lambda: find_checkpoint(folder, path))
@@ -125,18 +125,18 @@ def _load(path: Path, learners: Mapping[str, Learner], manifest: Mapping[str, An
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """A learner's full tensors, each read when it is asked for.
+    """A learner's full tensors in a checkpoint, each of which is read when it is looked up.
 
-    Where a network was split over processes, each of them wrote its rows under the same names, and
-    the main process wrote what was not split as well.
+    Each process of a sharded learner wrote its local rows under the same names, and the main
+    process what was not sharded as well.
     """
 
     def __init__(self, folder: Path, learner: str) -> None:
         single = folder / f"{learner}.safetensors"
-        split = sorted(folder.glob(f"{learner}-*-of-*.safetensors"))
-        if not single.is_file() and not split:
+        shards = sorted(folder.glob(f"{learner}-*-of-*.safetensors"))
+        if not single.is_file() and not shards:
             raise ValueError(f"it has no {learner}")
-        self._files = [safe_open(path, "pt") for path in ([single] if single.is_file() else split)]
+        self._files = [safe_open(path, "pt") for path in ([single] if single.is_file() else shards)]
         self._names = [set(file.keys()) for file in self._files]
 
     def __iter__(self) -> Iterator[str]:
@@ -162,7 +162,7 @@ def _begin(folder: Path, staging: Path) -> None:
 
 
 def _write(staging: Path, learners: Mapping[str, Learner], processes: Processes) -> None:
-    # All of them first: processes make some together, and a full disk must not part them.
+    # Gather all tensors before writing any: a process that fails here would leave others waiting.
     tensors = {name: learner.tensors() for name, learner in learners.items()}
     for number, (name, learner) in enumerate(learners.items()):
         if learner.sharded:
@@ -184,7 +184,7 @@ def _finish(
     learners: Mapping[str, Learner],
     manifest: Mapping[str, Any],
 ) -> None:
-    """Seal what all have written, give it its name, and point at it."""
+    """Write the manifest of all processes' files, rename the folder, and point `latest` at it."""
     content = {
         **manifest,
         "step": step,
@@ -211,5 +211,5 @@ def _finish(
 def _versions() -> dict[str, str]:
     # Not imported by name: the package's own module leads to the floors above this one.
     ours = sys.modules["latentdiff"]
-    found = {library.__name__: str(library.__version__) for library in (*LIBRARIES, ours)}
-    return {"python": platform.python_version(), **found}
+    libraries = {library.__name__: str(library.__version__) for library in (*LIBRARIES, ours)}
+    return {"python": platform.python_version(), **libraries}

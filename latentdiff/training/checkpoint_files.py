@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which are there, whether they are whole, which is the next.
+"""The checkpoint folders of a run: which are there and intact, and which a run goes on from.
 
 A checkpoint is a folder `step-N`; its `manifest.json` has every file's size and SHA-256.
 """
@@ -21,8 +21,8 @@ MANIFEST = "manifest.json"
 def find_checkpoint(folder: Path, path: Path | None = None) -> Path | None:
     """The intact checkpoint to go on from; None if there is none.
 
-    That is the newest one, or `path`, unless the newest was resumed from that already. Raises
-    ValueError as `load_checkpoint` does.
+    It is `path`, if given, unless the newest checkpoint was resumed from that already; else the
+    newest. Raises ValueError as `load_checkpoint` does.
     """
     if path is not None and not _resumed_from(folder, path):
         verify(path)
@@ -46,7 +46,7 @@ def find_checkpoint(folder: Path, path: Path | None = None) -> Path | None:
 
 
 def origin(folder: Path, path: Path) -> str:
-    """How the manifests of the checkpoints in a folder name one that they were resumed from."""
+    """A checkpoint's path as `resumed_from` has it in manifests: relative to their folder."""
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
@@ -60,7 +60,7 @@ def _resumed_from(folder: Path, path: Path) -> bool:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename the checkpoints after a step to which the run goes back: nothing is lost."""
+    """Rename the checkpoints after a step that the run goes back to; none is deleted."""
     for number, path in checkpoints(folder):
         if number > step:
             name, count = f"abandoned-{path.name}", 1
@@ -71,13 +71,13 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Checkpoints that were finished, oldest first: (step, path)."""
+    """The finished checkpoints, oldest first: (step, path)."""
     matches = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest; ValueError names the file that is missing, or not as written."""
+    """The manifest of an intact checkpoint; ValueError names a file that is missing or damaged."""
     manifest = load_json(path / MANIFEST)
     recorded = manifest.pop("sha256", None)
     if recorded != digest(manifest):
@@ -99,12 +99,12 @@ def prune(folder: Path, step: int, keep: int) -> None:
     # Newer ones stay: they are damaged, and the run will replace them.
     older = [path for number, path in checkpoints(folder) if number < step]
     for old in older[: max(0, len(older) - (keep - 1))]:
-        os.replace(old, folder / f".{old.name}.tmp")  # at no moment half there
+        os.replace(old, folder / f".{old.name}.tmp")  # never visible half deleted
     sweep(folder)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what prune set aside, and what killed runs left half written."""
+    """Delete what `prune` renamed, and what killed runs left half written."""
     for leftover in folder.glob(".*.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -124,7 +124,7 @@ def file_digest(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's list of names on disk, without which a power cut may undo a rename."""
+    """Flush a folder's entries to disk; without it a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

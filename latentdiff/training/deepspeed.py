@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO stages 1 and 2: moments, in stage 2 gradients too, split over the processes.
+"""DeepSpeed's ZeRO: stage 1 partitions AdamW's moments over the processes, stage 2 gradients too.
 
-Rajbhandari et al. 2020, section 5. Every process has whole weights, in float32, and a part of each
-moment. Of accelerate's DeepSpeed plugin nothing is used: it serves one network a run and does not
-engage on CPUs; launcher, process group and autocast are accelerate's as ever.
+Rajbhandari et al. 2020, section 5. Every process has the full weights, in float32, and a partition
+of each moment. accelerate's DeepSpeed plugin is not used: it serves one network per run and does
+not engage on CPUs. Launcher, process group and autocast are accelerate's as for any other run.
 """
 
 import os
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 2**24
-"""Numbers that are sent at a time; DeepSpeed's default would take 2 GB for them."""
+"""Numbers that are reduced at a time; DeepSpeed's default would take 2 GB for them."""
 
 
 class Zero:
-    """`model` is what a step calls, in place of the network; its AdamW steps through here alone."""
+    """DeepSpeed's engine around a network and its AdamW, both of which are stepped by it alone.
+
+    `model` is the engine: a step calls it in place of the network.
+    """
 
     def __init__(
         self,
@@ -55,21 +58,21 @@ class Zero:
                 "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
             },
         )[0]
-        # What accelerate's no_sync enters, and DeepSpeed refuses: `backward` knows the last part.
+        # accelerate's no_sync enters it, and DeepSpeed's own raises; `backward` has `last` instead.
         self.model.no_sync = nullcontext
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of one part of this process's share of the batch, `loss` ().
+        """Accumulate the gradients of one micro-batch's `loss` ().
 
-        With the last part the processes put theirs together.
+        With the last micro-batch of a step the processes reduce theirs.
         """
         self.model.set_gradient_accumulation_boundary(last)
         self.model.backward(loss)
 
     def step(self) -> Tensor:
-        """Clip, and step with the mean of all processes' gradients; returns its norm (), unclipped.
+        """Average the processes' gradients, clip, step; returns the norm () before clipping.
 
-        The norm is infinite if the gradient was not finite; then weights and moments stay as they
+        If the gradient is not finite the norm is infinite, and weights and moments stay as they
         are, in all processes alike.
         """
         self.model.step()
@@ -78,9 +81,9 @@ class Zero:
         )
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state, whole: name of the parameter -> key -> tensor; every process must call it.
+        """AdamW's full state: name of the parameter -> key -> tensor; every process must call it.
 
-        Empty before the first step.
+        It is empty before the first step.
         """
         state = self._adamw.state.get(self._flat(), {})
         if not state:
@@ -92,9 +95,9 @@ class Zero:
         }
 
     def load(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from the network's weights as they are now and from what `moments` gave."""
+        """Take over the network's weights as they are now, and what `moments` returned."""
         optimizer = self.model.optimizer
-        optimizer.refresh_fp32_params()  # it steps on a copy of its part of the weights
+        optimizer.refresh_fp32_params()  # it steps on a copy of its partition
         if not moments:
             return
         flat = self._flat()
@@ -104,7 +107,7 @@ class Zero:
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(flat)
-        # Else it does so in its first step: parameters learn where their parts of a moment are.
+        # It links parameters to their slices of the moments; without this, in its first step only.
         optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.network.named_parameters():
             for key in MOMENTS:
@@ -112,6 +115,6 @@ class Zero:
                 self._utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def _flat(self) -> Tensor:
-        """All that this process steps on, in one row: DeepSpeed has put it in place of the rest."""
+        """This process's partition, flattened: DeepSpeed has replaced the parameters with it."""
         ((flat,),) = (group["params"] for group in self._adamw.param_groups)
         return flat

@@ -1,4 +1,4 @@
-"""Learner: a network with its optimizer, learning rate and averages of its weights."""
+"""Learner: a network with its optimizer, its learning rate and the averages of its weights."""
 
 import copy
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor
 
 from latentdiff.training.accelerator import ComputeConfig, Sharding
 from latentdiff.training.blocks import (
+    as_dtensor,
+    checkpoint_activations,
     compile_blocks,
-    joined,
+    gathered,
     local,
-    own_rows,
-    recompute,
+    local_rows,
     shard,
-    split,
 )
 from latentdiff.training.deepspeed import Zero
 from latentdiff.training.ema import EMAConfig, WeightAverages
@@ -26,12 +26,11 @@ from latentdiff.training.randomness import MicroBatch
 
 
 class Learner:
-    """`model` is the network, `forward_model` what a step calls, `ema` the average that is saved.
+    """`model` is the bare network, `forward_model` what a step calls, `ema` the saved average.
 
-    `forward_model` runs `model` in autocast and, in several processes, joins their gradients.
-    Parameters that need no gradient when it is made are frozen: kept as they are, bit for bit.
-    Where the processes divide the network (`sharding`), `ema` is whole and up to date only after
-    `gather`.
+    `forward_model` runs `model` in autocast and, in several processes, averages their gradients.
+    Parameters whose `requires_grad` is false from the start are frozen and keep their bits.
+    With sharding "full", `ema` is the full average, which is up to date only after `gather`.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Learner:
         compute: ComputeConfig | None = None,
         sharding: Sharding = "none",
     ) -> None:
-        """Without `ema` there is no average, and `ema` is the network itself.
+        """Without `ema` no average is tracked, and the attribute `ema` is the network itself.
 
         Raises ValueError for a network that cannot be sharded.
         """
@@ -54,7 +53,7 @@ class Learner:
         self.model = model = model.to(accelerator.device)
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
-            recompute(model)
+            checkpoint_activations(model)
         if compute is not None and compute.compile:
             compile_blocks(model)
         if accelerator.num_processes == 1:
@@ -68,13 +67,13 @@ class Learner:
             shard(model, accelerator.device.type, accelerator.num_processes)
         self.num_updates = 0
         self.skipped = torch.zeros((), device=accelerator.device)
-        """1 if the last update was left out, else 0; a tensor, so that nobody waits for it."""
+        """1 if the last update was skipped, else 0; a tensor, so that the host need not wait."""
         self.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self._make_optimizer(sharding)
         self._averages = None if ema is None else WeightAverages(ema, self._local_ema())
 
     def _make_optimizer(self, sharding: Sharding) -> None:
-        # Only fused kernels take `found_inf`, and so leave out an update without the host waiting.
+        # Only fused kernels take `found_inf`, and so skip an update without the host waiting.
         self._fused = self.accelerator.device.type in ("cuda", "cpu")
         self._adamw = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -83,7 +82,7 @@ class Learner:
             weight_decay=self.config.weight_decay,
             fused=self._fused,
         )
-        # Of accelerate, what is sharded gets autocast alone, and not DDP.
+        # evaluation_mode: a sharded model is wrapped in autocast, but not in DDP.
         self.forward_model: Any = self.accelerator.prepare_model(
             self.model, evaluation_mode=sharding != "none"
         )
@@ -99,29 +98,30 @@ class Learner:
             self.forward_model = self._zero.model
 
     def _local_ema(self) -> list[Tensor]:
-        """What this process has of the average's parameters, in their order."""
+        """This process's rows of the average's parameters, in the order of the parameters."""
         ema = [p.data for p in self.ema.parameters()]
         if not self.sharded:
             return ema
         return [
-            own_rows(p, like).clone() for p, like in zip(ema, self.model.parameters(), strict=True)
+            local_rows(p, like).clone()
+            for p, like in zip(ema, self.model.parameters(), strict=True)
         ]
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the last update."""
+        """The learning rate of the last update."""
         return self._learning_rate_at(self.num_updates - 1)
 
     def _learning_rate_at(self, step: int) -> float:
         return self.config.learning_rate_at(step, max_steps=self.max_steps)
 
     def update(self, loss: Tensor, micro_batch: MicroBatch | None = None) -> Tensor:
-        """One step down the gradient of `loss` (); returns the gradient's norm (), unclipped.
+        """Take an optimizer step for `loss` (); returns the norm () of the unclipped gradient.
 
-        With gradient accumulation, `loss` is the mean over one micro-batch of the global batch: the
-        step is taken with a process's last one, and 0 is returned for those before it.
-        A step whose gradient is not finite is counted but leaves weights, `ema` and moments as they
-        are, in all processes alike, since they all have the same gradient.
+        With gradient accumulation, `loss` is the mean over one micro-batch: the step is taken with
+        a process's last one, and 0 is returned for those before it.
+        A step whose gradient is not finite is counted but skipped: weights, `ema` and moments stay
+        as they are, in all processes alike, since they all have the same gradient.
         """
         micro_batch = micro_batch or MicroBatch(0, self.accelerator.num_processes)
         count = micro_batch.count // self.accelerator.num_processes
@@ -145,8 +145,8 @@ class Learner:
         return grad_norm
 
     def _step(self) -> Tensor:
-        """Clip the gradient and step, if it is finite; its norm (), unclipped."""
-        # accelerate's own wrappers look for a package on disk in every step; a scaler needs them.
+        """Clip the gradient and, if it is finite, step; returns the norm () before clipping."""
+        # accelerate's wrappers look for a package on disk in every step; only a scaler needs them.
         scaled = self.accelerator.scaler is not None
         if scaled:
             self.accelerator.unscale_gradients(self.optimizer)
@@ -156,7 +156,7 @@ class Learner:
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
         finite = grad_norm.isfinite()
-        if scaled:  # it looks for itself
+        if scaled:  # the scaler skips what is not finite
             self.optimizer.step()
         elif self._fused:
             self._adamw.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
@@ -166,16 +166,16 @@ class Learner:
         self._adamw.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _trained(self) -> list[str]:
-        """Names of the parameters that the optimizer has, in its order; the others are frozen."""
+    def _trainable(self) -> list[str]:
+        """Names of the parameters that are not frozen, in the optimizer's order."""
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
     def gather(self) -> None:
-        """Bring `ema` up to date, in every process; all must call it."""
+        """All-gather `ema` if the network is sharded; every process must call it."""
         if self.sharded and self._averages is not None:
             rows = zip(self._averages.tensors["ema"], self.model.parameters(), strict=True)
             for full, (average, like) in zip(self.ema.parameters(), rows, strict=True):
-                full.data.copy_(joined(average, like))
+                full.data.copy_(gathered(average, like))
 
     def snapshots(self) -> dict[str, dict[str, Tensor]]:
         """The full power-function averages: length, as "0.05" -> parameter -> tensor.
@@ -189,7 +189,7 @@ class Learner:
             tensors: dict[str, Tensor] = {}
             pairs = zip(self.model.named_parameters(), average, strict=True)
             for (name, like), rows in pairs:
-                full = joined(rows, like)
+                full = gathered(rows, like)
                 if self.accelerator.is_main_process:
                     tensors[name] = full
             snapshots[key.removeprefix("ema-")] = tensors
@@ -199,20 +199,20 @@ class Learner:
         return {} if self._averages is None else self._averages.tensors
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that resuming needs, by name: weights, averages, both moments of AdamW, scale.
+        """All that resuming needs, by name: weights, averages, AdamW's moments, the loss scale.
 
-        Each process gives its rows of what is split; where a network is split, the main process
-        alone gives what is not. Every process must call it.
+        Of a sharded network each process returns its local rows, and the main process alone
+        returns what is not sharded. Every process must call it.
         """
         named = dict(self.model.named_parameters())
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self._zero is None:
-            moments = {name: self.optimizer.state[named[name]] for name in self._trained()}
+            moments = {name: self.optimizer.state[named[name]] for name in self._trainable()}
         else:
             moments = self._zero.moments()
         for name, values in moments.items():
             state |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
-        if self.accelerator.scaler is not None:  # of fp16: the scale is found by trial
+        if self.accelerator.scaler is not None:  # fp16, whose loss scale is found by trial
             scaler = self.accelerator.scaler.state_dict()
             state["scaler.scale"] = torch.tensor(scaler["scale"], dtype=torch.float64)
             state["scaler.growth"] = torch.tensor(scaler["_growth_tracker"])
@@ -223,13 +223,13 @@ class Learner:
         return {name: local(tensor) for name, tensor in state.items()}
 
     def load_tensors(self, state: Mapping[str, Tensor], *, num_updates: int) -> None:
-        """Go on, bit for bit, from the full tensors that `tensors` gave after so many updates.
+        """Restore, bit for bit, what `tensors` returned after so many updates; `state` has it in
+        full, whatever number of processes it was sharded over.
 
-        They may have been split over any number of processes. `gather` then brings `ema` up to
-        date. Raises ValueError when they were of another network.
+        `gather` then brings `ema` up to date. Raises ValueError for tensors of another network.
         """
         named = dict(self.model.named_parameters())
-        # Each with the tensor that says how it is split.
+        # Each with the tensor that it is sharded like.
         current = {f"model.{name}": (t, t) for name, t in self.model.state_dict().items()}
         for prefix, average in self._named_averages().items():
             for (name, like), rows in zip(named.items(), average, strict=True):
@@ -243,18 +243,20 @@ class Learner:
                     f"{name} is {in_state} in the checkpoint, {in_network} in the network"
                 )
         for name, (tensor, like) in current.items():
-            local(tensor).copy_(own_rows(state[name], like))
+            local(tensor).copy_(local_rows(state[name], like))
         moments: dict[str, dict[str, Tensor]] = {}
         for name, like in named.items():
             if f"optimizer.{name}.step" in state:
                 moments[name] = {"step": state[f"optimizer.{name}.step"]}
                 for key in ("exp_avg", "exp_avg_sq"):
-                    rows = own_rows(state[f"optimizer.{name}.{key}"], like).clone()
-                    moments[name][key] = split(rows, like) if isinstance(like, DTensor) else rows
+                    rows = local_rows(state[f"optimizer.{name}.{key}"], like).clone()
+                    moments[name][key] = (
+                        as_dtensor(rows, like) if isinstance(like, DTensor) else rows
+                    )
         if self._zero is None:
             # The optimizer knows which device each of them belongs on.
-            trained = enumerate(self._trained())
-            numbered = {i: moments[name] for i, name in trained if name in moments}
+            trainable = enumerate(self._trainable())
+            numbered = {i: moments[name] for i, name in trainable if name in moments}
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         else:

@@ -24,20 +24,20 @@ from latentdiff.training.run import Run
 
 STOPPED = 143
 """Exit code of a run that a signal stopped: 128 + 15, as shells and batch systems know SIGTERM."""
-NOTABLE_WAIT = 0.02  # of the time: more is worth more of num_workers
+NOTABLE_WAIT = 0.02  # fraction of the time; above it more num_workers help
 
 
 class Task(Protocol):
-    """What `fit` trains: the learners of one module, and what is done with them."""
+    """What `fit` trains: the learners of one module, their step, validation, preview and saving."""
 
     @property
     def learners(self) -> Mapping[str, Learner]:
-        """What is trained, by the name that its checkpoint file has."""
+        """The learners by name, which their checkpoint files have."""
         ...
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """What the data and the frozen networks are: a checkpoint made with others is refused."""
+        """Digests of the data and the frozen networks: a checkpoint made with others is refused."""
         ...
 
     @property
@@ -46,11 +46,11 @@ class Task(Protocol):
         ...
 
     def step(self, batch: Any, step: int, micro_batch: MicroBatch) -> Metrics:
-        """Work on one micro-batch and hand its loss to the learners; scalars, `loss` among them."""
+        """Update the learners on one micro-batch; returns scalar metrics, `loss` among them."""
         ...
 
     def validate(self) -> Metrics:
-        """Scalars for the log, or none; called in every process, with each `ema` up to date."""
+        """Scalar metrics, or none; called in every process, with each `ema` up to date."""
         ...
 
     def preview(self, path: Path) -> None:
@@ -65,11 +65,11 @@ class Task(Protocol):
 def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
     """Train until `max_steps`, going on from the newest checkpoint of the run folder.
 
-    `loader(step)` gives this process's batches from that step on.
+    `loader(step)` returns this process's batches from that step on.
 
-    SIGTERM or SIGUSR1 in any process makes all write a checkpoint after the step that they are in
-    and raise SystemExit(143). Raises ValueError when `max_nonfinite_steps` steps in a row had no
-    finite gradient, and for what cannot be read or written.
+    After SIGTERM or SIGUSR1 in any process all finish their step, write a checkpoint and raise
+    SystemExit(143). Raises ValueError when `max_nonfinite_steps` steps in a row had no finite
+    gradient, and when a file cannot be read or written.
     """
     loop, config, accelerator = _Loop(task, run), run.config.loop, run.accelerator
     stopped = False
@@ -97,7 +97,7 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
             done += 1
             stopped = signals.answer()
             checkpoint = done % config.checkpoint_every == 0 or done == config.max_steps or stopped
-            # Before a checkpoint too: no mean reaches back over a place where runs are resumed.
+            # Before a checkpoint too: a resumed run could not know the means since the last log.
             log = done % config.log_every == 0 or checkpoint
             # Reading a number makes the host wait for the device, which costs nothing on a CPU.
             if log or accelerator.device.type == "cpu":
@@ -119,7 +119,7 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
 
 
 class _Loop:
-    """What is done in a step and between steps; `done` is the number of steps taken."""
+    """What `fit` does in a step and between steps; `done` is the number of finished steps."""
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
@@ -148,26 +148,26 @@ class _Loop:
         return start
 
     def take_step(self, batch: Any, step: int) -> Metrics:
-        """One step of the optimizers: the task's metrics, means over this process's batch."""
+        """One optimizer step; returns the task's metrics, averaged over the local micro-batches."""
         batches = micro_batches(batch, self.run.config.parallel.gradient_accumulation_steps)
         count, means = len(batches), Metrics()
         for number, micro_batch in enumerate(batches):
             index = self.processes.rank * count + number
             with ExitStack() as stack:
-                if number + 1 < count:  # the processes join their gradients once a step
+                if number + 1 < count:  # gradients are all-reduced once per step
                     for learner in self.task.learners.values():
                         stack.enter_context(self.run.accelerator.no_sync(learner.forward_model))
                 metrics = self.task.step(
                     micro_batch, step, MicroBatch(index, self.processes.count * count)
                 )
             for name, value in metrics.items():
-                # A gradient's norm is one of the whole step, and comes with the last micro-batch.
+                # A gradient norm is that of the full step, and comes with the last micro-batch.
                 weight = 1.0 if name.startswith("grad_norm") else 1.0 / count
                 means[name] = means.get(name, 0) + weight * value.detach().float()
         return means
 
     def check_finite(self, batch: Any, step: int) -> None:
-        """Stop if the last steps were all left out; taken again, the step shows what was wrong."""
+        """Raise ValueError if the last steps were all skipped; repeating one shows the reason."""
         learners, limit = self.task.learners, self.run.config.loop.max_nonfinite_steps
         if all(int(learner.skipped_in_a_row) < limit for learner in learners.values()):
             return
@@ -191,10 +191,10 @@ class _Loop:
         self.run.accelerator.log(numbers, step=int(record["step"]))
 
     def act(self, done: int, *, checkpoint: bool, stopped: bool) -> None:
-        """What is due after a step. Whoever sent a signal may not wait for more than a checkpoint.
+        """Do what is due after a step; after a signal, which leaves little time, a checkpoint only.
 
-        A checkpoint comes last: a run that is cut off before it is resumed before all of it, and
-        does all of it again.
+        The checkpoint comes last: a run that is killed before that resumes from an older one, and
+        does the rest again.
         """
         config, snapshot_every = self.run.config.loop, self.run.config.ema.snapshot_every
         last = done == config.max_steps
@@ -255,7 +255,7 @@ class _Loop:
 
 
 def _shown(record: Mapping[str, float]) -> str:
-    """What the progress bar says of a record."""
+    """A record as the progress bar shows it."""
     phrases = [f"loss={record['loss']:.4f}"]
     if "grad_norm" in record:
         phrases.append(f"grad_norm={record['grad_norm']:.2g}")

@@ -1,4 +1,4 @@
-"""Which module of a network was the first to make a number that is not finite."""
+"""Find the first module of a network whose output, or input, is not finite."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def first_nonfinite_module(networks: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Watch forward passes; the list that it yields gets a phrase for the first such module.
+    """Hook the forward passes; the yielded list receives a phrase for the first such module.
 
-    Each tensor that goes through is read by the host, which is slow: this is for a step that is
-    known to be bad and is taken a second time.
+    The host reads each tensor that passes through, which is slow: this is for a step that is known
+    to be bad and is repeated.
     """
     phrases: list[str] = []
     handles = []
@@ -34,7 +34,7 @@ def first_nonfinite_module(networks: Mapping[str, nn.Module]) -> Iterator[list[s
         for path, module in network.named_modules():
             watch(f"{name}.{path}" if path else name, module)
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code would be compiled anew
+        with torch.compiler.set_stance("force_eager"):  # hooks would cause a recompilation
             yield phrases
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""What the processes of one run agree on: whether something failed, and when to stop."""
+"""Processes of one run: calls that fail in all of them or in none, and a stop after one step."""
 
 import signal
 import threading
@@ -18,14 +18,14 @@ STOPPING = ("SIGTERM", "SIGUSR1")
 
 
 class Processes:
-    """Rank and number of this run's processes, and a way to talk that no accelerator waits for.
+    """Rank and number of this run's processes, and their collective calls on host memory.
 
-    They talk over gloo, in a group of its own: the messages are small, live in host memory and
-    need neither the accelerator's stream nor its backend.
+    These have a gloo group of their own: the messages are small, and need neither the
+    accelerator's stream nor its backend.
     """
 
     def __init__(self, accelerator: Accelerator | None = None, *, timeout: int = 1800) -> None:
-        """Any of them waits for the others for `timeout` seconds, and then raises."""
+        """A process waits for the others for `timeout` seconds, and then raises."""
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.count = 1 if accelerator is None else accelerator.num_processes
         self.group: Any = None
@@ -41,9 +41,9 @@ class Processes:
         return values
 
     def on_all(self, act: Callable[[], T]) -> T:
-        """Call `act` in every process; when it fails in one, all raise ValueError and say which.
+        """Call `act` in every process; when it fails in one, all raise ValueError and name it.
 
-        Without it the others would wait for the one that failed, until a timeout.
+        Without this the others would wait for the one that failed, until a timeout.
         """
         if self.group is None:
             return act()
@@ -59,13 +59,13 @@ class Processes:
         return result  # pyright: ignore[reportReturnType] # nobody failed, so act() returned
 
     def main_first(self, act: Callable[[], T]) -> T:
-        """Call `act` in the first process, and then, with what it left on disk, in the others."""
+        """Call `act` in the main process, and then, with what it left on disk, in the others."""
         first = self.on_all(lambda: act() if self.rank == 0 else None)
         other = self.on_all(lambda: act() if self.rank > 0 else None)
         return first if self.rank == 0 else other  # pyright: ignore[reportReturnType]
 
     def on_main(self, act: Callable[[], T]) -> T:
-        """Call `act` in the first process alone; all get what it returns, or raise if it fails."""
+        """Call `act` in the main process alone; all return its result, or raise if it fails."""
         result = self.on_all(lambda: act() if self.rank == 0 else None)
         if self.group is not None:
             box = [result]
@@ -75,11 +75,11 @@ class Processes:
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGUSR1 in any process into a stop of all after one and the same step.
+    """Turns SIGTERM and SIGUSR1 in any process into a stop of all processes after the same step.
 
-    The handler only notes the signal: nothing is safe inside a handler. A second signal changes
-    nothing, since launchers pass on signals that their workers have already got from the system.
-    In every step the notes are joined in the background: `ask` starts that, `answer` reads it.
+    The handler only sets a flag: nothing else is safe inside a handler. A second signal changes
+    nothing, since launchers pass on signals that their workers already have from the system.
+    Every step all-reduces the flags in the background: `ask` starts that, `answer` waits for it.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -90,7 +90,7 @@ class StopSignals:
         self._work: Any = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # others may not
             for name in STOPPING:
                 if hasattr(signal, name):
                     number = signal.Signals[name]
@@ -105,7 +105,7 @@ class StopSignals:
         self.received = True
 
     def ask(self) -> None:
-        """Begin to ask all processes whether one of them has got a signal; each must call it."""
+        """Start to all-reduce whether any process has received a signal; all must call it."""
         if self.processes.group is not None:
             self._flag = torch.tensor([float(self.received)])
             self._work = dist.all_reduce(
@@ -113,7 +113,7 @@ class StopSignals:
             )
 
     def answer(self) -> bool:
-        """What was asked, the same in every process."""
+        """Whether any process had received a signal when all called `ask`."""
         if self._flag is None:
             return self.received
         self._work.wait()

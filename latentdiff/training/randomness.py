@@ -12,24 +12,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Which of `count` equal slices of a global batch is worked on: number `index`.
+    """Slice number `index` of the `count` equal slices of a global batch.
 
-    Every process works through its micro-batches one after the other, and those of process 0 come
-    first: index = rank * gradient_accumulation_steps + number, and count is the product of
-    processes and gradient_accumulation_steps.
+    Each process runs its micro-batches one after the other, and those of rank 0 come first:
+    index = rank * gradient_accumulation_steps + number within the process, and
+    count = processes * gradient_accumulation_steps.
     """
 
     index: int = 0
     count: int = 1
 
     def rows(self, batch: Any) -> Any:
-        """The slice of a global batch: of a sequence or of a tensor's first axis."""
+        """The micro-batch's rows of a global batch, a sequence or a tensor."""
         size = len(batch) // self.count
         return batch[self.index * size : (self.index + 1) * size]
 
 
 def micro_batches(batch: Any, count: int) -> list[Any]:
-    """Slice one process's batch, a mapping of sequences and tensors, into `count` equal ones."""
+    """Split one process's batch, a mapping of sequences and tensors, into `count` micro-batches."""
     if count == 1:
         return [batch]
     slices = [MicroBatch(index, count) for index in range(count)]
@@ -39,7 +39,7 @@ def micro_batches(batch: Any, count: int) -> list[Any]:
 def generator(seed: int, step: int, purpose: str) -> torch.Generator:
     """A CPU generator for one purpose ("noise", "timestep", …) in one training step.
 
-    Every process draws for the whole global batch and keeps its own rows, so that the numbers do
+    Every process draws for the full global batch and uses its local rows, so that the numbers do
     not depend on how many processes there are.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
@@ -47,5 +47,5 @@ def generator(seed: int, step: int, purpose: str) -> torch.Generator:
 
 
 def choose(options: Sequence[Sequence[T]], u: Sequence[float]) -> list[T]:
-    """One of each row's options, by a number u of each that is uniform in [0, 1)."""
+    """One option of each row, chosen by the row's number u, which is uniform in [0, 1)."""
     return [row[int(x * len(row))] for row, x in zip(options, u, strict=True)]

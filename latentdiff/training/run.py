@@ -1,4 +1,4 @@
-"""Run: a training run that is open, with its configuration, processes, accelerator and folder."""
+"""Run: an open training run, that is its configuration, processes, accelerator and folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from latentdiff.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long a run is, how often it does what, and where to."""
+    """How long a run is, how often it logs, validates, previews and saves, and where."""
 
     output_dir: Path = option(Path("run"), may_change=True)
     """The run folder; if it holds checkpoints, the run goes on from the newest."""
     max_steps: int = option(1000, may_change=True)
     """Optimizer steps of the whole run."""
     batch_size: int = 32
-    """Examples of one step, of all processes together."""
+    """Examples of one optimizer step, over all processes."""
     seed: int = 0
     log_every: int = option(20, may_change=True)
     validate_every: int = option(500, may_change=True)
@@ -39,7 +39,7 @@ class LoopConfig:
     checkpoint_every: int = option(500, may_change=True)
     keep_checkpoints: int = option(2, may_change=True)
     max_nonfinite_steps: int = option(10, may_change=True, former_name="max_bad_steps")
-    """The run stops after so many steps in a row whose gradient was not finite."""
+    """The run stops after so many steps in a row without a finite gradient."""
     resume_from: Path | None = option(None, may_change=True)
     """A checkpoint to go on from, such as run/checkpoints/step-500, in place of the newest."""
     report_to: Sequence[TrackerName] = option((), may_change=True)
@@ -61,7 +61,7 @@ class RunConfig(Protocol):
 
     @property
     def loop(self) -> LoopConfig:
-        """How long, how often, where to."""
+        """How long, how often, and where."""
         ...
 
     @property
@@ -86,14 +86,14 @@ class RunConfig(Protocol):
 
 
 class Run:
-    """A run whose folder is locked and whose processes have found each other.
+    """A run whose folder is locked and whose process group is initialised.
 
-    Raises ValueError for a tracker that is not installed, for a batch that the processes cannot
-    divide evenly, and for a folder that cannot be used (see `RunFolder`).
+    Raises ValueError for a tracker that is not installed, for a batch that cannot be
+    split evenly over the processes, and for a folder that cannot be used (see `RunFolder`).
     """
 
     def __init__(self, config: RunConfig, settings: str) -> None:
-        """`settings` is the whole configuration as YAML."""
+        """`settings` is the full configuration as YAML."""
         self.config = config
         loop = config.loop
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
@@ -109,7 +109,7 @@ class Run:
         )
 
     def learner(self, model: nn.Module, **changes: Any) -> Learner:
-        """A learner of a network by this run's configuration, but for `changes` (see `Learner`)."""
+        """A learner with this run's options; `changes` replace some of them (see `Learner`)."""
         config = self.config
         options: dict[str, Any] = {
             "optimizer": config.optimizer,

@@ -1,4 +1,4 @@
-"""RunFolder: one run at a time in a folder, and always with the configuration it began with."""
+"""RunFolder: it admits one run at a time, and only with the configuration it began with."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -15,12 +15,12 @@ from latentdiff.training.processes import Processes
 
 
 class RunFolder:
-    """The folder of a run, held until `close` or the end of the process, however it ends.
+    """The folder of a run, locked until `close` or the end of the process, however it ends.
 
     Open it before anything that takes long: it raises ValueError when the folder cannot be
-    written, when another run is in it, and when it holds checkpoints of another configuration,
-    and then names the keys. `settings` is the script's configuration as YAML, of which a resumed
-    run may have other values of the options in `may_change`.
+    written, when another run has locked it, and when it holds checkpoints of another
+    configuration, naming the keys. `settings` is the script's configuration as YAML; a resumed
+    run may change the options in `may_change`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class RunFolder:
         self.settings = settings
         self.may_change = may_change
         self.processes = Processes() if processes is None else processes
-        # As JSON would give it back: that is what it will be compared with.
+        # As a round trip through JSON leaves it, since it is compared with a manifest.
         self.configuration: dict[str, Any] = json.loads(
             json.dumps(yaml.safe_load(settings) or {}, default=str)
         )
@@ -44,15 +44,15 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def write_config(self) -> None:
-        """Keep the configuration as config.yaml, beside the results."""
+        """Write the configuration as config.yaml."""
         write_config(self.settings, self.path)
 
     def close(self) -> None:
-        """Let other runs in."""
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -68,8 +68,8 @@ class RunFolder:
             probe.touch()
             probe.unlink()
             self._lock.acquire(timeout=0)
-            for left in self.path.glob(".*.tmp"):  # of killed runs; nobody else is here now
-                left.unlink()
+            for leftover in self.path.glob(".*.tmp"):  # of killed runs: this one holds the lock
+                leftover.unlink()
         except Timeout as error:
             raise ValueError(
                 f"output_dir={self.path} is in use by another run; wait for its end or choose "
@@ -86,11 +86,11 @@ class RunFolder:
             raise
 
     def _check_configuration(self) -> None:
-        found = checkpoints(self.checkpoints)
-        if not found:
+        saved = checkpoints(self.checkpoints)
+        if not saved:
             return
         try:
-            recorded = load_json(found[-1][1] / MANIFEST)["configuration"]
+            recorded = load_json(saved[-1][1] / MANIFEST)["configuration"]
         except (ValueError, KeyError):
             return  # damaged: loading will say so, and may find an older one
         changed = differences(recorded, self.configuration, self.may_change)
@@ -104,7 +104,7 @@ class RunFolder:
 def differences(
     recorded: Mapping[str, Any], current: Mapping[str, Any], may_change: Collection[str]
 ) -> list[str]:
-    """A phrase for each key that differs and may not, such as `seed was 1 and is 2`."""
+    """A phrase for each key that must not differ but does, such as `seed was 1 and is 2`."""
     before, after = _flat(recorded), _flat(current)
     fixed = {key for key in before | after if key.split(".")[0] not in may_change} - {"config"}
     return [

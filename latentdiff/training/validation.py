@@ -1,8 +1,8 @@
-"""Validation split and validation loss: how the EMA network does on examples never trained on.
+"""The validation split, and the EMA network's loss on it by bins of t.
 
-The loss is given for equal bins of t, since a loss means little across them: a network that learns
-only what is easy, at high noise, has a falling mean. Examples, noise and t are the same each time,
-so that two values differ by the weights alone.
+The bins are of equal width. They are logged apart because their mean hides much: it falls even if
+a network only improves at high noise, where that is easy. Examples, noise and t are the same each
+time, so that two values differ by the weights alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +20,15 @@ from latentdiff.training.processes import Processes
 from latentdiff.training.randomness import generator
 
 BINS = 8
-"""Of t, from little noise to much."""
+"""Bins of t, from low noise to high."""
 MAX_EXAMPLES = 256
-"""Examples of a validation split: the loss takes BINS forward passes of each."""
+"""Examples in a validation split at most: each takes BINS forward passes."""
 
 
 def val_indices(num_samples: int, fraction: float, *, seed: int) -> np.ndarray:
-    """(n,) indices of the validation split, ascending; none if the fraction is less than one.
+    """(n,) indices of the validation split, ascending; n = 0 if the fraction is below one example.
 
-    Which they are is a function of the number of examples and the seed.
+    They are a function of the number of examples and the seed.
     """
     count = min(int(fraction * num_samples), MAX_EXAMPLES)
     if count == 0:
@@ -38,11 +38,11 @@ def val_indices(num_samples: int, fraction: float, *, seed: int) -> np.ndarray:
 
 
 class Subset(Dataset[Any]):
-    """A data set without some examples, the others in their order; an index may be (index, …)."""
+    """A data set without the examples `left_out`, in its order; an index may be (index, …)."""
 
     def __init__(self, dataset: Any, left_out: np.ndarray) -> None:
         self.dataset = dataset
-        # How many are left out before an index does not need a list as long as the data.
+        # Their number before an index follows by bisection, without a table as long as the data.
         self._before = left_out - np.arange(len(left_out))
         self._length = len(dataset) - len(left_out)
 
@@ -60,7 +60,7 @@ class Subset(Dataset[Any]):
 
 
 def stratified_t(diffusion: Diffusion, count: int, *, seed: int) -> Tensor:
-    """(count, BINS): a timestep in each bin for each example, spread evenly over the bin.
+    """(count, BINS): a timestep in each bin for each example, stratified over the bin.
 
     As `LossConfig.sample_t` gives them: real numbers for `flow`, else integers.
     """
@@ -77,10 +77,10 @@ def validation_loss(
     batch_size: int,
     processes: Processes,
 ) -> Metrics:
-    """`val_loss`, the mean, and `val_loss_0` … of the bins, by all processes together.
+    """The mean `val_loss` and each bin's `val_loss_0` … over the examples of all processes.
 
-    `errors(rows)` gives the losses, (len(rows), BINS), of up to `batch_size` examples of the
-    validation split, all of one of `buckets`, which has each example's. Every process must call it.
+    `buckets` has the bucket of each example of the split. `errors(rows)` returns the losses,
+    (len(rows), BINS), of up to `batch_size` of them, all of one bucket. Every process must call it.
     """
     order = sorted(range(len(buckets)), key=lambda row: buckets[row])
     local = order[processes.rank :: processes.count]
@@ -94,7 +94,7 @@ def validation_loss(
     of_row = {}
     for of_process in processes.gather(processes.on_all(local_errors)):
         of_row |= of_process
-    # In the order of examples: a sum does not depend on which process gave what.
+    # In the order of examples, so that the sum does not depend on the number of processes.
     means = torch.tensor([of_row[row] for row in sorted(of_row)], dtype=torch.float64).mean(dim=0)
     names = {f"val_loss_{number}": mean for number, mean in enumerate(means)}
     return {"val_loss": means.mean(), **names}

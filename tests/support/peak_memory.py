@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from latentdiff.planning.plan import work_of
+from latentdiff.planning.workload import make_workload
 from latentdiff.training.randomness import MicroBatch
 from support.runs import make_learner
 
@@ -26,15 +26,15 @@ OF_THE_LEARNER = ("gradient_checkpointing", "ema_lengths", "sharding")
 
 def train(settings: Mapping[str, Any], accelerator: Accelerator, *, steps: int) -> None:
     """The steps of a Learner on numbers that are made up."""
-    work = work_of(settings, processes=accelerator.num_processes)[1]
+    workload = make_workload(settings, processes=accelerator.num_processes)
     options = {key: settings[key] for key in OF_THE_LEARNER if key in settings}
-    learner = make_learner(work.model(), accelerator, **options)
-    frozen = [accelerator.prepare_model(one, evaluation_mode=True) for one in work.frozen()]
+    learner = make_learner(workload.model(), accelerator, **options)
+    frozen = [accelerator.prepare_model(one, evaluation_mode=True) for one in workload.frozen()]
     per_process = settings.get("gradient_accumulation_steps", 1)
     count = accelerator.num_processes * per_process
     for _ in range(steps):
         for number in range(per_process):
-            loss = work.loss(learner.forward_model, frozen, settings["batch_size"] // count)
+            loss = workload.loss(learner.forward_model, frozen, settings["batch_size"] // count)
             index = accelerator.process_index * per_process + number
             learner.update(loss, MicroBatch(index, count))
             del loss

@@ -1,4 +1,4 @@
-"""TrainCLIP: what `train_clip.py` can be told."""
+"""TrainCLIP: the options of `train_clip.py`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,23 +18,23 @@ from latentdiff.training.run import LoopConfig
 class TrainCLIP:
     """Train a tokenizer on the captions, then text and image tower contrastively on the pairs.
 
-    With `init`, train on from towers and a tokenizer that are there."""
+    With `init`, train existing towers on, and keep their tokenizer."""
 
     init: str | None = None
-    """What to start from: a folder of transformers' CLIPModel gives both towers; a pipeline's or
-    run's folder, "emoji", a hub id or open_clip:NAME:WEIGHTS the text tower. Its shapes and its
-    tokenizer are then taken in place of those of `clip`, `vocab_size` and `max_tokens`."""
+    """A CLIP to start from: both towers are read from a folder of transformers' CLIPModel; the text
+    tower alone from the folder of a pipeline or run, "emoji", a hub id or open_clip:NAME:WEIGHTS.
+    Its shapes and tokenizer then replace those of `clip`, `vocab_size` and `max_tokens`."""
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: which of the batch's captions is an image's, and which image a caption's (CLIP);
     sigmoid: of each pair, whether it is one (SigLIP)."""
     val_fraction: float = option(0.01, former_name="held_out")
-    """Fraction of the images, 256 at most, that are not trained on: the validation split, in which
-    retrieval is measured. None if that is fewer than two, and none of a stream."""
+    """Fraction of the images in the validation split, on which retrieval is measured; it has 256 at
+    most. There is no split of a stream, or if it had fewer than two images."""
     clip: CLIPSize = field(default_factory=CLIPSize)
     vocab_size: int = 3072
-    """Tokens at most, of them 514 fixed: bytes, start and end."""
+    """Size of the vocabulary at most; 514 of its tokens are fixed: bytes, start and end."""
     max_tokens: int = 24
-    """Tokens of a prompt, start and end among them; what is longer is cut off with a warning."""
+    """Tokens of a prompt, with start and end; a longer prompt is truncated with a warning."""
     augmentation: AugmentationConfig = group(AugmentationConfig)
     data: DataConfig = group(DataConfig)
     optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=200)

@@ -11,13 +11,13 @@ from transformers import CLIPModel
 def contrastive_loss(
     kind: str, *, rank: int, world_size: int
 ) -> Callable[[Tensor, Tensor, CLIPModel], Tensor]:
-    """The loss () of this process's pairs of embeddings (b, D) with those of all processes.
+    """The loss () of the local image and text embeddings (b, D) against those of all processes.
 
-    The mean over the processes is that of the whole batch.
+    Its mean over the processes is the loss of the global batch.
     """
     if kind == "softmax":
         softmax = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
         return lambda image, text, clip: softmax(image, text, clip.logit_scale.exp())
-    # "gather" is the one of its ways that asks for a collective alone, which every backend has.
+    # "gather" needs collectives alone, which every backend has.
     sigmoid = SigLipLoss(rank=rank, world_size=world_size, dist_impl="gather")
     return lambda image, text, clip: sigmoid(image, text, clip.logit_scale.exp(), clip.logit_bias)

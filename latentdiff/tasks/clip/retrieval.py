@@ -1,7 +1,7 @@
-"""Zero-shot retrieval: among validation images and captions, how often a CLIP finds the right one.
+"""Zero-shot retrieval: recall at K among the images and captions of the validation split.
 
-Recall at K as in CLIP (Radford et al. 2021, section 3.1.4), over a fixed pool, so that two values
-differ by the weights alone. P images and T captions, each once; D is the width of an embedding.
+As in CLIP (Radford et al. 2021, section 3.1.4); the pool is fixed, so that two values differ by the
+weights alone. It has P images and T captions; D is the width of the embeddings.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,22 @@ RANKS = (1, 5)
 
 @dataclass(frozen=True)
 class Pool:
-    """Different images and different captions, and which caption matches which image."""
+    """Distinct images and captions, and which of them match."""
 
     images: Tensor
     """(P, 3, S, S) uint8."""
     captions: Sequence[str]
-    """T of them."""
+    """T captions."""
     matches: Tensor
     """(P, T) bool: at least one in each row and column."""
 
     @classmethod
     def of(cls, images: Tensor, queries: Sequence[str], captions: Sequence[Sequence[str]]) -> Self:
-        """The pool of examples: their images (N, 3, S, S), a caption of each, and all of each.
+        """The pool of N examples: their images (N, 3, S, S), one query caption of each, and all
+        captions of each.
 
-        Equal images are one, and so are equal captions: copies would fill the first ranks of every
-        answer. A caption matches an image if any example has both.
+        Duplicates are merged, since they would fill the first ranks of every answer. A caption
+        matches an image if any example has both.
         """
         contents = [image.numpy().tobytes() for image in images]
         image_index = {content: i for i, content in enumerate(dict.fromkeys(contents))}
@@ -49,7 +50,7 @@ class Pool:
         return cls(images[first], list(text_index), matches)
 
     def recall(self, image_embeds: Tensor, text_embeds: Tensor) -> Metrics:
-        """Fractions of the images and captions with a match among the K nearest, for each K.
+        """The fractions of images and of captions with a match among the K nearest, for each K.
 
         `retrieval_text@K` asks for an image's caption, `retrieval_image@K` for a caption's image.
         The embeddings are (P, D) and (T, D), of any length.
@@ -62,7 +63,7 @@ class Pool:
             ("image", similarity.T, self.matches.T),
         ):
             best = scores.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
-            # A wrong one that is as near counts as nearer: a CLIP to which all is equal has 0.
+            # A tie counts as an error: a CLIP whose embeddings are all equal has recall 0.
             rank = ((scores >= best) & ~matches).sum(dim=1)
             for k in RANKS:
                 metrics[f"retrieval_{name}@{k}"] = (rank < k).double().mean()
@@ -70,9 +71,9 @@ class Pool:
 
 
 def validation_pool(dataset: CaptionedImages, *, seed: int) -> Pool | None:
-    """The good samples of the validation split, each with one caption drawn from its captions.
+    """The intact examples of the validation split, each with one of its captions at random.
 
-    None if they are fewer than two.
+    None if there are fewer than two.
     """
     examples = {index: dataset[index] for index in sorted(dataset.validation)}
     examples = {i: example for i, example in examples.items() if i not in dataset.replaced}

@@ -1,4 +1,4 @@
-"""The towers and the tokenizer that a CLIP's training begins with: new ones, or those of `init`."""
+"""The initial towers and tokenizer of a CLIP's training: new ones, or those of `init`."""
 
 import math
 from collections.abc import Mapping
@@ -23,16 +23,16 @@ SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0
 
 @dataclass(frozen=True)
 class Start:
-    """What a CLIP's training begins with."""
+    """The initial state of a CLIP's training."""
 
     clip: CLIPModel
     tokenizer: CLIPTokenizer
     scaling: Pixels
-    """What images in [-1, 1] are scaled to for the image tower."""
+    """The normalisation of the image tower's input, from images in [-1, 1]."""
 
 
-def begin(config: TrainCLIP, dataset: ImageDataset) -> Start:
-    """Both towers as training finds them, the tokenizer, and how images are scaled.
+def make_start(config: TrainCLIP, dataset: ImageDataset) -> Start:
+    """Initialise or load both towers and the tokenizer.
 
     Raises ValueError where `init` is no CLIP or has other shapes than the configuration asks for.
     """
@@ -60,7 +60,7 @@ def begin(config: TrainCLIP, dataset: ImageDataset) -> Start:
 def check_shapes(config: TrainCLIP, shapes: Mapping[str, int]) -> None:
     """Raise ValueError for an option that asks for other shapes than those of `init`.
 
-    One that has its default value asks for nothing.
+    An option with its default value asks for nothing.
     """
     defaults = TrainCLIP()
     for name, shape in shapes.items():
@@ -72,7 +72,7 @@ def check_shapes(config: TrainCLIP, shapes: Mapping[str, int]) -> None:
 
 
 def _value(config: TrainCLIP, name: str) -> object:
-    """The value of an option as it is typed: those of groups are flat."""
+    """The value of an option by its flat name, or by a path such as `clip.text_width`."""
     for one in groups(TrainCLIP):
         if hasattr(member := getattr(config, one.name), name):
             return getattr(member, name)

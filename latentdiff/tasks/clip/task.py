@@ -1,6 +1,6 @@
 """CLIPTask: trains a text and an image tower on captioned images (CLIP, Radford et al. 2021).
 
-Shapes: B images of a global batch, b of this process's, L tokens, D width of the embeddings.
+Shapes: B images of a global batch, b of the local one, L tokens, D width of the embeddings.
 """
 
 import math
@@ -22,13 +22,13 @@ from latentdiff.tasks.clip.augmentation import augment
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.loss import contrastive_loss
 from latentdiff.tasks.clip.retrieval import Pool
-from latentdiff.tasks.clip.start import begin
+from latentdiff.tasks.clip.start import make_start
 from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.randomness import MicroBatch, choose, generator
 from latentdiff.training.run import Run
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5: clipped to keep training stable
-POOL_BATCH = 64  # validation images at a time, the same in every run, as sums are not
+POOL_BATCH = 64  # a constant, since sums in other batches differ in their last bits
 
 
 class CLIPTask:
@@ -49,7 +49,7 @@ class CLIPTask:
         for.
         """
         self.config, self.run, self.dataset, self.pool = config, run, dataset, pool
-        start = begin(config, dataset)
+        start = make_start(config, dataset)
         self.tokenizer, self.scaling = start.tokenizer, start.scaling
         self.fingerprints = {"data": dataset.fingerprint}
         if config.init is not None:  # a resumed run reads it again
@@ -59,7 +59,7 @@ class CLIPTask:
         self.learner = run.learner(start.clip)
         self.learners = {"clip": self.learner}
         self.clip: Any = self.learner.model
-        self.ema: Any = self.learner.ema  # whose methods' types say nothing
+        self.ema: Any = self.learner.ema  # Any: transformers types its methods loosely
         if run.device.type == "cpu":
             # torch's fused attention is slower than plain products there, see models/layers.py.
             self.clip.set_attn_implementation("eager")
@@ -68,13 +68,13 @@ class CLIPTask:
         )
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
-        """One batch of images (b, 3, S, S) uint8 and all their captions."""
+        """The local batch of images (b, 3, S, S) uint8, each with all its captions."""
         loop = self.config.loop
 
         def draw(purpose: str, *shape: int, of: Callable[..., Tensor] = torch.rand) -> Tensor:
-            """This process's rows of what is drawn for the global batch, (b, *shape)."""
-            source = generator(loop.seed, step, purpose)
-            return micro_batch.rows(of(loop.batch_size, *shape, generator=source))
+            """The local rows (b, *shape) of random numbers that are drawn for the global batch."""
+            rng = generator(loop.seed, step, purpose)
+            return micro_batch.rows(of(loop.batch_size, *shape, generator=rng))
 
         images = to_floats(batch["images"].to(self.run.device))
         images = augment(images, self.config.augmentation, draw)
@@ -82,7 +82,7 @@ class CLIPTask:
         output = self.learner.forward_model(
             input_ids=self._tokenize(captions), pixel_values=self.scaling(images)
         )
-        image, text = output.image_embeds, output.text_embeds  # (b, D), of length 1
+        image, text = output.image_embeds, output.text_embeds  # (b, D), unit length
         loss = self.loss(image, text, self.clip)
         accuracy = self._accuracy(image, text)
         grad_norm = self.learner.update(loss, micro_batch)
@@ -91,27 +91,27 @@ class CLIPTask:
 
     @torch.no_grad()
     def _accuracy(self, image: Tensor, text: Tensor) -> Tensor:
-        """The fraction () of this process's images whose caption is the nearest of the batch's."""
-        first = self.run.processes.rank * len(image)
-        targets = torch.arange(len(image), device=image.device) + first
-        texts = self.run.accelerator.gather(text)
-        assert isinstance(texts, Tensor)
-        return (image @ texts.T).argmax(dim=1).eq(targets).float().mean()
+        """The fraction () of local images whose caption is nearest among the global batch's."""
+        offset = self.run.processes.rank * len(image)
+        targets = torch.arange(len(image), device=image.device) + offset
+        all_texts = self.run.accelerator.gather(text)
+        assert isinstance(all_texts, Tensor)
+        return (image @ all_texts.T).argmax(dim=1).eq(targets).float().mean()
 
     def _tokenize(self, prompts: list[str]) -> Tensor:
-        """(B, L) token ids; training captions may be cut, so here nobody is warned."""
+        """(b, L) token ids; training captions may be truncated, so here without a warning."""
         encoded = self.tokenizer(
             prompts,
             padding="max_length",
             truncation=True,
             return_tensors="pt",
-            # What pads may be a word too, such as "!": see models/text.py.
+            # The padding token may be a word too, such as "!": see models/text.py.
             split_special_tokens=self.tokenizer.pad_token_id != self.tokenizer.eos_token_id,
         )
         return encoded.input_ids.to(self.run.device)
 
     def validate(self) -> Metrics:
-        """Retrieval in the validation split, in one process: the same numbers in any run."""
+        """Recall on the validation split; one process computes it, so that any run has the same."""
         pool = self.pool
         return {} if pool is None else self.run.processes.on_main(lambda: self._retrieval(pool))
 
@@ -128,7 +128,7 @@ class CLIPTask:
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:
-        """A row for each of eight captions: the true image, then the seven nearest of 1,024."""
+        """Draw a row for each of eight captions: its own image, then the seven nearest of 1,024."""
         examples = list(self.dataset.some_examples(1024))
         count = len(examples)
         images = torch.stack([example["image"] for example in examples])
@@ -142,7 +142,7 @@ class CLIPTask:
         image_grid(cells, columns=1 + nearest.shape[1]).save(path)
 
     def save(self, folder: Path) -> None:
-        """`text_encoder/` and `tokenizer/` for the UNet; `clip/`, both towers, for the rest.
+        """Write `text_encoder/` and `tokenizer/` for the UNet, and `clip/` with both towers.
 
         A CLIPModel has no `logit_bias`: it goes into `clip/config.json`, where `init` finds it.
         """

@@ -11,11 +11,11 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) -> CLIPTokenizer:
-    """A CLIPTokenizer whose merges are learned on `captions`; it pads and cuts to `length` tokens.
+    """Learn a CLIPTokenizer's merges on `captions`; it pads and truncates to `length` tokens.
 
-    The vocabulary is laid out as OpenAI's: 256 bytes, the same ending a word, merges, start, end.
-    All the 512 are in it although the trainer keeps only those that it saw: no text of any
-    language then has an unknown token, which CLIP would read as the end.
+    The vocabulary has OpenAI's layout: 256 bytes, the same as word endings, merges, start, end. All
+    512 byte tokens are in it, although the trainer only keeps those that it saw: so no text of any
+    language has an unknown token, which CLIP would read as the end.
     Raises ValueError when `vocab_size` leaves no room for a merge.
     """
     symbols = list(bytes_to_unicode().values())
@@ -24,7 +24,7 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) ->
         raise ValueError(f"vocab_size={vocab_size} must be at least {len(base) + 3}")
     backend = CLIPTokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
-        # The trainer counts the symbols that it saw; what is too many is cut off below.
+        # The trainer counts only symbols that it saw; surplus merges are cut off below.
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         end_of_word_suffix=WORD_END,
@@ -33,7 +33,7 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) ->
     backend.train_from_iterator(captions, trainer)
     learned = json.loads(backend.to_str())["model"]["merges"]
     merges = [tuple(pair) for pair in learned][: vocab_size - len(base) - 2]
-    # Two merges can make the same token, as a + bc and ab + c.
+    # Two merges can result in the same token, as a + bc and ab + c.
     tokens = dict.fromkeys([*base, *("".join(pair) for pair in merges), START, END])
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},

@@ -1,4 +1,4 @@
-"""TrainUNet: what `train_unet.py` can be told."""
+"""TrainUNet: the options of `train_unet.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,8 +31,8 @@ class TrainUNet:
     """Train a UNet or a DiT to denoise latents of captioned images; leaves a pipeline folder."""
 
     cache: Path | None = None
-    """What cache_latents.py made, with its own sizes, crops and flips; without it `data` is encoded
-    first, into the run folder."""
+    """Folder of a latent cache that cache_latents.py wrote, with its own sizes, crops and flips;
+    without it `data` is encoded first, into the run folder."""
     vae: str = "emoji"
     """Folder of the VAE or of a pipeline, or "emoji", the embedded one."""
     check_latents: bool = option(True, former_name="gate")
@@ -43,13 +43,13 @@ class TrainUNet:
     unet: UNetConfig = field(default_factory=lambda: SMALL)
     """Channels, context width and sample_size follow from VAE, text encoder and cache."""
     dit: DiTConfig | None = None
-    """Given, a diffusion transformer is trained instead of the UNet; the same three follow."""
+    """If given, a diffusion transformer is trained instead of the UNet; the same three follow."""
     caption_dropout: float = 0.1
-    """Fraction of examples whose caption is emptied, for classifier-free guidance."""
+    """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
     val_fraction: float = option(0.01, former_name="held_out")
-    """Fraction of the examples, 256 at most, that are not trained on but validated on."""
+    """Fraction of the examples in the validation split, which has 256 at most."""
     preview_prompts: Sequence[str] = option((), may_change=True)
-    """Captions of the preview grid; by default up to eight of the training data's."""
+    """Prompts of the preview grid; by default up to eight captions of the training data."""
     loss: LossConfig = group(LossConfig)
     data: DataConfig = group(DataConfig)
     crop_flip: CropFlip = group(CropFlip)

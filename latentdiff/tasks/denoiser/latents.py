@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: a cache of latents, opened or made now, as batches."""
+"""The latent cache that a denoiser is trained on, opened or written first, and its batches."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +23,7 @@ from latentdiff.training.validation import Subset
 
 
 def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
-    """The cache that the configuration names, or one made now from its data; and its VAE.
+    """The cache that the configuration names, or a new one of its data; and the VAE of its latents.
 
     Raises ValueError for less data than a batch, before any network is loaded.
     """

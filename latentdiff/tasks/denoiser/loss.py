@@ -1,4 +1,4 @@
-"""LossConfig: at which timesteps and on what noise a denoiser is trained, and how errors weigh."""
+"""LossConfig: the timesteps, the noise and the loss weights that a denoiser is trained with."""
 
 import math
 from dataclasses import dataclass
@@ -16,39 +16,41 @@ TimestepDistribution = Literal["uniform", "logit_normal"]
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weighting of the loss, distribution of the timesteps, and the noise of training."""
+    """Loss weighting, distribution of the timesteps, and noise."""
 
     weighting: Weighting = "none"
-    """none: the plain error of what is predicted. min_snr: that of x0 by min(SNR, snr_gamma) (Hang
+    """none: the squared error of the prediction. min_snr: that of x0 by min(SNR, snr_gamma) (Hang
     et al. 2023). p2: that of the noise by 1 / (1 + SNR)^p2_gamma (Choi et al. 2022). uncertainty:
-    each noise level by its own error, which is learned (Karras et al. 2024, EDM2)."""
+    that of the prediction over its mean at the noise level, which is learned (Karras et al. 2024,
+    EDM2)."""
     snr_gamma: float = 5.0
     p2_gamma: float = 1.0
     timestep_distribution: TimestepDistribution = option("uniform", former_name="density")
-    """Of the timesteps; logit_normal has most in the middle (Esser et al. 2024, eq. 19)."""
+    """logit_normal favours the middle of the timesteps (Esser et al. 2024, eq. 19)."""
     logit_mean: float = 0.0
-    """Above 0, the middle of logit_normal lies at higher noise."""
+    """Mean of logit_normal; above 0 it favours higher noise."""
     logit_std: float = 1.0
+    """Standard deviation of logit_normal before the sigmoid."""
     stratified: bool = False
     """One timestep from each of batch_size quantiles of the distribution: less noise in the
     gradient (Kingma et al. 2021, appendix I.1)."""
     timestep_shift: float = 1.0
-    """Above 1 a flow is trained more at high noise: u to s u / (1 + (s - 1) u) (Esser et al. 2024,
-    eq. 23)."""
+    """Above 1 a flow is trained more at high noise: u becomes s u / (1 + (s - 1) u) (Esser et al.
+    2024, eq. 23)."""
     offset_noise: float = 0.0
-    """Deviation of noise that a whole channel shares, so that brightness is learned (Guttenberg
-    2023); 0.1 is usual."""
+    """Standard deviation of added noise that is constant over each channel, so that mean brightness
+    is learned (Guttenberg 2023); 0.1 is usual."""
     vlb_weight: float = 1e-3
-    """lambda of L_simple + lambda L_vlb where `diffusion.learned_variance`: how much the bound, in
-    bits a dimension, counts, whose gradient reaches the variance alone (Nichol & Dhariwal 2021)."""
+    """lambda in L_simple + lambda L_vlb with `diffusion.learned_variance`; L_vlb is in bits per
+    dimension, and its gradient reaches the variance alone (Nichol & Dhariwal 2021)."""
 
     def __post_init__(self) -> None:
-        for name, words in {
-            "weighting": Weighting,
-            "timestep_distribution": TimestepDistribution,
-        }.items():
-            if getattr(self, name) not in get_args(words):
-                allowed = ", ".join(get_args(words))
+        for name, choices in (
+            ("weighting", get_args(Weighting)),
+            ("timestep_distribution", get_args(TimestepDistribution)),
+        ):
+            if getattr(self, name) not in choices:
+                allowed = ", ".join(choices)
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
         for name in ("snr_gamma", "logit_std", "timestep_shift", "vlb_weight"):
             if not getattr(self, name) > 0:
@@ -58,7 +60,7 @@ class LossConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
     def check(self, diffusion: Diffusion) -> None:
-        """Raise ValueError for what does not go with the diffusion."""
+        """Raise ValueError for an option that does not apply to the diffusion."""
         if self.timestep_shift != 1 and diffusion.schedule != "flow":
             raise ValueError(f"timestep_shift={self.timestep_shift} must be 1 unless schedule=flow")
 
@@ -66,7 +68,7 @@ class LossConfig:
         """n timesteps to train at, (n,): integers 1 to T, or for `flow` real numbers in (0, T]."""
         u = torch.rand(n, generator=generator, dtype=torch.float64)
         if self.stratified:
-            # In no order: the rows of a batch, and so the processes, all see all of them.
+            # Shuffled, so that the rows of every process are spread over all strata.
             u = (torch.randperm(n, generator=generator) + u) / n
         u = 1 - u  # in (0, 1]
         if self.timestep_distribution == "logit_normal":
@@ -78,55 +80,56 @@ class LossConfig:
         return (T * u).ceil().long().clamp(1, T)
 
     def noise(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
-        """Noise to train on, of shape (B, C, H, W)."""
+        """Noise of the given shape, (B, C, H, W)."""
         noise = torch.randn(shape, generator=generator)
         if self.offset_noise == 0:
             return noise
         return noise + self.offset_noise * torch.randn(*shape[:2], 1, 1, generator=generator)
 
     def weight(self, diffusion: Diffusion, t: Tensor) -> Tensor:
-        """What the loss of each example, `diffusion.loss`, is multiplied by, (B,) float64.
+        """The weight of each example's `diffusion.loss`, (B,) float64.
 
-        The same for every prediction type: an error of the output is an error of x0, and the
-        papers' weights are put on that.
+        All prediction types are trained on the same weighted error of x0, which is the papers':
+        the weight of the output's error follows from it.
         """
         alpha, sigma = diffusion.alpha_sigma(t)
         if self.weighting in ("none", "uncertainty"):
             return torch.ones_like(alpha)
         snr = (alpha / sigma).square()
         if self.weighting == "min_snr":
-            of_x0 = snr.clamp(max=self.snr_gamma)
+            x0_weight = snr.clamp(max=self.snr_gamma)
         else:
-            of_x0 = snr / (1 + snr) ** self.p2_gamma  # the noise's error is SNR times x0's
-        # x0 follows from the output by a straight line: its slope is that of their errors.
-        x0_error = diffusion.to_x0(torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
+            # The squared error of the noise is SNR times that of x0.
+            x0_weight = snr / (1 + snr) ** self.p2_gamma
+        # x0 is linear in the output, so that its error is the output's times the slope.
+        x0_slope = diffusion.to_x0(torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
         if diffusion.prediction == "score":  # whose loss has a factor sigma already
-            x0_error = x0_error / sigma
-        return of_x0 * x0_error.square()
+            x0_slope = x0_slope / sigma
+        return x0_weight * x0_slope.square()
 
 
 class Uncertainty(nn.Module):
-    """u of noise levels alpha, sigma, each (B,) -> (B,): exp(-u) loss + u is least at u = log loss.
+    """The log-variance u of the loss at noise levels alpha, sigma, each (B,) -> (B,).
 
-    EDM2 (Karras et al. 2024, arXiv:2312.02696), eq. 21: a linear layer over random waves of the
-    logarithm of sigma / alpha. It begins at 0, where exp(-u) changes nothing.
+    EDM2 (Karras et al. 2024, arXiv:2312.02696), eq. 21: exp(-u) loss + u is least at u = log loss.
+    u is a linear layer over random Fourier features of log(sigma / alpha), initially 0.
     """
 
-    WAVES = 64
+    NUM_FEATURES = 64
     frequencies: Tensor
     phases: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        draw = torch.Generator().manual_seed(0)
-        self.register_buffer("frequencies", torch.randn(self.WAVES, generator=draw))
-        self.register_buffer("phases", torch.rand(self.WAVES, generator=draw))
-        self.out = nn.Linear(self.WAVES, 1)
+        rng = torch.Generator().manual_seed(0)
+        self.register_buffer("frequencies", torch.randn(self.NUM_FEATURES, generator=rng))
+        self.register_buffer("phases", torch.rand(self.NUM_FEATURES, generator=rng))
+        self.out = nn.Linear(self.NUM_FEATURES, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """(B,), (B,) -> (B,)."""
-        ratio = (sigma / alpha.clamp(min=1e-4)).log().float() / 4  # within about [-2.5, 2.5]
-        waves = torch.cos(2 * math.pi * (ratio[:, None] * self.frequencies + self.phases))
-        return self.out(math.sqrt(2) * waves)[:, 0]
+        log_ratio = (sigma / alpha.clamp(min=1e-4)).log().float() / 4  # within about [-2.5, 2.5]
+        features = torch.cos(2 * math.pi * (log_ratio[:, None] * self.frequencies + self.phases))
+        return self.out(math.sqrt(2) * features)[:, 0]

@@ -50,13 +50,13 @@ class DenoiserTask:
         self.channels = vae.config.latent_channels
         network = new_denoiser(config, cache=cache, vae=vae, text_encoder=text_encoder)
         check_sizes(cache, vae, network)
-        self.denoiser = run.learner(network)
-        self.learners = {"unet" if isinstance(network, UNet) else "dit": self.denoiser}
+        self.learner = run.learner(network)
+        self.learners = {"unet" if isinstance(network, UNet) else "dit": self.learner}
         self.uncertainty = None
         if config.loss.weighting == "uncertainty":
             self.uncertainty = run.learner(Uncertainty(), ema=None, sharding="none")
             self.learners["uncertainty"] = self.uncertainty
-        self.ema: Any = self.denoiser.ema
+        self.ema: Any = self.learner.ema
         self.val_t = stratified_t(config.diffusion, len(val), seed=config.loop.seed).to(run.device)
         self.pipeline = Pipeline(
             unet=self.ema, vae=vae, text_encoder=text_encoder, diffusion=config.diffusion
@@ -71,45 +71,46 @@ class DenoiserTask:
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
         """One micro-batch of moments (b, 2C, H, W) and captions."""
-        diffusion, loss = self.config.diffusion, self.config.loss
+        diffusion, loss_config = self.config.diffusion, self.config.loss
         batch_size, seed = self.config.loop.batch_size, self.config.loop.seed
         shape = (batch_size, self.channels, *batch["moments"].shape[2:])
 
-        def local(global_batch: Tensor) -> Tensor:
-            """The micro-batch's rows: every process draws the same random numbers for all."""
-            return micro_batch.rows(global_batch).to(self.run.device)
-
-        def draw(purpose: str) -> torch.Generator:
+        def rng(purpose: str) -> torch.Generator:
+            """A generator of random numbers for the global batch, the same in every process."""
             return generator(seed, step, purpose)
 
+        def local(global_batch: Tensor) -> Tensor:
+            """The rows of this micro-batch."""
+            return micro_batch.rows(global_batch).to(self.run.device)
+
         posterior = Posterior.from_moments(batch["moments"].to(self.run.device))
-        x0 = posterior.sample(local(torch.randn(shape, generator=draw("posterior"))))
+        x0 = posterior.sample(local(torch.randn(shape, generator=rng("posterior"))))
         with self.run.accelerator.autocast():
             context = self.text_encoder(self._captions(batch, step, micro_batch))
-        t = local(loss.sample_t(diffusion, batch_size, generator=draw("t")))
-        noise = local(loss.noise(shape, generator=draw("noise")))
+        t = local(loss_config.sample_t(diffusion, batch_size, generator=rng("t")))
+        noise = local(loss_config.noise(shape, generator=rng("noise")))
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
-        errors, bound = diffusion.losses(self.denoiser.forward_model, x0, context, noise=noise, t=t)
+        errors, vlb = diffusion.losses(self.learner.forward_model, x0, context, noise=noise, t=t)
         metrics = {"loss": errors.mean()}
-        weight = loss.weight(diffusion, t).to(errors)  # (b,)
-        if self.uncertainty is not None:
+        weight = loss_config.weight(diffusion, t).to(errors)  # (b,), as are errors and vlb
+        if self.uncertainty is not None:  # EDM2, eq. 21, of which each network minimises its part
             u = self.uncertainty.forward_model(*diffusion.alpha_sigma(t))
             weight = torch.exp(-u.detach())
             u_loss = (errors.detach() * torch.exp(-u) + u).mean()
             metrics["grad_norm_uncertainty"] = self.uncertainty.update(u_loss, micro_batch)
             metrics["uncertainty"] = u.mean()
         total = (weight * errors).mean()
-        if bound is not None:
-            metrics["bound"] = bound.mean()
-            total = total + loss.vlb_weight * metrics["bound"]
-        return metrics | {"grad_norm": self.denoiser.update(total, micro_batch)}
+        if vlb is not None:  # L_simple + lambda L_vlb (Nichol & Dhariwal 2021)
+            metrics["bound"] = vlb.mean()
+            total = total + loss_config.vlb_weight * metrics["bound"]
+        return metrics | {"grad_norm": self.learner.update(total, micro_batch)}
 
     def _captions(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> list[str]:
-        """One caption an example, or none: the same whatever the number of micro-batches."""
+        """One caption of each example, or "" with probability `caption_dropout`."""
         source = generator(self.config.loop.seed, step, "caption")
         u = micro_batch.rows(torch.rand(self.config.loop.batch_size, 2, generator=source))
-        which, dropout = u.T.tolist()
-        captions = zip(choose(batch["captions"], which), dropout, strict=True)
+        u_choice, u_dropout = u.T.tolist()
+        captions = zip(choose(batch["captions"], u_choice), u_dropout, strict=True)
         return ["" if x < self.config.caption_dropout else caption for caption, x in captions]
 
     def validate(self) -> Metrics:
@@ -127,22 +128,22 @@ class DenoiserTask:
 
     @torch.no_grad()
     def _validation_errors(self, rows: Sequence[int]) -> Tensor:
-        """Losses of validation examples of one size, (B, BINS): each has its own random numbers."""
+        """Losses of validation examples of one size, (B, BINS); each has a generator of its own."""
         indices = self.val[rows].tolist()
         seed = self.config.loop.seed
-        sources = [generator(seed, index, "held out noise") for index in indices]
+        rngs = [generator(seed, index, "held out noise") for index in indices]
 
-        def draw(*shape: int) -> Tensor:
-            """Each example's own N(0, I), (B, *shape)."""
-            noise = [torch.randn(*shape, generator=source) for source in sources]
+        def randn(*shape: int) -> Tensor:
+            """N(0, I) of shape (B, *shape), from the examples' generators."""
+            noise = [torch.randn(*shape, generator=rng) for rng in rngs]
             return torch.stack(noise).to(self.run.device)
 
         batch = collate_moments([self.cache[index] for index in indices])
-        captions = choose(batch["captions"], [float(torch.rand((), generator=s)) for s in sources])
+        captions = choose(batch["captions"], [float(torch.rand((), generator=rng)) for rng in rngs])
         size = batch["moments"].shape[2:]
         posterior = Posterior.from_moments(batch["moments"].to(self.run.device))
-        x0 = posterior.sample(draw(self.channels, *size))
-        noise = draw(BINS, self.channels, *size).flatten(0, 1)
+        x0 = posterior.sample(randn(self.channels, *size))
+        noise = randn(BINS, self.channels, *size).flatten(0, 1)
         t = self.val_t[rows].flatten()
         with self.run.accelerator.autocast():
             context = self.text_encoder(captions)
@@ -151,22 +152,22 @@ class DenoiserTask:
         return errors.unflatten(0, (-1, BINS))
 
     def preview(self, path: Path) -> None:
-        """Images of up to eight captions, the same each time."""
-        spread = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
-        prompts = list(self.config.preview_prompts or dict.fromkeys(spread))
+        """Draw images of up to eight captions, which are the same each time."""
+        captions = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
+        prompts = list(self.config.preview_prompts or dict.fromkeys(captions))
         seed = self.config.loop.seed
         output = self.pipeline(prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False)
         image_grid(output.images, prompts).save(path)
 
     def save(self, folder: Path) -> None:
-        """A pipeline folder with the EMA network."""
+        """Write a pipeline folder with the EMA network."""
         self.pipeline.save_pretrained(folder)
 
 
 def new_denoiser(
     config: TrainUNet, *, cache: LatentCache, vae: VAE, text_encoder: TextEncoder
 ) -> UNet | DiT:
-    """The network that training begins with, of the shapes that the other modules ask for."""
+    """The untrained network, whose channels and sizes fit the VAE, text encoder and cache."""
     channels = vae.config.latent_channels
     network = replace(
         config.unet if config.dit is None else config.dit,

@@ -1,4 +1,4 @@
-"""TrainVAE: what `train_vae.py` can be told."""
+"""TrainVAE: the options of `train_vae.py`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +30,12 @@ class TrainVAE:
     vae: VAEConfig = field(default_factory=lambda: SMALL)
     """`sample_size` follows image_size."""
     init: str | None = None
-    """Folder of a VAE or of a pipeline, or "emoji", whose weights training begins with; the network
-    is then that one, and `vae` is left out."""
+    """Folder of a VAE or of a pipeline, or "emoji": the VAE to train on; `vae` is then left out."""
     decoder_only: bool = False
-    """Train the decoder of `init` alone: its latents stay the same to the last bit, and with them
-    UNets and latent caches. No KL is counted."""
+    """Train the decoder of `init` alone: its latents keep their bits, so that UNets and latent
+    caches stay valid. The loss has no KL."""
     random_flip: bool = False
-    """Every second image is mirrored, drawn anew at each visit."""
+    """Mirror each image with probability 1/2."""
     loss: VAELossConfig = group(VAELossConfig)
     data: DataConfig = group(DataConfig, caption_columns=())
     optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=200)
@@ -53,7 +52,7 @@ class TrainVAE:
                 f"ema_lengths={list(self.ema.ema_lengths)} must be empty: a VAE is saved with the "
                 "statistics of its latents, which other weights change"
             )
-        if self.init is None:  # of a given one this is asked when it is read
+        if self.init is None:  # an `init` is checked when it is read
             self.vae.check_folds()
         if self.decoder_only and self.init is None:
             raise ValueError("decoder_only=True needs init, the VAE whose latents are kept")

@@ -1,4 +1,4 @@
-"""A VAE before and after training: one to train on, its latent statistics, its discriminator."""
+"""Before and after a VAE's training: the initial VAE, latent statistics, discriminator scores."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,11 +12,11 @@ from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE
 from latentdiff.tasks.vae.losses import hinge_loss
 
-BATCH = 16  # images that are measured at a time, in float32
+BATCH_SIZE = 16  # of images, in float32
 
 
 def initial_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
-    """The VAE of a folder, to be trained on; with `decoder_only` its encoder needs no gradient.
+    """The VAE of a folder, to be trained on; `decoder_only` freezes its encoder.
 
     `image_size` is the side of the images in pixels. Raises ValueError for a folder that holds no
     VAE, and for one without the 1×1 convolutions in which the scale of its latents is undone.
@@ -27,7 +27,7 @@ def initial_vae(folder: Path, *, image_size: int, decoder_only: bool) -> VAE:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
         return vae
-    # Its latents are standard after scaling; before it is where the KL asks for that.
+    # Its latents have unit variance after scaling, and the KL asks for that before scaling.
     C = vae.config.latent_channels
     vae.fold_latent_statistics(torch.zeros(C), torch.full((C,), 1 / vae.config.scaling_factor))
     return vae
@@ -49,7 +49,7 @@ def discriminator_scores(
 ) -> dict[str, float]:
     """Mean scores of images (3, H, W) uint8 and of their reconstructions, and the hinge loss.
 
-    The loss is 1 where the discriminator tells nothing and 0 where it is always sure.
+    The loss is 1 if the discriminator tells nothing apart, and 0 if it is always sure.
     """
     scores = [
         (discriminator(batch), discriminator(vae.decode(vae.encode(batch).mean)))
@@ -67,5 +67,5 @@ def _batches(vae: VAE, images: Iterable[Tensor]) -> Iterator[Tensor]:
     """Images (3, H, W) uint8 as batches for the VAE, (B, 3, H, W) in [-1, 1]."""
     device = next(vae.parameters()).device
     source = iter(images)
-    while batch := list(islice(source, BATCH)):
+    while batch := list(islice(source, BATCH_SIZE)):
         yield to_floats(torch.stack(batch).to(device))

@@ -1,4 +1,4 @@
-"""The losses of a VAE: negative ELBO, learned width of the pixels' density, discriminator."""
+"""The losses of a VAE: negative ELBO with a learned output scale, and adversarial loss."""
 
 import math
 from collections.abc import Callable
@@ -17,23 +17,23 @@ Reconstruction = Literal["l1", "l2"]
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """What a reconstruction is judged by."""
+    """Terms and weights of the loss."""
 
     reconstruction: Reconstruction = "l1"
     kl_weight: float = 1e-3
-    """Weight of the KL in nats per pixel value; without one for `vae.encoder: downsample`."""
+    """Weight of the KL, in nats per pixel value; `vae.encoder: downsample` has no KL."""
     learn_logvar: bool = False
-    """Learn the width of the pixels' density too, so that the reconstruction counts in nats:
-    Gaussian for l2, Laplace for l1. With a kl_weight of 1 the loss is then the negative ELBO."""
+    """Learn the scale of the output distribution p(x | z), Gaussian for l2 and Laplace for l1, so
+    that the reconstruction counts in nats. With a kl_weight of 1 the loss is the negative ELBO."""
     perceptual_weight: float = 0.0
-    """Above 0, LPIPS (LDM: 1) is added, by the network in perceptual_weights."""
+    """Weight of LPIPS (LDM: 1), whose network is in perceptual_weights."""
     perceptual_weights: Path | None = None
-    """A safetensors file with torchvision's VGG16, as in LDM, or AlexNet."""
+    """Safetensors file with torchvision's VGG16, as in LDM, or AlexNet."""
     disc_weight: float = 0.0
-    """Above 0 a PatchGAN judges the reconstructions (LDM: 0.5): its gradient at the decoder's last
-    layer relative to that of all the rest."""
+    """Weight of a PatchGAN's adversarial loss (LDM: 0.5): how long its gradient is at the decoder's
+    last layer, relative to that of the other terms."""
     disc_start: int = 0
-    """Steps before that begins; a decoder that knows nothing yet would only lose."""
+    """Steps before the adversarial loss begins: an untrained decoder could only lose."""
 
     def __post_init__(self) -> None:
         for name in ("perceptual_weight", "disc_weight", "disc_start"):
@@ -62,7 +62,7 @@ def vae_loss(
     With `logvar` () the distance counts by its `pixel_nats`, and at a kl_weight of 1 the loss is
     the negative ELBO itself, in nats per pixel value.
     """
-    # Under autocast both come in bfloat16, whose three digits a sum of thousands needs.
+    # In float32: under autocast both are bfloat16, which is too coarse for sums of thousands.
     difference = reconstruction.float() - images
     posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
     distance = difference.abs().mean() if norm == "l1" else difference.square().mean()
@@ -74,10 +74,10 @@ def vae_loss(
 def pixel_nats(distance: Tensor, logvar: Tensor, *, norm: Reconstruction) -> Tensor:
     """-log p(x | z) in nats per pixel value, (), from the mean distance () of images in [-1, 1].
 
-    Each pixel value has a density of its own around the reconstruction, of one width for all:
-    - l2: the Gaussian of variance s = exp(logvar): (d / s + logvar + log 2π) / 2 nats for the mean
+    Each pixel value has a distribution around the reconstruction, of one scale s for all:
+    - l2: a Gaussian of variance s = exp(logvar): (d / s + logvar + log 2π) / 2 nats for the mean
       squared error d;
-    - l1: the Laplace density of scale s = exp(logvar): d / s + logvar + log 2 nats for the mean
+    - l1: a Laplace distribution of scale s = exp(logvar): d / s + logvar + log 2 nats for the mean
       absolute error d.
 
     Both are least at exp(logvar) = d. LDM's and VQGAN's loss is that of l1 without log 2.
@@ -89,11 +89,11 @@ def pixel_nats(distance: Tensor, logvar: Tensor, *, norm: Reconstruction) -> Ten
 class OutputScale(nn.Module):
     """Learns the `logvar` of `pixel_nats`: distance () -> nats ().
 
-    It begins at 0, as in LDM, which is far too wide; RATE is for its optimizer, whose steps are
-    about as long as its rate, while a good one is about -3 (l1) or -5 (l2).
+    It begins at 0, as in LDM, which is far too wide: a good one is about -3 (l1) or -5 (l2). Hence
+    its own learning rate, since a step of AdamW is about as long as that.
     """
 
-    RATE = 0.02
+    LEARNING_RATE = 0.02
 
     def __init__(self, norm: Reconstruction) -> None:
         super().__init__()
@@ -111,16 +111,16 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adversarial_weight(
-    loss: Tensor, adversarial: Tensor, last: Tensor, *, mean: Callable[[Tensor], Tensor]
+    loss: Tensor, adversarial: Tensor, last_layer: Tensor, *, mean: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """What makes the adversarial loss pull at the last layer as much as the rest does, ().
+    """The adaptive weight () that gives the adversarial loss as large a gradient as `loss` has.
 
     VQGAN (Esser et al. 2021, arXiv:2012.09841), eq. 7: the ratio of both gradients' norms with
-    regard to the decoder's last weights, 10,000 at most. Both losses keep their graphs. `mean` is
-    that of all processes, so that they all have the same weight.
+    regard to the decoder's last weights, 10,000 at most. Both losses keep their graphs. `mean`
+    averages over processes, so that they all have the same weight.
     """
-    norms = [
-        mean(torch.autograd.grad(one, last, retain_graph=True)[0]).norm()
+    loss_norm, adversarial_norm = (
+        mean(torch.autograd.grad(one, last_layer, retain_graph=True)[0]).norm()
         for one in (loss, adversarial)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+    )
+    return (loss_norm / (adversarial_norm + 1e-4)).clamp(max=1e4).detach()

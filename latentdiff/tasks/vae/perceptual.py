@@ -1,4 +1,4 @@
-"""LPIPS as a loss: how unlike two images look to a network that has learned from photographs.
+"""LPIPS as a loss: the distance of two images in the features of an ImageNet classifier.
 
 Zhang et al. 2018 (arXiv:1801.03924), eq. 1, as torchmetrics computes it. Nothing is downloaded:
 the backbone's weights come from a file, those of LPIPS' own linear layers are in torchmetrics.
@@ -18,7 +18,7 @@ FIRST = "features.0.weight"
 BACKBONES: dict[tuple[int, ...], Backbone] = {(64, 3, 3, 3): "vgg", (64, 3, 11, 11): "alex"}
 """By the shape of the first weight: torchvision's VGG16 and AlexNet."""
 SMALLEST: dict[Backbone, int] = {"vgg": 16, "alex": 31}
-"""Side of the smallest images, in pixels, of which the last features still have one place."""
+"""Side of the smallest images, in pixels, whose last feature map still has one position."""
 
 
 class Perceptual(nn.Module):
@@ -52,14 +52,14 @@ class Perceptual(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """(B, 3, H, W), (B, 3, H, W) -> (B,)."""
-        # In float32: of two features that are nearly the same, bfloat16 has no difference left.
+        # In float32: the difference of nearly equal features would vanish in bfloat16.
         with torch.autocast(images.device.type, enabled=False):
             return self.network(images.float(), targets.float()).flatten()
 
 
 def _load(path: Path, backbone: Backbone) -> nn.Module:
     """torchmetrics' network, with the file's weights in its backbone."""
-    # Only here: importing it takes seconds, and most trainings do without.
+    # Only here: importing it takes seconds, and most runs do not need it.
     from torchmetrics.functional.image.lpips import _LPIPS
 
     # Its linear layers are read from torchmetrics' own folder, by torch's restricted unpickler.
@@ -68,7 +68,7 @@ def _load(path: Path, backbone: Backbone) -> nn.Module:
     names = {f"features.{name.partition('.')[2]}": name for name in network.net.state_dict()}
     tensors = load_safetensors(
         path,
-        expected={name: network.net.state_dict()[place] for name, place in names.items()},
+        expected={name: network.net.state_dict()[key] for name, key in names.items()},
         optional=lambda name: name.startswith("classifier."),
         dtype=torch.float32,
     )

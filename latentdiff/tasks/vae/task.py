@@ -31,7 +31,7 @@ from latentdiff.training.run import Run
 
 
 class VAETask:
-    """The step, preview and saved folder of a VAE, its discriminator and its learned width."""
+    """The step, preview and saved folder of a VAE, with its discriminator and output scale."""
 
     def __init__(
         self,
@@ -57,97 +57,83 @@ class VAETask:
         self.ema: Any = self.learner.ema
         self.learners = {"vae": self.learner}
         loss = config.loss
-        self.scale = OutputScale(loss.reconstruction)
-        self.logvar = self.critic = None
+        self.output_scale = OutputScale(loss.reconstruction)
+        self.logvar = self.discriminator = None
         if loss.learn_logvar:
-            optimizer = replace(config.optimizer, learning_rate=OutputScale.RATE, weight_decay=0.0)
-            self.logvar = run.learner(self.scale, optimizer=optimizer, ema=None, sharding="none")
+            optimizer = replace(
+                config.optimizer, learning_rate=OutputScale.LEARNING_RATE, weight_decay=0.0
+            )
+            self.logvar = run.learner(
+                self.output_scale, optimizer=optimizer, ema=None, sharding="none"
+            )
             self.learners["logvar"] = self.logvar
         if loss.disc_weight > 0:
             steps = max(1, config.loop.max_steps - loss.disc_start)
-            self.critic = run.learner(Discriminator(), max_steps=steps, ema=None)
-            self.learners["discriminator"] = self.critic
-        # The KL of a frozen encoder is constant, and that of a point says nothing.
+            self.discriminator = run.learner(Discriminator(), max_steps=steps, ema=None)
+            self.learners["discriminator"] = self.discriminator
+        # The KL of a frozen encoder is constant, and a deterministic encoder has none.
         self.has_kl = not config.decoder_only and network.config.encoder == "kl"
         examples = [example["image"] for example in dataset.some_examples(16)]
         self.preview_images = torch.stack([examples[i % len(examples)] for i in range(16)])
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
         """One micro-batch of images (b, 3, S, S) uint8."""
-        images = self._images(batch, step, micro_batch)
-        reconstruction, loss, metrics = self._reconstruct(images, step, micro_batch)
-        if self.critic is None or step < self.config.loss.disc_start:
-            return metrics | {"grad_norm": self.learner.update(loss, micro_batch)}
-        adversarial, weight = self._adversarial(self.critic, reconstruction, loss)
-        total = loss + self.config.loss.disc_weight * weight * adversarial
-        metrics |= {
-            "adversarial": adversarial,
-            "grad_norm": self.learner.update(total, micro_batch),
-        }
-        # The discriminator's step: both kinds in one pass, and nothing reaches the VAE.
-        scores = self.critic.forward_model(torch.cat([images, reconstruction.detach().to(images)]))
-        real, fake = scores.chunk(2)
-        disc_loss = hinge_loss(real, fake)
-        return metrics | {
-            "disc_loss": disc_loss,
-            "disc_real": real.mean(),
-            "disc_fake": fake.mean(),
-            "grad_norm_disc": self.critic.update(disc_loss, micro_batch),
-        }
-
-    def _images(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Tensor:
-        """The images in [-1, 1], (b, 3, S, S), mirrored at random if asked for."""
-        images = to_floats(batch["images"].to(self.run.device))
-        if self.config.random_flip:
-            loop = self.config.loop
-            u = torch.rand(loop.batch_size, generator=generator(loop.seed, step, "flip"))
-            images = mirror(images, micro_batch.rows(u).to(images))
-        return images
-
-    def _reconstruct(
-        self, images: Tensor, step: int, micro_batch: MicroBatch
-    ) -> tuple[Tensor, Tensor, Metrics]:
-        """Reconstructions (b, 3, S, S), the loss () without the discriminator's, and metrics."""
-        loop, loss_config = self.config.loop, self.config.loss
-        latent = (
-            images.shape[2] // self.vae.config.factor,
-            images.shape[3] // self.vae.config.factor,
-        )
-        noise = torch.randn(
-            (loop.batch_size, self.vae.config.latent_channels, *latent),
-            generator=generator(loop.seed, step, "posterior"),
-        )
-        reconstruction, posterior = self.learner.forward_model(
-            images, micro_batch.rows(noise).to(images)
-        )
+        loss_config = self.config.loss
+        images, noise = self._images_and_noise(batch, step, micro_batch)
+        reconstruction, posterior = self.learner.forward_model(images, noise)
         loss, distance, kl = vae_loss(
             reconstruction,
             images,
             posterior,
             norm=loss_config.reconstruction,
             kl_weight=loss_config.kl_weight if self.has_kl else 0.0,
-            logvar=None if self.logvar is None else self.scale.logvar.detach().clone(),
+            logvar=None if self.logvar is None else self.output_scale.logvar.detach().clone(),
         )
         metrics = {loss_config.reconstruction: distance}
         if self.has_kl:
             metrics["kl"] = kl
         if self.logvar is not None:
-            nats = self.logvar.forward_model(distance.detach())
-            metrics |= {"pixel_nats": nats, "logvar": self.scale.logvar.detach().clone()}
-            metrics["grad_norm_logvar"] = self.logvar.update(nats, micro_batch)
+            metrics |= self._update_logvar(self.logvar, distance.detach(), micro_batch)
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(reconstruction, images).mean()
             loss = loss + loss_config.perceptual_weight * metrics["perceptual"]
         metrics["loss"] = loss
-        return reconstruction, loss, metrics
+        if self.discriminator is None or step < loss_config.disc_start:
+            return metrics | {"grad_norm": self.learner.update(loss, micro_batch)}
+        adversarial, weight = self._adversarial(self.discriminator, reconstruction, loss)
+        metrics["adversarial"] = adversarial
+        total = loss + loss_config.disc_weight * weight * adversarial
+        metrics["grad_norm"] = self.learner.update(total, micro_batch)
+        fakes = reconstruction.detach().to(images)
+        return metrics | self._update_discriminator(self.discriminator, images, fakes, micro_batch)
+
+    def _images_and_noise(
+        self, batch: dict[str, Any], step: int, micro_batch: MicroBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1], (b, 3, S, S), mirrored at random if asked for, and latent noise."""
+        seed, batch_size = self.config.loop.seed, self.config.loop.batch_size
+        images = to_floats(batch["images"].to(self.run.device))
+        if self.config.random_flip:
+            u = torch.rand(batch_size, generator=generator(seed, step, "flip"))
+            images = mirror(images, micro_batch.rows(u).to(images))
+        C, f = self.vae.config.latent_channels, self.vae.config.factor
+        shape = (batch_size, C, images.shape[2] // f, images.shape[3] // f)
+        noise = torch.randn(shape, generator=generator(seed, step, "posterior"))
+        return images, micro_batch.rows(noise).to(images)
+
+    def _update_logvar(self, logvar: Learner, distance: Tensor, micro_batch: MicroBatch) -> Metrics:
+        """Step the output scale down the reconstruction's nats; the VAE gets no gradient."""
+        nats = logvar.forward_model(distance)
+        metrics = {"pixel_nats": nats, "logvar": self.output_scale.logvar.detach().clone()}
+        return metrics | {"grad_norm_logvar": logvar.update(nats, micro_batch)}
 
     def _adversarial(
-        self, critic: Learner, reconstruction: Tensor, loss: Tensor
+        self, discriminator: Learner, reconstruction: Tensor, loss: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The VAE's adversarial loss () and its adaptive weight (); the critic stays as it is."""
-        critic.model.requires_grad_(False)
-        adversarial = -critic.model(reconstruction).mean()
-        critic.model.requires_grad_(True)
+        """The VAE's adversarial loss () and its adaptive weight ()."""
+        discriminator.model.requires_grad_(False)
+        adversarial = -discriminator.model(reconstruction).mean()
+        discriminator.model.requires_grad_(True)
         weight = adversarial_weight(
             loss,
             adversarial,
@@ -156,13 +142,26 @@ class VAETask:
         )
         return adversarial, weight
 
+    def _update_discriminator(
+        self, discriminator: Learner, reals: Tensor, fakes: Tensor, micro_batch: MicroBatch
+    ) -> Metrics:
+        """Step the discriminator on images and detached reconstructions, in one forward pass."""
+        real, fake = discriminator.forward_model(torch.cat([reals, fakes])).chunk(2)
+        disc_loss = hinge_loss(real, fake)
+        return {
+            "disc_loss": disc_loss,
+            "disc_real": real.mean(),
+            "disc_fake": fake.mean(),
+            "grad_norm_disc": discriminator.update(disc_loss, micro_batch),
+        }
+
     def validate(self) -> Metrics:
-        """Nothing: the preview and the latent statistics check show what a VAE is worth."""
+        """No metrics: the preview and the latent statistics check show how good a VAE is."""
         return {}
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:
-        """Images above what the EMA network makes of them."""
+        """Draw images above their reconstructions by the EMA network."""
         images = to_floats(self.preview_images.to(self.run.device))
         decoded = self.ema.decode(self.ema.encode(images).mean)
         rows = torch.cat([images[:8], decoded[:8], images[8:], decoded[8:]])
@@ -170,25 +169,25 @@ class VAETask:
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """The EMA network with its latents' statistics folded in, so that they are standard."""
+        """Write the EMA network, whose latents are standardised by its own convolutions."""
         config = self.config
         vae = VAE(self.vae.config).to(self.run.device)
         vae.load_state_dict(self.ema.state_dict())
         facts: dict[str, Any] = {"reconstruction": config.loss.reconstruction}
         if self.logvar is not None:
-            facts["logvar"] = self.scale.logvar.item()
-        if self.critic is not None:
-            judged = (example["image"] for example in self.dataset.some_examples(64))
-            facts |= discriminator_scores(vae, self.critic.model, judged)
+            facts["logvar"] = self.output_scale.logvar.item()
+        if self.discriminator is not None:
+            images = (example["image"] for example in self.dataset.some_examples(64))
+            facts |= discriminator_scores(vae, self.discriminator.model, images)
         if not config.decoder_only:  # whose latents are those of `init`
-            measured = (example["image"] for example in self.dataset.some_examples(2048))
-            vae.fold_latent_statistics(*latent_statistics(vae, measured))
+            images = (example["image"] for example in self.dataset.some_examples(2048))
+            vae.fold_latent_statistics(*latent_statistics(vae, images))
         vae.save_pretrained(folder)
         save_json(facts, folder / TRAINING)
 
 
 def new_vae(config: TrainVAE) -> VAE:
-    """The network that training begins with.
+    """The initial network.
 
     Raises ValueError where `init` cannot be read, or `vae` asks for another network.
     """
@@ -203,5 +202,5 @@ def new_vae(config: TrainVAE) -> VAE:
 
 
 def mirror(images: Tensor, u: Tensor) -> Tensor:
-    """Mirror the images (B, C, H, W) whose number u (B,), uniform in [0, 1), is below a half."""
+    """Mirror the images (B, C, H, W) whose u (B,), uniform in [0, 1), is below a half."""
     return torch.where((u < 0.5)[:, None, None, None], images.flip(-1), images)

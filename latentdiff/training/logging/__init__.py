@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, log.jsonl, trackers, loss.png and report.html."""
+"""Logging of a run: metrics, log.jsonl, trackers, loss.png and report.html."""

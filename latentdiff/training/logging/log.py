@@ -1,4 +1,4 @@
-"""`log.jsonl`: one JSON object a logged step; what a crash left after the checkpoint goes."""
+"""`log.jsonl`: one JSON object per line and logged step."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Log:
-    """The log of a run that goes on from step `start`."""
+    """The log of a run that resumes from step `start`; lines of later steps are cut off."""
 
     def __init__(self, path: Path, start: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

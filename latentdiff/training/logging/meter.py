@@ -1,4 +1,4 @@
-"""Meter: what a run measures of itself between two records of its log."""
+"""Meter: metrics and throughput between two records of the log."""
 
 import resource
 import sys
@@ -17,12 +17,12 @@ Metrics = dict[str, Tensor]
 
 
 class Meter:
-    """Means of metrics from one log to the next, of all processes, and where the time went.
+    """Averages metrics over steps and processes from one record to the next, and measures time.
 
     A record has `step`, each metric's mean over the steps whose gradient was finite, `skipped`
-    (the number of the others), `learning_rate`, `samples_per_second`, `data_wait` (the share of
-    the time in which this process waited for data) and `memory` (this process's peak, in bytes, of
-    the accelerator if there is one).
+    (the number of the other steps), `learning_rate`, `samples_per_second`, `data_wait` (the
+    fraction of the time in which this process waited for data) and `memory` (this process's peak in
+    bytes: of the GPU, or else of host memory).
     """
 
     def __init__(
@@ -39,34 +39,34 @@ class Meter:
         self._begin(start)
 
     def _begin(self, step: int) -> None:
-        self.since = step
+        self.start = step
         self.sums: Metrics = {}
         self.counts = Counter[str]()
         self.waited = 0.0
         self.clock = time.perf_counter()
 
     def add(self, metrics: Metrics) -> None:
-        """Count one step. Sums stay on the device: reading one would wait for it in every step."""
+        """Add a step's metrics. Sums stay on the device, for which the host would else wait."""
         skipped = torch.stack([learner.skipped for learner in self.learners.values()]).amax()
         for name, value in metrics.items():
-            kept = torch.where(skipped > 0, 0.0, value)
-            self.sums[name] = self.sums.get(name, 0) + kept
+            summand = torch.where(skipped > 0, 0.0, value)
+            self.sums[name] = self.sums.get(name, 0) + summand
             self.counts[name] += 1
         self.sums["skipped"] = self.sums.get("skipped", 0) + skipped
 
     def read(self, done: int) -> dict[str, float] | None:
-        """The record of the steps since the last; None, and later one of more, if all were bad.
+        """The record of the steps since the last one; every process must call it.
 
-        Every process must call it.
+        It is None if all of them were skipped; the next record then covers these steps as well.
         """
         sums = self.accelerator.reduce(self.sums, "mean")
         assert isinstance(sums, dict)
         skipped = round(float(sums.pop("skipped")))
-        steps = done - self.since
+        steps = done - self.start
         if skipped == steps:
             return None
         record: dict[str, float] = {"step": done}
-        # Some metrics begin amid a run, such as those of a discriminator.
+        # Some metrics begin in the middle of a run, such as those of a discriminator.
         counts = {name: max(1, self.counts[name] - skipped) for name in sums}
         record |= {name: float(value) / counts[name] for name, value in sums.items()}
         learner = next(iter(self.learners.values()))
@@ -81,21 +81,21 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in which training waits for data."""
+        """Count the time in this context as waiting for data."""
         before = time.perf_counter()
         yield
         self.waited += time.perf_counter() - before
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training's."""
+        """Leave the time in this context out of the throughput."""
         before = time.perf_counter()
         yield
         self.clock += time.perf_counter() - before
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory, in bytes, that this process has had: on the GPU, or else in all."""
+    """The peak memory of this process in bytes: on its GPU, or else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The loss curve of a run folder as an image."""
+"""loss.png: the loss curve of a run."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 
 
 def plot_log(log: Path, out: Path) -> None:
-    """Draw the loss of `log.jsonl` over the steps, raw and smoothed, as a PNG."""
-    from matplotlib.figure import Figure  # here: it takes half a second that a resume can spare
+    """Plot the losses in `log.jsonl` over the steps, raw and smoothed, as a PNG."""
+    from matplotlib.figure import Figure  # here: the import takes half a second
 
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     records = [record for record in lines if "loss" in record]

@@ -1,4 +1,4 @@
-"""report.html: a run folder as one page that opens offline, without a script or a second file."""
+"""report.html: a run folder as one page that opens offline, without scripts or other files."""
 
 import base64
 import contextlib
@@ -16,11 +16,12 @@ import numpy as np
 
 from latentdiff.formats.weights import load_json, replacing
 
-PREVIEWS = 6  # of all that a run leaves, evenly spaced and with the newest; each weighs its bytes
+MAX_PREVIEWS = 6  # evenly spaced, the newest among them: the page contains their bytes
 DATA = "data.json"
-FEW = 30  # points that a curve shows one by one
+MAX_MARKERS = 30  # a curve with more points is drawn without markers
 VAL_LOSS = "val_loss"
-FROM_ZERO = ("samples_per_second", "data_wait", "memory", "skipped")  # else chance looks like much
+# Their axes start at 0, for on a tight axis noise looks like a change.
+ZERO_BASED = ("samples_per_second", "data_wait", "memory", "skipped")
 GIB = 2**30
 LIBRARIES = ("torch", "accelerate", "transformers", "datasets", "safetensors", "numpy", "pillow")
 
@@ -42,7 +43,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }
 
 
 def write_data(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write data.json, what the report says of the data: numbers by name, in their order."""
+    """Write data.json: the summary of the data that the report shows."""
     with replacing(folder / DATA) as temporary:
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         temporary.write_text(f"{text}\n", encoding="utf-8")
@@ -51,33 +52,33 @@ def write_data(folder: Path, summary: Mapping[str, Any]) -> None:
 def write_report(folder: Path) -> None:
     """Write `report.html` of a run folder: curves, preview grids, data, configuration, versions.
 
-    From log.jsonl, previews/, data.json (what `fit` was told of the data) and config.yaml; what is
-    not there is left out. The page replaces an earlier one as a whole.
+    It reads log.jsonl, previews/, data.json (the task's `data_summary`) and config.yaml, and leaves
+    out what is not there. The page replaces an earlier one atomically.
     """
     log = folder / "log.jsonl"
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
     records = [json.loads(line) for line in text.splitlines()]
     title = html.escape(folder.resolve().name)
-    parts = [f"<h1>{title}</h1>", _subtitle(records)]
+    sections = [f"<h1>{title}</h1>", _subtitle(records)]
     if records:
-        parts += ["<h2>Curves</h2>", f"<figure>{_curves(records)}</figure>"]
+        sections += ["<h2>Curves</h2>", f"<figure>{_curves(records)}</figure>"]
     if any(VAL_LOSS in record for record in records):
-        parts += ["<h2>Validation loss by t</h2>", f"<figure>{_val_loss(records)}</figure>"]
+        sections += ["<h2>Validation loss by t</h2>", f"<figure>{_val_loss(records)}</figure>"]
     if records:
-        parts += ["<h2>Numbers</h2>", _table(records)]
+        sections += ["<h2>Numbers</h2>", _table(records)]
     if grids := _grids(folder / "previews"):
-        parts += ["<h2>Previews</h2>", f'<div class="grids">{"".join(grids)}</div>']
+        sections += ["<h2>Previews</h2>", f'<div class="grids">{"".join(grids)}</div>']
     if (folder / DATA).is_file():
-        parts += ["<h2>Data</h2>", *_data(load_json(folder / DATA))]
+        sections += ["<h2>Data</h2>", *_data(load_json(folder / DATA))]
     config = folder / "config.yaml"
     if config.is_file():
         content = html.escape(config.read_text(encoding="utf-8"))
-        parts += ["<h2>Configuration</h2>", f"<pre>{content}</pre>"]
-    parts += ["<h2>Versions</h2>", _rows(_versions())]
+        sections += ["<h2>Configuration</h2>", f"<pre>{content}</pre>"]
+    sections += ["<h2>Versions</h2>", _rows(_versions())]
     page = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n'
-        + "\n".join(parts)
+        + "\n".join(sections)
         + "\n</html>\n"
     )
     with replacing(folder / "report.html") as temporary:
@@ -90,8 +91,8 @@ def _subtitle(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:
-    """Every logged number over the steps but the validation loss, as one SVG."""
-    from matplotlib.figure import Figure  # here: it takes half a second that a resume can spare
+    """One SVG with a curve of every logged number but the validation loss."""
+    from matplotlib.figure import Figure  # here: the import takes half a second
 
     names = [name for name in _names(records) if not name.startswith(VAL_LOSS)]
     rows = (len(names) + 1) // 2
@@ -99,7 +100,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
     for axes, name in zip(figure.subplots(rows, 2, squeeze=False).flat, names, strict=False):
         _draw(axes, *_series(records, name))
         axes.set_title(_title(name), fontsize=10)
-        if name in FROM_ZERO:
+        if name in ZERO_BASED:
             axes.set_ylim(0, 1.1 * max(*_series(records, name)[1], 1e-9))
     for axes in figure.axes[len(names) :]:
         axes.remove()
@@ -107,7 +108,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _val_loss(records: Sequence[Mapping[str, Any]]) -> str:
-    """The validation loss of all bins of t in one SVG: little noise is dark, much is light."""
+    """One SVG with the validation loss of each bin of t, dark at low noise and light at high."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -129,8 +130,8 @@ def _val_loss(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _draw(axes: Any, steps: list[float], values: list[float], **style: Any) -> None:
-    few = {"marker": "o", "markersize": 3} if len(steps) <= FEW else {}
-    axes.plot(steps, values, linewidth=1, **few, **style)
+    markers = {"marker": "o", "markersize": 3} if len(steps) <= MAX_MARKERS else {}
+    axes.plot(steps, values, linewidth=1, **markers, **style)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
 
@@ -142,7 +143,7 @@ def _svg(figure: Any) -> str:
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
-    """First, least and last value of every number."""
+    """A table of the first, least and last value of every logged number."""
     rows = []
     for name in _names(records):
         _, values = _series(records, name)
@@ -153,12 +154,12 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _names(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = dict.fromkeys(name for record in records for name in record)
-    return [name for name in found if name != "step" and _series(records, name)[0]]
+    names = dict.fromkeys(name for record in records for name in record)
+    return [name for name in names if name != "step" and _series(records, name)[0]]
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a number, in the unit that its title names."""
+    """Steps and values of a logged number, in the unit of its title."""
     unit = GIB if name == "memory" else 1
     pairs = [(r["step"], r[name] / unit) for r in records if isinstance(r.get(name), int | float)]
     return [step for step, _ in pairs], [value for _, value in pairs]
@@ -169,36 +170,36 @@ def _title(name: str) -> str:
 
 
 def _data(summary: Mapping[str, Any]) -> list[str]:
-    """What a run is trained on: a table and, last, captions."""
+    """The summary of the data in HTML: tables, then some captions."""
     plain = {name: value for name, value in summary.items() if name not in ("captions", "check")}
-    parts = [_rows(plain)]
+    sections = [_rows(plain)]
     if summary.get("check"):
-        parts += ["<h3>As <code>latentdiff data check</code> found it</h3>"]
-        parts += [_rows(summary["check"])]
+        sections += ["<h3>As <code>latentdiff data check</code> found it</h3>"]
+        sections += [_rows(summary["check"])]
     if summary.get("captions"):
         items = "".join(f"<li>{html.escape(text)}</li>" for text in summary["captions"])
-        parts += ["<h3>Some captions</h3>", f"<ul>{items}</ul>"]
-    return parts
+        sections += ["<h3>Some captions</h3>", f"<ul>{items}</ul>"]
+    return sections
 
 
 def _rows(values: Mapping[str, Any]) -> str:
-    """A table of names and what is not empty of them."""
+    """A table of names and values, without those that are empty."""
     rows = []
     for name, value in values.items():
         if value not in (None, "", {}, []):
-            cells = (html.escape(name.replace("_", " ")), html.escape(_said(value)))
+            cells = (html.escape(name.replace("_", " ")), html.escape(_as_text(value)))
             rows.append(f"<tr><td>{cells[0]}</td><td>{cells[1]}</td></tr>")
     return f'<table class="rows">{"".join(rows)}</table>'
 
 
-def _said(value: Any) -> str:
-    """A value of a summary in words."""
+def _as_text(value: Any) -> str:
+    """A value of a summary as text."""
     if isinstance(value, Mapping):
         if {"min", "median", "max"} <= value.keys():
             return f"{value['min']:g} to {value['max']:g}, median {value['median']:g}"
-        return "; ".join(f"{name}: {_said(part)}" for name, part in value.items() if part)
+        return "; ".join(f"{name}: {_as_text(item)}" for name, item in value.items() if item)
     if isinstance(value, list):
-        return ", ".join(map(_said, value))
+        return ", ".join(map(_as_text, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -217,7 +218,7 @@ def _versions() -> dict[str, str]:
 
 def _grids(folder: Path) -> list[str]:
     paths = sorted(folder.glob("*.png"))
-    count = min(len(paths), PREVIEWS)
+    count = min(len(paths), MAX_PREVIEWS)
     shown = [paths[len(paths) - 1 - i * len(paths) // count] for i in reversed(range(count))]
     return [
         f'<figure><img alt="previews of {html.escape(path.stem)}" '

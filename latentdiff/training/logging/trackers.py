@@ -1,4 +1,4 @@
-"""Trackers: tensorboard, wandb and trackio get what log.jsonl gets, and never end a training."""
+"""Trackers: tensorboard, wandb and trackio log what log.jsonl does; a failing one stops no run."""
 
 import os
 import uuid
@@ -25,30 +25,30 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker(GeneralTracker):
-    """One of accelerate's trackers; when it fails, it is switched off with one warning.
+    """Wraps one of accelerate's trackers, and switches it off with a warning when it fails.
 
-    It is given to `Accelerator(log_with=...)`, which calls the rest.
+    It is passed to `Accelerator(log_with=...)`, which calls its methods.
     """
 
     requires_logging_directory = False
 
     def __init__(self, name: TrackerName, folder: Path) -> None:
-        """`folder` is for what the tracker writes."""
+        """`folder` receives the tracker's files."""
         self.name = name
         self.folder = folder
         self._make = _MAKERS[name]
         self.resumed_at = 0
-        """The step that the run goes on from, known only when it starts."""
+        """The step that the run resumes from, which is known only when it starts."""
         self._inner: GeneralTracker | None = None
         super().__init__()
 
     @property
     def tracker(self) -> Any:
-        """What is inside accelerate's tracker, or None when this one is off."""
+        """The object inside accelerate's tracker, or None when this tracker is off."""
         return None if self._inner is None else self._inner.tracker  # pyright: ignore[reportAttributeAccessIssue]
 
     def start(self) -> None:
-        """Begin, or go on with what is in the folder."""
+        """Start the tracker, or resume from what is in its folder."""
         with self._guarded():
             self.folder.mkdir(parents=True, exist_ok=True)
             inner = self._make(self.folder, self.resumed_at)
@@ -60,7 +60,7 @@ class Tracker(GeneralTracker):
         if self._inner is None:
             return
         with self._guarded():
-            if self.name == "tensorboard":  # accelerate would write a folder at each start for it
+            if self.name == "tensorboard":  # accelerate would write one more folder at each start
                 code = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
                 text = "".join(f"    {line}\n" for line in code.splitlines())
                 self._inner.log({"configuration": text}, step=self.resumed_at)
@@ -68,7 +68,7 @@ class Tracker(GeneralTracker):
                 self._inner.store_init_configuration(values)
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log numbers by name."""
+        """Log scalars by name."""
         if self._inner is not None:
             with self._guarded():
                 self._inner.log(dict(values), step=step, **kwargs)
@@ -89,7 +89,7 @@ class Tracker(GeneralTracker):
                 self._inner.log_images({"preview": pixels}, step=step, **layout)  # pyright: ignore[reportAttributeAccessIssue]
 
     def finish(self) -> None:
-        """End what was begun, if it has not ended."""
+        """Finish the tracker, if it is on."""
         if self._inner is not None:
             with self._guarded():
                 self._inner.finish()
@@ -99,7 +99,7 @@ class Tracker(GeneralTracker):
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except (Exception, SystemExit) as error:  # some end the process when they are at a loss
+        except (Exception, SystemExit) as error:  # some trackers call sys.exit
             self._inner = None
             warnings.warn(
                 f"report_to={self.name} is switched off, and training goes on without it: "
@@ -109,7 +109,7 @@ class Tracker(GeneralTracker):
 
 
 def make_trackers(names: Sequence[TrackerName], folder: Path) -> list[Tracker]:
-    """The trackers for `Accelerator(log_with=...)`; nothing is written or asked for yet.
+    """The trackers for `Accelerator(log_with=...)`, which are not started yet.
 
     Raises ValueError, naming option and package, for one that is not installed.
     """
@@ -124,7 +124,7 @@ def make_trackers(names: Sequence[TrackerName], folder: Path) -> list[Tracker]:
 
 @contextmanager
 def finishing(accelerator: Accelerator) -> Iterator[None]:
-    """Finish the trackers in any case: one that is left open would go on with the next run."""
+    """Finish the trackers on the way out, in any case: an open one would log the next run too."""
     try:
         yield
     finally:
@@ -133,7 +133,7 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
 
 
 def start_trackers(accelerator: Accelerator, configuration: Mapping[str, Any], start: int) -> None:
-    """Start them for a run that begins at step `start`."""
+    """Start the accelerator's trackers for a run that resumes from step `start`."""
     for tracker in accelerator.log_with:
         if isinstance(tracker, Tracker):
             tracker.resumed_at = start
@@ -141,29 +141,29 @@ def start_trackers(accelerator: Accelerator, configuration: Mapping[str, Any], s
 
 
 def track_image(accelerator: Accelerator, path: Path, step: int) -> None:
-    """Log an image with all trackers; the first process has them, the others none."""
+    """Log an image with all trackers, which only the main process has."""
     for tracker in accelerator.trackers:
         if isinstance(tracker, Tracker):
             tracker.log_image(path, step)
 
 
 def _tensorboard(folder: Path, resumed_at: int) -> GeneralTracker:
-    # Hides what a run that was cut off has logged after the step that this one goes on from.
+    # purge_step hides what a killed run has logged after the step that this one resumes from.
     return TensorBoardTracker(folder.name, folder.parent, purge_step=resumed_at + 1)
 
 
 def _wandb(folder: Path, resumed_at: int) -> GeneralTracker:
-    # A run of theirs goes on if it has the same identity, and passes over steps that it has.
-    identity = folder / "id"
-    if not identity.is_file() or not resumed_at:
-        identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    # wandb resumes the run of the same id, and ignores steps that it already has.
+    id_file = folder / "id"
+    if not id_file.is_file() or not resumed_at:
+        id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     name = folder.resolve().parents[1].name
-    run = identity.read_text(encoding="utf-8")
+    run = id_file.read_text(encoding="utf-8")
     return WandBTracker(PROJECT, name=name, id=run, resume="allow", dir=str(folder))
 
 
 def _trackio(folder: Path, resumed_at: int) -> GeneralTracker:
-    # Read when the library is imported, which its tracker does.
+    # trackio reads it when it is imported, which TrackioTracker does.
     os.environ["TRACKIO_DIR"] = str(folder.resolve())
     name = folder.resolve().parents[1].name
     resume = "allow" if resumed_at else "never"

@@ -1,0 +1,92 @@
+"""The configuration of a training script as planning reads it: a YAML file, not a dataclass.
+
+Its values are checked as far as a plan needs them; the script itself checks all of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latentdiff.models.clip import CLIPSize
+from latentdiff.models.dit import DiTConfig
+from latentdiff.models.unet import UNetConfig
+from latentdiff.models.vae import VAEConfig
+from latentdiff.options import former_names
+from latentdiff.tasks.clip.config import TrainCLIP
+from latentdiff.tasks.denoiser.config import TrainUNet
+from latentdiff.tasks.vae.config import TrainVAE
+
+NetworkConfig = UNetConfig | DiTConfig | VAEConfig | CLIPSize
+NETWORKS: Mapping[str, type[NetworkConfig]] = {
+    "dit": DiTConfig,
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "clip": CLIPSize,
+}
+# Keys in which the defaults of a script differ from those of its network's class.
+REQUIRED = {
+    "dit": (),
+    "unet": ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block"),
+    "vae": ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention"),
+    "clip": tuple(field.name for field in fields(CLIPSize)),
+}
+RENAMED = former_names(TrainUNet) | former_names(TrainVAE) | former_names(TrainCLIP)
+
+
+def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a configuration file, with what is not None of `overrides` in their place.
+
+    Raises ValueError for a file that is no configuration, or has the former name of an option.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must be a YAML mapping, such as a training script reads")
+    for name in settings:
+        if name in RENAMED:
+            raise ValueError(f"{path}: {name} is named {RENAMED[name]} now")
+    settings |= {key: value for key, value in overrides.items() if value is not None}
+    return settings
+
+
+def positive_int(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """The setting's value; ValueError if it is missing and has no default, or is something else."""
+    value = settings.get(key, default)
+    if value is None:
+        raise ValueError(f"{key} is missing; give it in the configuration or as --{key}")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key}={value!r} must be a whole number of at least 1")
+    return value
+
+
+def network_config(settings: Mapping[str, Any]) -> tuple[str, NetworkConfig]:
+    """Which network is trained, "dit", "unet", "vae" or "clip", and its configuration.
+
+    Raises ValueError, naming the key, if there is not just one, or if it lacks a key or has an
+    unknown one.
+    """
+    kinds = [kind for kind in NETWORKS if isinstance(settings.get(kind), dict)]
+    if kinds == ["dit", "unet"]:  # the script trains the DiT then, and has keys of both
+        kinds = ["dit"]
+    if len(kinds) != 1:
+        raise ValueError(
+            "the configuration must have one of unet, dit, vae and clip with the network's keys; "
+            "a training script with --print_config writes all"
+        )
+    kind = kinds[0]
+    values = settings[kind]
+    missing = [key for key in REQUIRED[kind] if key not in values]
+    if missing:
+        raise ValueError(
+            f"{kind}.{missing[0]} is missing; a training script with --print_config writes all"
+        )
+    known = [field.name for field in fields(NETWORKS[kind])]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{kind}.{key} is unknown; {kind} has {', '.join(known)}")
+    return kind, NETWORKS[kind](**values)
