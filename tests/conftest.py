@@ -13,6 +13,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 import gc
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,8 @@ os.fsync = lambda _: None  # a test's files need not survive the machine; a flus
 gc.disable()  # the million objects that imports make stay: walking them takes half of collection
 
 
+QUICK_CASES = 3
+"""Of each parametrized test so many cases are quick; the others are marked exhaustive."""
 ROWS = pytest.StashKey[list[Row]]()
 
 
@@ -54,7 +57,14 @@ def measured(request: pytest.FixtureRequest) -> Measured:
     return lambda *row: request.config.stash[ROWS].append(Row(*row))
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are selected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases = Counter[str]()
+    for item in items:
+        law = item.nodeid.partition("[")[0]
+        cases[law] += 1
+        if cases[law] > QUICK_CASES:
+            item.add_marker(pytest.mark.exhaustive)
     if torch.cuda.is_available():
         return
     for item in items:

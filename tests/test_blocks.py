@@ -79,6 +79,7 @@ def test_checkpointed_gradients_have_the_same_bits(make, mixed: bool) -> None:
     assert blocks(other)
 
 
+@pytest.mark.exhaustive
 def test_checkpointing_saves_fewer_activations() -> None:
     def loss(model, frozen, n: int) -> Tensor:
         return model(

@@ -85,6 +85,7 @@ def sd15() -> dict[str, Any]:
     return yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
 
 
+@pytest.mark.exhaustive
 def test_the_memory_of_a_network_is_that_of_its_tensors() -> None:
     plan = make_plan(unet(32, 2, 32), device=ANY, gpu=False)
     network = make_workload(unet(32, 2, 32)).model()
@@ -174,6 +175,7 @@ def test_a_sharded_network_is_divided_by_the_processes() -> None:
     assert eight.step_peak < two.step_peak
 
 
+@pytest.mark.exhaustive
 def test_zero_partitions_the_moments_and_in_stage_2_the_gradients() -> None:
     workload = make_workload(vae(16, 1, 8))
     full, first, second = (
@@ -187,6 +189,7 @@ def test_zero_partitions_the_moments_and_in_stage_2_the_gradients() -> None:
     assert second.step_peak < full.step_peak
 
 
+@pytest.mark.exhaustive
 def test_each_average_is_one_more_in_memory_and_on_disk() -> None:
     settings = {**vae(16, 2, 32), "ema_lengths": [0.05, 0.1]}
     one, three = (make_plan(s, device=ANY, gpu=True) for s in (vae(16, 2, 32), settings))
@@ -204,6 +207,7 @@ def test_each_view_of_an_image_is_cached() -> None:
     assert six == 6 * one
 
 
+@pytest.mark.exhaustive
 def test_accumulation_changes_no_arithmetic() -> None:
     plans = [{**vae(16, 8, 32), "gradient_accumulation_steps": steps} for steps in (1, 4)]
     one, four = (make_plan(settings, device=ANY, gpu=False) for settings in plans)
@@ -224,6 +228,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     assert make_plan(vae(16, 1, 32), device=ANY, gpu=False, memory=1e6).max_micro_batch_size == 0
 
 
+@pytest.mark.exhaustive
 def test_twice_the_processes_take_half_the_time() -> None:
     one, two = (make_plan(clip(4), device=ANY, gpu=True, processes=n) for n in (1, 2))
     assert two.images_per_second == pytest.approx(2 * one.images_per_second, rel=0.01)
