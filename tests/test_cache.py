@@ -160,11 +160,11 @@ def test_several_processes_write_what_one_writes(tmp_path: Path, images: Caption
     barrier = Barrier(3)
 
     def process(rank: int) -> None:
-        def together(act: Callable[[], None]) -> None:
+        def on_all(act: Callable[[], None]) -> None:
             act()
             barrier.wait()
 
-        options = {"rank": rank, "world_size": 3, "together": together}
+        options = {"rank": rank, "world_size": 3, "on_all": on_all}
         write(tmp_path / "three", images, network, chunk_size=2, **options)
 
     with ThreadPoolExecutor(3) as pool:
@@ -287,14 +287,14 @@ def test_caches_of_older_versions_are_refused(tmp_path: Path, images: CaptionedI
 
 
 def test_two_writers_in_one_folder_are_refused(tmp_path: Path, images: CaptionedImages) -> None:
-    def together(act: Callable[[], None]) -> None:
+    def on_all(act: Callable[[], None]) -> None:
         act()  # takes the folder
         with pytest.raises(ValueError, match="is being written by another process"):
             write(tmp_path, images)
         raise Cut
 
     with pytest.raises(Cut):
-        write(tmp_path, images, together=together)
+        write(tmp_path, images, on_all=on_all)
 
 
 def test_bad_images_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def main() -> None:
         chunk_size=config.chunk_size,
         rank=processes.rank,
         world_size=processes.count,
-        together=processes.on_all,
+        on_all=processes.on_all,
         check=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=refuse),
     )
     if accelerator.is_main_process:

@@ -1,1 +1,1 @@
-"""Captioned images: data sets that build themselves offline, and their way into tensors."""
+"""Captioned images: reading and checking data sets, batches, latent caches, generated data sets."""

@@ -1,4 +1,4 @@
-"""Samples that are known to be bad: the list that `latentdiff data check` writes, and counts."""
+"""Reads the list of bad samples that `latentdiff data check` writes, and words their counts."""
 
 import json
 from collections.abc import Mapping
@@ -7,17 +7,20 @@ from pathlib import Path
 from latentdiff.data.config import DataConfig
 
 BAD_SAMPLES = "bad_samples.jsonl"  # what `latentdiff data check` writes
-DUPLICATE = "duplicate name"  # the reason of a row whose image an earlier row has
+DUPLICATE = "duplicate name"  # the reason of a row that names the same image as an earlier row
 
 
 class ListedBadSamples:
-    """Looks up names, one after the other, in a list of bad samples."""
+    """Looks up the names of samples, in the order of the data, in a list of bad samples."""
 
     def __init__(self, reasons: Mapping[str, str]) -> None:
         self.reasons, self._seen = reasons, set[str]()
 
     def reason(self, name: str) -> str | None:
-        """Why the next sample, of this name, is bad; of a duplicate name the first is good."""
+        """Return why the next sample, called `name`, is bad, or None for a good sample.
+
+        Where several samples share a name listed as DUPLICATE, the first of them is good.
+        """
         reason = self.reasons.get(name)
         if reason == DUPLICATE and name not in self._seen:
             self._seen.add(name)
@@ -26,7 +29,10 @@ class ListedBadSamples:
 
 
 def read_bad_samples(config: DataConfig) -> dict[str, str]:
-    """Names and reasons of what `latentdiff data check` found. Raises ValueError when broken."""
+    """Read the bad samples that `latentdiff data check` found: their names and reasons.
+
+    Without a list the result is empty. Raises ValueError for a list that cannot be read.
+    """
     path = config.bad_samples
     if path is None:
         path = Path(config.location()) / BAD_SAMPLES
@@ -44,6 +50,6 @@ def read_bad_samples(config: DataConfig) -> dict[str, str]:
 
 
 def breakdown(reasons: Mapping[str, int]) -> str:
-    """Counts by reason, the most frequent first, in words."""
+    """Format counts by reason, the most frequent first: "3 cannot be decoded, 1 too small"."""
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {reason}" for reason, count in ordered)

@@ -1,4 +1,4 @@
-"""Which examples make up which training step: a function of (seed, step), without state."""
+"""The data order: the examples of a training step are a function of (seed, step), without state."""
 
 import signal
 from bisect import bisect_right
@@ -11,17 +11,18 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class SampleOrder:
-    """`order(step)` is the examples of a step, all of one bucket; any step is as quick as the next.
+    """`order(step)` gives the indices of a step's examples, which all come from one bucket.
 
-    A bucket goes through one shuffled epoch of its examples after the other, and batches run on
-    across the end of an epoch, so every example of it comes up equally often and none is dropped.
-    After e epochs a bucket of n examples has had floor(e n / batch_size) batches: over the epochs
-    the examples of all buckets come up equally often, also those of a bucket that is smaller than
-    a batch. In what order an epoch's batches are of which bucket is drawn anew for each.
+    Any step can be computed without the steps before it. Each bucket shuffles its examples anew in
+    each of its epochs, and its batches continue across the end of an epoch, so that every example
+    comes up equally often and none is dropped. After e epochs a bucket of n examples has had
+    floor(e n / batch_size) batches, so that over the epochs all examples come up equally often,
+    even those of a bucket that is smaller than a batch. Each epoch shuffles the order in which the
+    buckets take turns.
     """
 
     def __init__(self, buckets: np.ndarray, *, batch_size: int, seed: int) -> None:
-        """`buckets` (N,): the number of each example's bucket. Raises ValueError without any."""
+        """Take the bucket index of each example, (N,). Raises ValueError when N is 0."""
         if len(buckets) == 0:
             raise ValueError("the data set is empty")
         _, labels, counts = np.unique(buckets, return_inverse=True, return_counts=True)
@@ -29,12 +30,12 @@ class SampleOrder:
         self.members = np.split(by_bucket, np.cumsum(counts)[:-1])
         self.counts = counts.astype(object)  # Python's integers, which never overflow
         self.batch_size, self.seed = batch_size, seed
-        # Of a small bucket one batch may span many epochs, of a large one two.
+        # A batch of a small bucket may span many of its epochs, a batch of a large bucket two.
         self._order = lru_cache(maxsize=2 * len(counts) + 2)(self._shuffled)
         self._labels = lru_cache(maxsize=2)(self._shuffled_labels)
 
     def __call__(self, step: int) -> list[int]:
-        """The indices of a step's examples."""
+        """Return the indices of the step's examples."""
         # The epoch is the first whose end is after the step.
         low = step * self.batch_size // sum(self.counts)
         high = low + len(self.counts) * self.batch_size // sum(self.counts) + 2
@@ -51,25 +52,25 @@ class SampleOrder:
         ]
 
     def _batches(self, epoch: int) -> list[int]:
-        """How many batches each bucket has had when an epoch begins."""
+        """Count the batches that each bucket has had before an epoch begins."""
         return [epoch * count // self.batch_size for count in self.counts]
 
     def _shuffled_labels(self, epoch: int) -> np.ndarray:
-        """The bucket of each batch of an epoch."""
+        """Return the bucket index of each batch of an epoch, shuffled."""
         pairs = zip(self._batches(epoch), self._batches(epoch + 1), strict=True)
         each = [after - before for before, after in pairs]
         labels = np.repeat(np.arange(len(each)), each)
         return np.random.default_rng([self.seed, epoch, len(each)]).permutation(labels)
 
     def _shuffled(self, bucket: int, epoch: int) -> np.ndarray:
-        """A bucket's examples in the order of one of its own epochs."""
+        """Return a bucket's examples, shuffled for one of its own epochs."""
         key = [self.seed, epoch, bucket] if bucket else [self.seed, epoch]
         order = np.random.default_rng(key).permutation(len(self.members[bucket]))
         return self.members[bucket][order]
 
 
 def check_batch(batch_size: int, num_samples: int) -> None:
-    """Raise ValueError when there are fewer examples than one step takes, of all processes."""
+    """Raise ValueError when there are fewer examples than one step of all processes takes."""
     if batch_size > num_samples:
         raise ValueError(
             f"batch_size={batch_size} must be at most {num_samples}, the number of examples in "
@@ -92,11 +93,11 @@ def batches(
     buckets: np.ndarray | None = None,
     variants: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[Any]:
-    """This process's rows of the batches of steps `start` … `stop - 1`, prefetched by workers.
+    """Yield this process's rows of the batches of steps `start` … `stop - 1`.
 
-    `buckets` (N,) are the examples' if they are not all of one size. With `variants`, which
-    gives the variant of each example of a step, the data set is asked for pairs
-    (example, variant).
+    Worker processes prefetch them. `buckets` (N,) holds the bucket index of each example, where
+    their sizes differ. `variants(step)` gives the variant (crop and flip) of each example of a
+    step; with it the data set is indexed by pairs (example, variant).
     """
     if buckets is None:
         buckets = np.zeros(num_samples, dtype=np.int8)
@@ -121,20 +122,24 @@ def batches(
 
 
 def local_rows(rows: Any, rank: int, world_size: int) -> Any:
-    """The rows of a global batch (a sequence, or a tensor's first axis) that are one process's."""
+    """Return one process's rows of a global batch, a sequence or a tensor with the batch first."""
     size = len(rows) // world_size
     return rows[rank * size : (rank + 1) * size]
 
 
 def outlive_signals(worker: int) -> None:
-    """A batch system sends its signals to workers too, which the main process needs to the end."""
+    """Ignore the signals of a batch system in a DataLoader worker.
+
+    The system sends them to all processes; the main process handles them, and needs its workers
+    until it has stopped.
+    """
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Batches:
-    """An iterable over freshly made id lists; DataLoader asks for something it can iterate anew."""
+    """Calls `ids` at each iteration, since a DataLoader may iterate its batch sampler again."""
 
     def __init__(self, ids: Callable[[], Iterator[list[Any]]]) -> None:
         self.ids = ids

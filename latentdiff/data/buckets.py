@@ -1,8 +1,8 @@
-"""Aspect-ratio buckets: the few sizes that images of all shapes are brought to.
+"""Aspect-ratio buckets: the few sizes to which images of all aspect ratios are scaled and cropped.
 
-One batch holds images of one size, and square crops of them all lose heads and feet; NovelAI's
-improvements on Stable Diffusion (2022) gave images a size near their own shape. Sizes here are
-(width, height) in pixels.
+All images of a batch have the same size, and square crops cut off heads and feet; NovelAI's
+improvements on Stable Diffusion (2022) crop each image to a size near its own aspect ratio. Sizes
+here are (width, height) in pixels.
 """
 
 import math
@@ -16,11 +16,11 @@ Size = tuple[int, int]
 
 @lru_cache
 def bucket_sizes(image_size: int, step: int, max_aspect: float) -> tuple[Size, ...]:
-    """The sizes, from the tallest to the widest; `step` 0 gives the square alone.
+    """Return the sizes of the buckets, from the tallest to the widest; `step` 0 gives the square.
 
-    Sides are multiples of `step`, areas at most image_size², and no side could be longer by a step:
-    an area lacks less than the shorter side times a step. The longer side is at most `max_aspect`
-    times the shorter one. `step` must divide `image_size`.
+    Sides are multiples of `step`, which must divide `image_size`. Areas are at most image_size²,
+    and lengthening either side by one step would exceed that. The longer side is at most
+    `max_aspect` times the shorter one.
     """
     if step == 0:
         return ((image_size, image_size),)
@@ -36,9 +36,11 @@ def bucket_sizes(image_size: int, step: int, max_aspect: float) -> tuple[Size, .
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> int:
-    """The bucket to which an image loses least; between two, the one with more pixels.
+    """Return the index of the bucket whose crop loses least of an image of this size.
 
-    Scaled to cover a bucket, it loses the fraction 1 - exp(-|log ratio - log ratio of the bucket|).
+    Of an image that is scaled to cover a bucket, the crop loses the fraction
+    1 - exp(-|log aspect ratio - log aspect ratio of the bucket|). Between two buckets that lose the
+    same, the one with more pixels is chosen.
     """
     ratio = math.log(size[0] / size[1])
 

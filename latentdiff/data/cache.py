@@ -1,14 +1,15 @@
-"""LatentCache: the posterior moments of every image, encoded once, read one by one afterwards.
+"""LatentCache: the posterior moments of every image, encoded once and then read one by one.
 
-Moments keep the VAE's randomness: each visit draws a new latent (LDM, section 3.1).
+Training samples a new latent from the moments each time (LDM, section 3.1).
 
-A cache folder, which `cache_writer.py` makes, holds
-- `moments-00012-64x48.npy`: the images of chunk 12 of the data that became 64 x 48 pixels,
-  (m, V, 2C, h, w) in float16 for V variants (crops and flips);
-- `index.npy`: for each sample its bucket, chunk and row, (N, 3) int32;
-- `samples.arrow`: for each sample its name and captions;
-- `left_out.jsonl`: what was bad, if anything was;
-- `header.json`: what it was made of, the sizes of the buckets, and how many samples; written last.
+A cache folder, which `cache_writer.py` writes, holds
+- `moments-00012-64x48.npy`: the moments of the m images of chunk 12 of the data that were cropped
+  to 64 x 48 pixels, (m, V, 2C, h, w) in float16 for V variants (crops and flips);
+- `index.npy`: the bucket, chunk and row of each sample, (N, 3) int32;
+- `samples.arrow`: the name and captions of each sample;
+- `left_out.jsonl`: the bad samples, if there are any;
+- `header.json`: fingerprints of the VAE and the data, the sizes of the buckets and the number of
+  samples; it is written last.
 """
 
 import hashlib
@@ -30,14 +31,14 @@ from latentdiff.formats.weights import load_json
 from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
 
-FORMAT = 3  # of a cache folder, and of how images are cropped; other caches are refused
+FORMAT = 3  # version of the files and of the cropping; caches of other versions are refused
 
 
 class LatentCache(Dataset[dict[str, Any]]):
     """Examples `{"moments": (2C, h, w) float32, "captions": [str, …]}` from a finished cache.
 
-    `cache[i]` is variant 0 of example i, and `cache[i, v]` variant v. Nothing is read before it
-    is asked for, and worker processes open the files anew, however they are started.
+    `cache[i]` is variant 0 of example i, and `cache[i, v]` variant v. Moments are read when they
+    are indexed, and worker processes open the files anew, whether they are forked or spawned.
     """
 
     header: dict[str, Any]
@@ -46,9 +47,9 @@ class LatentCache(Dataset[dict[str, Any]]):
     captions: Captions
 
     def __init__(self, folder: Path, *, vae: VAE | None = None) -> None:
-        """Open a cache and, with `vae`, make sure that it is the one that it was made with.
+        """Open a finished cache; with `vae`, check that this VAE made it.
 
-        Raises ValueError when the folder holds no finished cache, or one of another VAE.
+        Raises ValueError when the folder holds no finished cache, or another VAE's.
         """
         self.folder = folder
         self.header = read_cache_header(folder)
@@ -63,7 +64,7 @@ class LatentCache(Dataset[dict[str, Any]]):
 
     @property
     def image_size(self) -> int:
-        """The side of the square among them, in pixels."""
+        """The side of the square bucket, in pixels."""
         return next(width for width, height in self.sizes if width == height)
 
     @property
@@ -73,11 +74,11 @@ class LatentCache(Dataset[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that the moments and captions follow from."""
+        """SHA-256 of the header, which changes with the VAE, the data and the crops."""
         return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()
 
     def check_vae(self, vae: VAE) -> None:
-        """Raise ValueError when the cache was made with another VAE; its decoder may be another."""
+        """Raise ValueError when another VAE's encoder made the cache; the decoder may differ."""
         if self.header["vae"] != encoder_fingerprint(vae):
             raise ValueError(
                 f"{self.folder} was encoded by another VAE than the one given; encode it anew"
@@ -109,15 +110,15 @@ class LatentCache(Dataset[dict[str, Any]]):
         )
         assert len(self._index) == len(self.captions) == self.header["num_samples"]
         self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}
-        # The two ends of `moments_path`, which takes longer to call than reading does.
+        # Start and end of `moments_path`, since calling that takes longer than reading.
         self._stem = str(self.folder / "moments-")
         self._endings = [f"{width}x{height}.npy" for width, height in self.sizes]
 
     def _moments(self, chunk: int, bucket: int, row: int, variant: int) -> np.ndarray:
-        """(2C, h, w) float16, read by opening the file once.
+        """Read the moments of one image, (2C, h, w) float16; the file is opened for them alone.
 
-        A map of each file would be opened again for nearly every example, since a large cache has
-        more files than a process may keep open.
+        Memory maps would not be faster: a large cache has more files than a process may keep open,
+        so that nearly every example would map its file anew.
         """
         path = f"{self._stem}{chunk:05d}-{self._endings[bucket]}"
         try:
@@ -148,12 +149,12 @@ def collate_moments(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def moments_path(folder: Path, chunk: int, size: Size) -> Path:
-    """The file of the moments of a chunk's images of one size."""
+    """Return the path of the moments of a chunk's images of one size."""
     return folder / f"moments-{chunk:05d}-{size[0]}x{size[1]}.npy"
 
 
 def read_cache_header(folder: Path) -> dict[str, Any]:
-    """The header of a finished cache. Raises ValueError when there is none."""
+    """Read the header of a finished cache. Raises ValueError when there is none."""
     if not (folder / "header.json").is_file():
         raise ValueError(
             f"{folder} holds no finished latent cache (header.json is missing); "

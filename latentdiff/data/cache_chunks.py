@@ -1,8 +1,8 @@
-"""The chunks of an unfinished latent cache: moments, and a record of the samples, on disk.
+"""The files of an unfinished latent cache: for each chunk its moments and a record of its samples.
 
-A chunk's moments are written first, its record (names, captions, what was bad) last and in one
-piece, so a chunk with a record is finished. When all are, the records are joined into the index
-and header of a finished cache, see `cache.py`.
+A chunk's moments are written first; its record (names, captions, bad samples) is written last and
+atomically, so that a chunk with a record is finished. When all chunks are finished, the records are
+joined into the index and header of a finished cache, see `cache.py`.
 """
 
 import json
@@ -21,14 +21,14 @@ RECORD = pa.schema(
         "captions": pa.list_(pa.string()),
         "bucket": pa.int32(),
         "row": pa.int32(),
-        "reason": pa.string(),  # of a bad sample, which has this and `detail` alone
+        "reason": pa.string(),  # a bad sample has this and `detail`, and nothing else
         "detail": pa.string(),
     }
 )
 
 
 class MomentsFile:
-    """A .npy file of float16 that grows row by row; how many there will be need not be known."""
+    """A .npy file of float16 to which rows are appended; their number need not be known before."""
 
     def __init__(self, file: IO[bytes], shape: tuple[int, ...]) -> None:
         self.file, self.shape, self.count = file, shape, 0
@@ -42,7 +42,7 @@ class MomentsFile:
         self.count += len(rows)
 
     def finish(self) -> None:
-        """Write the number of rows into the header, where NumPy leaves room for it."""
+        """Write the number of rows into the header, in which NumPy leaves room for it."""
         self.file.seek(0)
         self._write_header()
         assert self.file.tell() == self._start
@@ -53,17 +53,17 @@ class MomentsFile:
 
 
 def record_path(folder: Path, number: int) -> Path:
-    """The record of a chunk."""
+    """Return the path of a chunk's record."""
     return folder / f"chunk-{number:05d}.arrow"
 
 
 def records(folder: Path) -> list[Path]:
-    """The records of all finished chunks, in order."""
+    """List the paths of the records of all finished chunks, in order."""
     return sorted(folder.glob("chunk-*.arrow"), key=lambda path: int(path.stem.split("-")[1]))
 
 
 def read_record(path: Path) -> pa.Table:
-    """The samples of a finished chunk."""
+    """Read the samples of a finished chunk."""
     with pa.OSFile(str(path)) as source:
         return pa.ipc.open_stream(source).read_all()
 
@@ -71,19 +71,19 @@ def read_record(path: Path) -> pa.Table:
 def write_record(
     path: Path, samples: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]
 ) -> None:
-    """Finish a chunk of these samples; `inputs` are what its cache is made of."""
+    """Write the record that finishes a chunk; `inputs` identify the VAE and data of its cache."""
     schema = RECORD.with_metadata({"made_of": json.dumps(inputs)})
     with replacing(path) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
         writer.write_table(pa.Table.from_pylist(samples, schema))
 
 
 def record_inputs(path: Path) -> dict[str, Any]:
-    """What the cache of a finished chunk is made of."""
+    """Read the `inputs` of a finished chunk's cache from its record."""
     return json.loads(read_record(path).schema.metadata[b"made_of"])
 
 
 def join_records(folder: Path, header: dict[str, Any]) -> None:
-    """Make index, samples and header of the records, which are then no longer needed."""
+    """Join the records of all chunks into a cache's index, samples and header, and delete them."""
     paths = records(folder)
     assert paths == [record_path(folder, number) for number in range(len(paths))]
     index = list[np.ndarray]()

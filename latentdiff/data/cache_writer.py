@@ -1,8 +1,8 @@
-"""Encodes a data set into a latent cache: by several processes, and on from where one was killed.
+"""Encodes a data set into a latent cache, in several processes; a killed run can be resumed.
 
-The data is split into chunks of consecutive samples, and a chunk is one process's; finished ones
-are never encoded again. When all are finished, the first process joins them. What is written does
-not depend on the number of processes, nor on how often they were killed.
+The data is split into chunks of consecutive samples. Each chunk is encoded by one process, and a
+finished chunk is never encoded again. When all are finished, the main process joins them. The files
+depend neither on the number of processes nor on interruptions.
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ from latentdiff.images import to_floats
 from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
 
-CHUNK = 256  # samples of a file, which a killed process has to encode again
+CHUNK = 256  # samples in a chunk; a killed process has to encode its unfinished chunk again
 
 
 def write_cache(
@@ -54,20 +54,21 @@ def write_cache(
     chunk_size: int = CHUNK,
     rank: int = 0,
     world_size: int = 1,
-    together: Callable[[Callable[[], None]], None] = lambda act: act(),
+    on_all: Callable[[Callable[[], None]], None] = lambda act: act(),
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Encode the data set into `folder`, each process its chunks.
+    """Encode the data set into `folder`; each process encodes its own chunks.
 
-    `together(act)` calls `act`, and comes back when all processes have done so, or raises in all
-    of them when it failed in one. `check` is called by the first process before anything is
-    written, unless the cache is finished, and may raise ValueError: see `check_latents`.
+    `on_all(act)` calls `act` in every process and returns when all have finished, or raises in all
+    of them when it failed in one. The main process calls `check` before it writes anything,
+    unless the cache is finished; `check` may raise ValueError, see `check_latents`.
 
     A finished cache of the same VAE, data, crops, flips and buckets is kept, and so are finished
-    chunks. `batch_size` images are encoded at a time, and threads (`num_workers` of the data)
-    decode ahead. Bad samples are left out and counted. Raises ValueError when the folder holds the
-    cache of something else, when another process writes it, when the sizes do not suit the VAE,
-    when more than `max_bad` is bad, and for data without captions.
+    chunks. `batch_size` images are encoded at a time, while threads (the data's `num_workers`)
+    decode the next images. Bad samples are left out and counted. Raises ValueError when the folder
+    holds a cache of another VAE or other data, when another process is writing to it, when the
+    buckets' sizes do not suit the VAE, when the fraction of bad samples exceeds `max_bad`, and for
+    data without captions.
     """
     config = dataset.config
     _check_config(config, vae)
@@ -93,13 +94,13 @@ def write_cache(
                 check()
                 stack.enter_context(_locked(folder))
 
-        together(begin)
-        together(lambda: encoder.run(dataset, rank, world_size))
-        together(lambda: _finish(folder, config, inputs) if rank == 0 else None)
+        on_all(begin)
+        on_all(lambda: encoder.run(dataset, rank, world_size))
+        on_all(lambda: _finish(folder, config, inputs) if rank == 0 else None)
 
 
 def _check_config(config: DataConfig, vae: VAE) -> None:
-    """Raise ValueError for data without captions, or sizes that do not suit the VAE."""
+    """Raise ValueError for data without captions, and for sizes that the VAE cannot encode."""
     if not config.caption_columns:
         raise ValueError("caption_columns is empty: latents are for training on captions")
     for width, height in config.buckets():
@@ -112,7 +113,7 @@ def _check_config(config: DataConfig, vae: VAE) -> None:
 
 
 def _finish(folder: Path, config: DataConfig, inputs: dict[str, Any]) -> None:
-    """Count what was left out and, if it is not too much, join the records."""
+    """Join the chunks' records; raise ValueError when too many samples are bad."""
     left_out, total = Counter[str](), 0
     for path in records(folder):
         record = read_record(path)
@@ -124,7 +125,7 @@ def _finish(folder: Path, config: DataConfig, inputs: dict[str, Any]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder, and sweep what killed processes left. Raises ValueError if it is locked."""
+    """Lock the folder and delete what killed processes left; ValueError if it is locked already."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -137,7 +138,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @dataclass
 class _Encoder:
-    """One process's work on a cache."""
+    """Encodes and writes one process's chunks of a cache."""
 
     folder: Path
     config: DataConfig
@@ -147,7 +148,7 @@ class _Encoder:
     inputs: dict[str, Any]
 
     def run(self, dataset: ImageDataset, rank: int, world_size: int) -> None:
-        """Encode the chunks that are this process's and not finished yet."""
+        """Encode those of this process's chunks that are not finished."""
         known = dataset.num_samples
         size = self.inputs["chunk_size"]
         total = known and sum(
@@ -165,11 +166,11 @@ class _Encoder:
 
             for number, samples in dataset.chunks(size, wanted):
                 bad.update(self._chunk(number, samples, progress))
-                if known is not None:  # no need to go on to the end
+                if known is not None:  # too many bad samples are refused before the end
                     _check_left_out(bad, known, self.config)
 
     def _finished(self, number: int) -> int:
-        """How many samples a finished chunk has; 0 if it has to be encoded."""
+        """Return the number of samples of a finished chunk, 0 for one that has to be encoded."""
         path = record_path(self.folder, number)
         if not path.is_file():
             return 0
@@ -186,14 +187,14 @@ class _Encoder:
         return len(record)
 
     def _shape(self, size: Size) -> tuple[int, int, int, int]:
-        """(V, 2C, h, w): the moments of one image."""
+        """Return the shape of one image's moments, (V, 2C, h, w)."""
         f, C = self.vae.config.factor, self.vae.config.latent_channels
         return self.crop_flip.num_variants, 2 * C, size[1] // f, size[0] // f
 
     def _chunk(
         self, number: int, samples: Iterable[Sample | BadSample], progress: Any
     ) -> list[str]:
-        """Encode and write a chunk; the reasons of its bad samples."""
+        """Encode and write a chunk; return the reasons of its bad samples."""
         buckets = self.config.buckets()
         group = max(1, self.batch_size // self.crop_flip.num_variants)
         record: list[dict[str, Any]] = []
@@ -226,7 +227,7 @@ class _Encoder:
         return [row["reason"] for row in record if "reason" in row]
 
     def _fit(self, sample: Sample | BadSample) -> BadSample | tuple[str, list[str], int, Tensor]:
-        """Name, captions, bucket and variants (V, 3, H, W) of a sample, or its fault."""
+        """Return a sample's name, captions, bucket and variants (V, 3, H, W), or why it is bad."""
         if isinstance(sample, BadSample):
             return sample
         size = sample.image.size
@@ -241,7 +242,7 @@ class _Encoder:
 
     @torch.no_grad()
     def _encode(self, pixels: list[Tensor]) -> np.ndarray:
-        """Variants of n images, (V, 3, H, W) each -> moments (n, V, 2C, h, w)."""
+        """Encode the variants of n images, (V, 3, H, W) each, to moments (n, V, 2C, h, w)."""
         device = next(self.vae.parameters()).device
         posterior = self.vae.encode(to_floats(torch.cat(pixels).to(device)))
         moments = torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu()
@@ -263,7 +264,7 @@ def _check_left_out(left_out: Counter[str], total: int, config: DataConfig) -> N
 
 
 def _compare(folder: Path, wanted: dict[str, Any], existing: dict[str, Any]) -> None:
-    """Raise ValueError when a cache is of something else than what is wanted."""
+    """Raise ValueError when an existing cache has other inputs (VAE, data, …) than the new one."""
     changed = [name for name in wanted if existing.get(name) != wanted[name]]
     if changed:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The captions of a table's rows, made when they are needed: a million stay on disk."""
+"""The captions of a table's rows, which stay on disk and are formatted when a row is read."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +13,17 @@ import pyarrow.compute as pc
 
 from latentdiff.data.decode import BadSample
 
-MAX_REPEATED = 100  # captions of an image with weights, more only if there are more captions
-WEIGHT_ERROR = 1e-3
+MAX_REPEATED = 100  # largest length that is tried for a row's list of repeated captions
+WEIGHT_ERROR = 1e-3  # a longer list must come nearer to the weights by this much
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRules:
-    """How the columns of a row become its captions: all of them, in all templates.
+    """How the columns of a row become its captions: every text, in every template of its column.
 
-    A caption with a weight is among them as often as the weight says; one without has weight 1.
-    The templates of a caption divide its weight. `weights` names, for a column of captions, the
-    column with their weights.
+    The result repeats captions so that a uniform draw from it follows their weights. A caption
+    without a weight has weight 1, and the templates of a caption share its weight equally.
+    `weights` maps a column of captions to the column with their weights.
     """
 
     columns: Sequence[str]
@@ -32,13 +32,13 @@ class CaptionRules:
     allow_empty: bool = False
 
     def named(self) -> list[str]:
-        """The columns that must be there."""
+        """Return the columns that the rules read."""
         return list(dict.fromkeys((*self.columns, *self.weights.values())))
 
     def of(self, row: Mapping[str, Any]) -> list[str]:
-        """The captions of a row, none if it has none.
+        """Return the captions of a row; the list is empty for a row without one.
 
-        Raises BadSample for impossible weights, ValueError for what is no text.
+        Raises BadSample for impossible weights, ValueError for a value that is not text.
         """
         pairs = list(self._weighted(row))
         if not pairs and self.allow_empty:
@@ -69,7 +69,7 @@ class Captions(Sequence[list[str]]):
     """`captions[i]` is the list of row i's captions, see `CaptionRules`."""
 
     def __init__(self, rows: datasets.Dataset, rules: CaptionRules) -> None:
-        """Raises ValueError when a column holds no texts, or a column of weights no numbers."""
+        """Take a table. Raises ValueError for captions that are not texts, weights not numbers."""
         self.rules = rules
         self.rows = rows.select_columns(rules.named())
         for name in rules.columns:
@@ -98,7 +98,7 @@ class Captions(Sequence[list[str]]):
                 yield self.rules.of(dict(zip(batch, values, strict=True)))
 
     def present(self) -> np.ndarray:
-        """(N,) bool: which rows have a caption; of a table as it is on disk, not of a selection."""
+        """Tell which rows have a caption, (N,) bool; the table must not be a selection of rows."""
         assert self.rows._indices is None
         present = np.zeros(len(self.rows), dtype=bool)
         for name in self.rules.columns:
@@ -110,14 +110,14 @@ class Captions(Sequence[list[str]]):
 
 
 def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
-    """Each text about as often as its weight says, so that a plain choice has the weights."""
+    """Repeat each text in proportion to its weight, so that a uniform draw follows the weights."""
     counts = _counts(tuple(weight for _, weight in pairs))
     return [text for (text, _), n in zip(pairs, counts, strict=True) for _ in range(n)]
 
 
-@lru_cache(maxsize=1000)  # a hundred lengths are tried, and data mostly has few sets of weights
+@lru_cache(maxsize=1000)  # a hundred lengths are tried, and most data has few sets of weights
 def _counts(weights: tuple[float, ...]) -> list[int]:
-    """How often each is in a short list in which each has about its weight."""
+    """Return how often to repeat each item of a short list to approximate the weights."""
     total = sum(weights)
     if weights and (min(weights) < 0 or not 0 < total < math.inf):
         raise BadSample("weights do not fit", f"{list(weights)} must not be negative, nor all 0")
@@ -127,13 +127,13 @@ def _counts(weights: tuple[float, ...]) -> list[int]:
         tried = [max(1, round(fraction * length)) if fraction > 0 else 0 for fraction in fractions]
         pairs = zip(tried, fractions, strict=True)
         error = max((abs(n / sum(tried) - fraction) for n, fraction in pairs), default=0.0)
-        if error < best - WEIGHT_ERROR:  # a longer list must be worth it
+        if error < best - WEIGHT_ERROR:
             best, counts = error, tried
     return counts
 
 
 def as_list(value: Any) -> list[Any]:
-    """A cell as a list: of its elements, of the one that it is, or of none."""
+    """Return a cell as a list: a list as it is, None as an empty one, any other value in one."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -148,7 +148,7 @@ def _check(
 
 
 def _nonempty(chunk: pa.Array) -> np.ndarray:
-    """(N,) bool: texts that are not blank, lists that have one."""
+    """Tell which texts are not blank, and which lists contain such a text, (N,) bool."""
     if pa.types.is_null(chunk.type):
         return np.zeros(len(chunk), dtype=bool)
     if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):

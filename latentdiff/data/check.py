@@ -1,4 +1,4 @@
-"""Decode every sample of a data set once: which are bad and why, and what the others are like."""
+"""Decode every sample of a data set once: list the bad ones with reasons, summarise the others."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from latentdiff.data.samples import check_size
 SUMMARY = "summary.json"
 ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
 EXAMPLES = 20  # names of extra files and duplicates that the summary lists
-AT_ONCE = 256  # images between the threads and the report
+AT_ONCE = 256  # images that the threads decode before their results are written
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Summary:
     bad: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
-    """Of bad samples; each has one."""
+    """How many samples are bad for each reason; a bad sample has one."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What was done to good ones, such as "CMYK without a profile"."""
+    """Conversions of good samples, such as "CMYK without a profile"."""
     sizes: Counter[str] = field(default_factory=Counter)
     """The most frequent sizes, as "640x480"."""
     shorter_side: dict[str, float] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Summary:
     captions_each: dict[str, float] = field(default_factory=dict)
     caption_lengths: dict[str, float] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
-    """Good samples whose file has the bytes of one before: these are trained on."""
+    """Good samples whose file is equal to an earlier sample's; they stay in the training set."""
     extra_files: dict[str, Any] = field(default_factory=dict)
     """Images that no row of metadata names."""
 
@@ -60,10 +60,10 @@ class _Good(NamedTuple):
 
 
 def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Summary:
-    """Decode everything, write bad_samples.jsonl and summary.json into `out`; return the latter.
+    """Decode all samples, write bad_samples.jsonl and summary.json into `out`; return the summary.
 
-    All splits, unless one is named. `config.num_workers` is a number of threads. What an earlier
-    check wrote is not read. Raises ValueError when the data cannot be opened.
+    All splits are checked unless `split` names one. `config.num_workers` is the number of threads.
+    The result of an earlier check is not read. Raises ValueError when the data cannot be opened.
     """
     summary, unlisted = Summary(), list[str]()
     sizes = Counter[tuple[int, int]]()
@@ -113,7 +113,7 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
 def _checked(
     index: Index, captions: Captions, config: DataConfig
 ) -> Iterator[tuple[int, BadSample | _Good]]:
-    """The rows in order, each with its fault or its properties."""
+    """Yield the rows in order, each with why it is bad or with its properties."""
     known = known_faults(index, captions, config)
     for row in _repeated(index.names()):
         known.setdefault(row, BadSample(DUPLICATE))
@@ -138,7 +138,7 @@ def _checked(
 
 
 def _repeated(names: Iterable[str]) -> list[int]:
-    """The rows whose name an earlier row has; eight bytes a name are kept, not the names."""
+    """Find the rows whose name an earlier row has; memory holds eight bytes for each name."""
     hashes = np.fromiter((_number(name.encode()) for name in names), np.uint64)
     _, first = np.unique(hashes, return_index=True)
     again = np.ones(len(hashes), dtype=bool)

@@ -1,4 +1,4 @@
-"""DataConfig: which images and captions a script works on, at what size, and what is bad."""
+"""DataConfig: which images and captions a script reads, at what size, and which samples are bad."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,55 +11,57 @@ from latentdiff.data.forms.detect import splits
 from latentdiff.data.shapes import build_shapes
 from latentdiff.options import option
 
-SHAPES_FOLDER = Path("runs/shapes/data")  # where `data: shapes` draws its images, once
-MOST_ASPECT = 16.0  # beyond it an image is a strip
+SHAPES_FOLDER = Path("runs/shapes/data")  # `data: shapes` writes its images here, once
+MAX_ASPECT = 16.0  # upper bound of `max_aspect`
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images and captions, at what size, and what is bad."""
+    """Which images and captions a script reads, at what size, and which samples are bad."""
 
     data: str = "shapes"
-    """A folder of images, .tar or .parquet files, a hub data set, or "shapes": a small set that
-    is drawn on the spot."""
+    """A folder of images, .tar or .parquet files, a hub data set, or "shapes": a small data set
+    that is generated when it is first used."""
     split: str = "train"
     image_size: int = 64
     """Side in pixels: the shorter side is scaled to it and the middle cropped."""
     bucket_step: int = option(0, fingerprinted=False)
-    """0: all latents are of squares; else of images that keep about their shape, with as many
-    pixels as the square has at most, and sides that are multiples of this."""
+    """0: all latents are of square crops. Otherwise each image is cropped to the aspect-ratio
+    bucket nearest to its shape: sides are multiples of bucket_step, and a bucket has at most the
+    square's pixels."""
     max_aspect: float = option(2.0, fingerprinted=False)
-    """With bucket_step: the longer side to the shorter one, at most."""
+    """With bucket_step: the largest ratio of a bucket's longer side to its shorter one."""
     image_column: str = "image"
     caption_columns: Sequence[str] = ("text",)
-    """Columns with a caption, or with a list of them; one is drawn at random each time."""
+    """Columns with a caption or a list of captions; each training step draws one of them all."""
     caption_templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Column: forms such as "a {}", each of which makes one caption of each of the column's."""
+    """For each column, templates such as "a {}"; each makes one caption of each of the column's."""
     caption_weights: Mapping[str, str] = field(default_factory=dict)
-    """Column: the column with a number, or a list of them, for how often its captions are drawn."""
+    """For each column of captions, the column with their weights: a number or a list of them."""
     allow_empty_caption: bool = False
-    """Train on images without a caption as on images with an empty one."""
+    """Train on images without a caption as if they had an empty one."""
     exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Column: values; rows that have one of the values are left out."""
+    """For each column, values; rows with one of these values are left out."""
     upscale_limit: float = 1.0
-    """Images that would have to be enlarged by more than this are bad."""
+    """Images that would have to be enlarged by more than this factor are bad."""
     max_megapixels: float = 64
-    """Larger images are bad, which their headers tell."""
+    """Larger images are bad; only their header is read."""
     first_frame: bool = False
-    """Take the first frame of an animation, which is bad otherwise."""
+    """Take the first frame of an animation; otherwise animations are bad."""
     background: str = "white"
     """The colour behind transparent images, such as "white" or "#808080"."""
     bad_samples: Path | None = option(None, fingerprinted=False)
-    """What `latentdiff data check` found, to be left out; bad_samples.jsonl in `data` if None."""
+    """The list that `latentdiff data check` wrote, whose samples are left out; None reads
+    bad_samples.jsonl in `data`, if it exists."""
     max_bad: float = option(0.01, fingerprinted=False)
     """The fraction of bad samples above which the data is refused."""
     num_workers: int = option(0, may_change=True, fingerprinted=False)
-    """Processes that prefetch images; threads where a set is read in order."""
+    """Worker processes that prefetch images; with `stream`, threads of one worker process."""
     stream: bool = False
-    """Read the data shard by shard, without an index of all samples: for sets that are too large
-    to open, or too far away to download."""
+    """Read the data shard by shard, without an index of all samples: for data sets that are too
+    large to index or to download."""
     shuffle_buffer: int = option(1000, fingerprinted=False)
-    """With stream: samples in memory, of which the next one is drawn."""
+    """With stream: the number of samples in the shuffle buffer."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "shuffle_buffer"):
@@ -69,8 +71,8 @@ class DataConfig:
             raise ValueError(
                 f"bucket_step={self.bucket_step} must be 0 or divide image_size={self.image_size}"
             )
-        if not 1 <= self.max_aspect <= MOST_ASPECT:
-            raise ValueError(f"max_aspect={self.max_aspect} must be in [1, {MOST_ASPECT}]")
+        if not 1 <= self.max_aspect <= MAX_ASPECT:
+            raise ValueError(f"max_aspect={self.max_aspect} must be in [1, {MAX_ASPECT}]")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must not be negative")
         if self.upscale_limit < 1:
@@ -92,7 +94,7 @@ class DataConfig:
                 )
 
     def location(self) -> str:
-        """The folder, file or hub data set that `data` is; "shapes" are drawn if they are not."""
+        """Return the folder, file or hub id of the data; "shapes" is generated if it is missing."""
         if self.data != "shapes":
             return self.data
         if not SHAPES_FOLDER.exists():
@@ -100,18 +102,22 @@ class DataConfig:
         return str(SHAPES_FOLDER)
 
     def splits(self) -> list[str]:
-        """The names of the data's splits. Raises ValueError when it cannot be read."""
+        """List the names of the data's splits. Raises ValueError for data that cannot be read."""
         return splits(self.location())
 
     def columns(self) -> list[str]:
-        """The columns that the options name, the images' first."""
+        """List the columns that the options name, the images' column first."""
         named = (*self.caption_columns, *self.caption_weights.values(), *self.exclude)
         return list(dict.fromkeys((self.image_column, *named)))
 
     def check_columns(
         self, columns: Sequence[str], image_columns: Sequence[str], where: str = ""
     ) -> None:
-        """Raise ValueError when a column that the options name is not there, or has no images."""
+        """Raise ValueError for a named column that is missing, or an image column without images.
+
+        `columns` are those of the data, `image_columns` those of them that hold images; `where`
+        tells in the message which samples were looked at.
+        """
         for name in self.columns():
             if name not in columns:
                 raise ValueError(
@@ -126,7 +132,7 @@ class DataConfig:
             )
 
     def caption_rules(self) -> CaptionRules:
-        """How columns become captions."""
+        """Return the options that turn columns into captions."""
         return CaptionRules(
             columns=self.caption_columns,
             templates=self.caption_templates,
@@ -135,11 +141,11 @@ class DataConfig:
         )
 
     def buckets(self) -> tuple[Size, ...]:
-        """The sizes (width, height) of the images that become latents."""
+        """Return the sizes (width, height) to which images are cropped before they are encoded."""
         return bucket_sizes(self.image_size, self.bucket_step, self.max_aspect)
 
     def decoding(self) -> Decoding:
-        """How files become images. Raises ValueError when that is impossible."""
+        """Return the options of the image decoder. Raises ValueError for an impossible value."""
         return Decoding(
             background=self.background,
             max_megapixels=self.max_megapixels,

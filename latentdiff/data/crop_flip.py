@@ -12,24 +12,24 @@ from torch import Tensor
 
 from latentdiff.data.buckets import Size
 
-SMALLEST = 0.8  # of the largest crop's side, for other crops: details stay about as large
+MIN_CROP = 0.8  # side of the smallest random crop, relative to the largest crop's
 
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Which variants of an image there are: crops, and perhaps their mirror images.
+    """The variants of each image: crops and, with `flip`, their mirror images.
 
-    Variant 0 is the largest crop, in the middle. The sides of others are 80 to 100 % of its sides,
-    but not so little that a crop has fewer pixels than the variant, and they lie anywhere in the
-    image. Size and position are functions of the image's name and the variant. An image with no
-    more pixels than the variant has the same crop each time. Raises ValueError for fewer than one
-    crop.
+    Variant 0 is the largest crop, at the centre of the image. The sides of the other crops are 80
+    to 100 % of its sides, but not so small that the crop would be enlarged, and their position is
+    uniform over the image. Their size and position are functions of the image's name and the
+    variant's number. All crops of an image that has no more pixels than the target size have the
+    largest size. Raises ValueError for fewer than one crop.
     """
 
     crops: int = 1
-    """Crops of each image, of which each visit draws one."""
+    """Number of crops of each image; each training step draws one."""
     flip: bool = False
-    """Mirror images as well."""
+    """Whether each crop has a mirror image."""
 
     def __post_init__(self) -> None:
         if self.crops < 1:
@@ -37,15 +37,15 @@ class CropFlip:
 
     @property
     def num_variants(self) -> int:
-        """How many variants there are, V."""
+        """V, the number of variants of each image."""
         return self.crops * (2 if self.flip else 1)
 
     def variants(self, image: Image.Image, name: str, size: Size) -> Tensor:
-        """An RGB image's variants, (V, 3, H, W) uint8; mirror images follow all the others."""
+        """Return an RGB image's variants, (V, 3, H, W) uint8; the crops precede all flips."""
         crops = [crop_to(image, size)]
         for number in range(1, self.crops):
             u, *position = _uniform(f"{name}/{number}", 3)
-            fraction = SMALLEST + (1 - SMALLEST) * u
+            fraction = MIN_CROP + (1 - MIN_CROP) * u
             crops.append(crop_to(image, size, fraction=fraction, position=position))
         if self.flip:
             crops += [ImageOps.mirror(crop) for crop in crops]
@@ -60,15 +60,16 @@ def crop_to(
     fraction: float = 1.0,
     position: Sequence[float] = (0.5, 0.5),
 ) -> Image.Image:
-    """Crop a box of the shape of `size` out of an image, and scale it to that size.
+    """Crop a box with the aspect ratio of `size` (width, height), and scale it to that size.
 
-    Its sides are `fraction` of those of the largest box, if it then has the pixels. `position` is
-    where it lies from left to right and from top to bottom, each from 0 to 1.
+    The box's sides are `fraction` of the largest box's, or more where the box would otherwise have
+    to be enlarged. `position` is the box's place from left to right and from top to bottom, each
+    from 0 to 1.
     """
     scale = min(image.width / size[0], image.height / size[1])  # image pixels to one of `size`
     scale = max(fraction * scale, min(scale, 1.0))
     width, height = size[0] * scale, size[1] * scale
-    # Rounding may lead a hair out of the image, which Pillow refuses.
+    # Rounding may put the box's edge slightly outside the image, which Pillow refuses.
     left = max(0.0, (image.width - width) * position[0])
     top = max(0.0, (image.height - height) * position[1])
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
@@ -76,7 +77,7 @@ def crop_to(
 
 
 def _uniform(key: str, count: int) -> Iterator[float]:
-    """Numbers in [0, 1), a function of the key."""
+    """Yield `count` numbers in [0, 1), which are a function of the key."""
     digest = hashlib.sha256(key.encode()).digest()
     for start in range(0, 4 * count, 4):
         yield int.from_bytes(digest[start : start + 4], "little") / 2**32

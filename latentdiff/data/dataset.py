@@ -1,4 +1,4 @@
-"""CaptionedImages: a data set by random access, without what is known to be bad."""
+"""CaptionedImages: a data set with random access, from which known bad samples are left out."""
 
 import hashlib
 import json
@@ -22,21 +22,22 @@ from latentdiff.data.forms.detect import Index, open_index
 from latentdiff.data.prefetch import prefetch
 from latentdiff.data.samples import Sample, collate, square_pixels
 
-MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are kept, so that small sets decode once
+MEMORY_LIMIT = 1 << 30  # bytes; a data set whose decoded images fit is decoded only once
 
 
 class CaptionedImages(Dataset[dict[str, Any]]):
     """Examples `{"image": (3, S, S) uint8, "captions": [str, …]}`.
 
-    What is known to be bad when the set is opened is left out and counted in `left_out`; what turns
-    out to be bad later is replaced by the next good sample, and noted in `replaced`.
+    Samples that are known to be bad when the data set is opened are left out and counted in
+    `left_out`. A sample that turns out to be bad when it is decoded is replaced by the next good
+    sample, and its fault is kept in `replaced`.
     """
 
     def __init__(self, config: DataConfig) -> None:
         """Open the data set.
 
-        Raises ValueError when there is no such data, split or column, when its metadata is broken,
-        when nothing is left, or when more than `max_bad` is bad.
+        Raises ValueError when there is no such data, split or column, when the metadata is broken,
+        when no sample is left, and when the fraction of bad samples exceeds `max_bad`.
         """
         self.config = config
         self.index = open_captioned(config)
@@ -72,10 +73,10 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of which samples there are, and of all that their images and captions are of.
+        """SHA-256 of the selected samples and of everything that decides images and captions.
 
-        The index's own fingerprint covers its rows with all their texts, and sizes and times of
-        the files that they came from: nothing is read for it.
+        No file is read: the index's own fingerprint covers the rows with all their texts, and the
+        sizes and modification times of the files.
         """
         config = self.config
         options = {
@@ -95,11 +96,12 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def chunks(
         self, size: int, wanted: Callable[[int], bool]
     ) -> Iterator[tuple[int, Iterable[Sample | BadSample]]]:
-        """Go through the data in order, in chunks of `size` consecutive samples.
+        """Iterate over the data in order, in chunks of `size` consecutive samples.
 
-        Yields the number of each chunk that is `wanted`, which is asked before anything of it is
-        read, and its samples, which are decoded as they are taken: take them all before the next
-        chunk. One that cannot be decoded, or has no captions that make sense, is its error.
+        Yields the number and the samples of each chunk for which `wanted(number)` is true; it is
+        called before anything of the chunk is read. Samples are decoded as they are taken, and must
+        all be taken before the next chunk. In place of a sample whose image cannot be decoded, or
+        whose captions are invalid, stands its BadSample.
         """
         for number, start in enumerate(range(0, len(self), size)):
             if wanted(number):
@@ -117,9 +119,9 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         world_size: int = 1,
         examples: Dataset[Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """This process's rows of the batches of steps `start` … `stop - 1`, see `collate`.
+        """Yield this process's rows of the batches of steps `start` … `stop - 1`, see `collate`.
 
-        `examples` are those of this data set that batches are made of, if not all.
+        `examples` is the subset of this data set that the batches are drawn from, by default all.
         """
         chosen: Any = self if examples is None else examples
         return batches(
@@ -136,12 +138,12 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         )
 
     def some_examples(self, count: int) -> Iterator[dict[str, Any]]:
-        """Up to `count` examples, evenly spaced and the same each time."""
+        """Yield up to `count` evenly spaced examples, the same ones each time."""
         count = min(count, len(self))
         return (self[i * len(self) // count] for i in range(count))
 
     def some_captions(self, count: int) -> Iterator[str]:
-        """The captions of all samples, however many: none of them is in memory."""
+        """Yield the captions of all samples, whatever `count` is, since they are read from disk."""
         return chain.from_iterable(self.captions)
 
     def _sample(self, index: int) -> Sample | BadSample:
@@ -156,7 +158,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         return Sample(name, image, captions)
 
     def image(self, index: int) -> Tensor:
-        """The image as (3, S, S) uint8. Raises ValueError when it is bad."""
+        """Return an image as (3, S, S) uint8. Raises BadSample, a ValueError, for a bad one."""
         if self._images is not None and index in self._images:
             return self._images[index]
         row = self._row(index)
@@ -190,7 +192,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         return {"image": self.image(index), "captions": captions}
 
     def _replace(self, index: int, error: BadSample) -> None:
-        """Note a bad sample. Raises ValueError when there are too many."""
+        """Record a bad sample. Raises ValueError when there are too many."""
         self.replaced[index] = error
         if len(self.replaced) > min(self.config.max_bad * len(self), len(self) - 1):
             reasons = Counter(error.reason for error in self.replaced.values())
@@ -202,12 +204,12 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             warnings.warn(f"a sample is replaced by the next: {error}", stacklevel=3)
 
     def _row(self, index: int) -> int:
-        """The row of a sample in the index."""
+        """Return the row of a sample in the index."""
         return index if self._selected is None else int(self._selected[index])
 
 
 def open_captioned(config: DataConfig) -> Index:
-    """The index of the data, with all the columns that `config` names. Raises ValueError."""
+    """Open the data by random access. Raises ValueError unless it has the columns of `config`."""
     index = open_index(config.location(), config.split)
     config.check_columns(index.columns, index.image_columns)
     return index
@@ -216,7 +218,10 @@ def open_captioned(config: DataConfig) -> Index:
 def index_captions(
     index: Index, config: DataConfig, rows: datasets.Dataset | None = None
 ) -> Captions:
-    """The captions of an index, or of some of its rows. Raises ValueError for other columns."""
+    """Return the captions of an index, or of `rows` selected from it.
+
+    Raises ValueError when a caption column holds no texts, or a weight column no numbers.
+    """
     try:
         return Captions(index.rows if rows is None else rows, config.caption_rules())
     except ValueError as error:
@@ -224,7 +229,7 @@ def index_captions(
 
 
 def known_faults(index: Index, captions: Captions, config: DataConfig) -> dict[int, BadSample]:
-    """The samples that are bad without a look at their images, by row."""
+    """Map the row of each sample that is bad by its metadata alone to what is wrong with it."""
     faults = dict(index.faults)
     if config.caption_columns and not config.allow_empty_caption:
         for row in np.flatnonzero(~captions.present()).tolist():
@@ -233,14 +238,14 @@ def known_faults(index: Index, captions: Captions, config: DataConfig) -> dict[i
 
 
 def _listed_faults(index: Index, config: DataConfig) -> dict[int, BadSample]:
-    """The samples that the list of bad samples names, by row."""
+    """Map the row of each sample that the list of bad samples names to what is wrong with it."""
     listed = ListedBadSamples(read_bad_samples(config))
     reasons = map(listed.reason, index.names() if listed.reasons else ())
     return {row: BadSample(reason) for row, reason in enumerate(reasons) if reason is not None}
 
 
 def _without_excluded(rows: datasets.Dataset, config: DataConfig) -> np.ndarray:
-    """(N,) bool: the rows without an excluded value."""
+    """Select the rows that have none of the excluded values, (N,) bool."""
     selected = np.ones(len(rows), dtype=bool)
     for name, values in config.exclude.items():
         start = 0

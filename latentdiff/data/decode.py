@@ -1,4 +1,4 @@
-"""Decodes an image file to RGB: complete and upright, or refused with a reason."""
+"""Decodes an image file to upright RGB; a damaged or ambiguous file is refused with a reason."""
 
 import io
 from dataclasses import dataclass
@@ -9,17 +9,20 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from latentdiff.images import to_rgb
 
-# Only these decoders look at a file: Pillow has dozens, and the rare ones are where its holes are.
+# Only these of Pillow's dozens of decoders open a file: rare formats have most vulnerabilities.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 )
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-MOST_MEGAPIXELS = 178  # where Pillow itself refuses
+ORIENTATION = 0x0112  # the EXIF tag; the value 1 is upright
+MAX_MEGAPIXELS = 178  # Pillow refuses larger images
 
 
 class BadSample(ValueError):
-    """A sample that cannot be trained on; `reason` is one of a few, `detail` is about this one."""
+    """A sample that cannot be trained on.
+
+    `reason` is one of a few phrases, by which bad samples are counted; `detail` describes this one.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -27,14 +30,14 @@ class BadSample(ValueError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:
-        return BadSample, (self.reason, self.detail)  # out of a DataLoader's worker
+        return BadSample, (self.reason, self.detail)  # pickled by a DataLoader's worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How files become images.
+    """Options of the decoder; their meaning is DataConfig's.
 
-    Raises ValueError for an unknown colour, or a limit that Pillow would not get to.
+    Raises ValueError for an unknown colour, or a `max_megapixels` above Pillow's own limit.
     """
 
     background: str = "white"
@@ -42,10 +45,10 @@ class Decoding:
     first_frame: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_megapixels <= MOST_MEGAPIXELS:
+        if not 0 < self.max_megapixels <= MAX_MEGAPIXELS:
             raise ValueError(
                 f"max_megapixels={self.max_megapixels} must be above 0 and at most "
-                f"{MOST_MEGAPIXELS}, where Pillow stops"
+                f"{MAX_MEGAPIXELS}, where Pillow stops"
             )
         try:
             ImageColor.getrgb(self.background)
@@ -56,21 +59,21 @@ class Decoding:
 
 
 class Decoded(NamedTuple):
-    """RGB, upright, and what had to be done for it."""
+    """An upright RGB image, and notes on the conversions that it needed."""
 
     image: Image.Image
     notes: tuple[str, ...]
 
 
 def decode(data: bytes, rules: Decoding) -> Decoded:
-    """Decode a file to its last byte. Raises BadSample."""
+    """Decode a complete image file. Raises BadSample when it is damaged or against the rules."""
     with _open(data, rules) as image:
         try:
             image.load()
             turned = image.getexif().get(ORIENTATION, 1) != 1
             image = ImageOps.exif_transpose(image)
-        except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
-            raise BadSample("cannot be decoded", _line(error)) from error
+        except Exception as error:  # a damaged file can make Pillow's decoders raise anything
+            raise BadSample("cannot be decoded", _one_line(error)) from error
         notes = ["turned upright"] if turned else []
         if image.mode == "CMYK":
             image, note = _from_cmyk(image)
@@ -86,17 +89,17 @@ def decode(data: bytes, rules: Decoding) -> Decoded:
 
 
 def _open(data: bytes, rules: Decoding) -> Image.Image:
-    """The header alone, which says whether the rest is wanted."""
+    """Read the header of an image file. Raises BadSample for a size or animation out of bounds."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample("too large", _line(error)) from error
+        raise BadSample("too large", _one_line(error)) from error
     except Exception as error:  # as above
-        raise BadSample("cannot be decoded", _line(error)) from error
+        raise BadSample("cannot be decoded", _one_line(error)) from error
     width, height = image.size
     if width * height > rules.max_megapixels * 1e6:
         raise BadSample("too large", f"{width} x {height}")
-    # A phone's MPO is a photograph with its depth map or thumbnail, not an animation.
+    # The further frames of a phone's MPO are a depth map or thumbnail, not an animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1 and not rules.first_frame:
         raise BadSample("animated", f"{frames} frames")
@@ -104,7 +107,10 @@ def _open(data: bytes, rules: Decoding) -> Image.Image:
 
 
 def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
-    """By the profile in the file; without one, or with a broken one, by Pillow's plain formula."""
+    """Convert CMYK to RGB by the file's ICC profile, or by Pillow's formula if it has no valid one.
+
+    Returns the image and a note that says which.
+    """
     profile = image.info.get("icc_profile")
     if profile:
         try:
@@ -122,7 +128,7 @@ def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Floats from 0 to 1 as 0 … 255; of anything else nobody knows what is white."""
+    """Convert floats in [0, 1] to 0 … 255; refuse other ranges, whose white is unknown."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if image.mode == "I" or not (np.isfinite([low, high]).all() and low >= 0 and high <= 1):
@@ -130,7 +136,7 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
-def _line(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own words name an address in memory
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own message has an address in memory
         return f"none of {', '.join(FORMATS)}"
     return " ".join(str(error).split()) or type(error).__name__

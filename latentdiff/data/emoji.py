@@ -19,7 +19,7 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 LANGUAGES: tuple[str, ...] = tuple(emoji.LANGUAGES)
 
-# Of the combinations of skin tone and gender, the fraction that is the split `test`.
+# Percentage of the emoji with a skin tone or gender that belong to the split `test`.
 TEST_PERCENT = 5
 
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)

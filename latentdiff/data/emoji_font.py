@@ -1,4 +1,4 @@
-"""A colour emoji font made of bitmaps: tells which emoji it has, and draws them."""
+"""EmojiFont: draws emoji with a colour bitmap font, and tells which emoji the font has."""
 
 import hashlib
 import struct
@@ -18,7 +18,7 @@ FONT_SIZE = 109
 CANVAS = 144
 
 _ANY_EMOJI = "\N{GRINNING FACE}"
-_NO_EMOJI = "\U0010fffd"  # for private use: no font of this kind has an image for it
+_NO_EMOJI = "\U0010fffd"  # a private-use code point, for which no emoji font has an image
 
 
 class EmojiFont:
@@ -27,8 +27,8 @@ class EmojiFont:
     `path` None looks in `FONT_PATHS`.
 
     Raises:
-        ValueError: no font there; a file that is no font with colour images for size 109; a
-            Pillow without raqm, the library that joins sequences.
+        ValueError: there is no font; the file is no font with colour bitmaps of size 109; Pillow
+            lacks raqm, the library that joins emoji sequences into one glyph.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -45,7 +45,7 @@ class EmojiFont:
         """Return the emoji on white, RGB, `size` x `size`; None where the font lacks it.
 
         A font lacks a joined sequence when it draws its components side by side (the text is then
-        longer than one glyph), and a single emoji when it draws nothing, or its sign for that.
+        longer than one glyph), and a single emoji when it draws nothing or its missing-glyph sign.
         """
         if self._font.getlength(sequence) != self._advance:
             return None

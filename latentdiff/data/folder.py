@@ -1,4 +1,4 @@
-"""Write captioned images as an image folder that `datasets` reads; completely, or not at all."""
+"""Writes captioned images as an image folder that `datasets` reads, all of it or nothing."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class Example(NamedTuple):
-    """An image (RGB), the split and the file name that it gets, and what is known about it."""
+    """An RGB image, the split and file name to write it to, and its fields in metadata.jsonl."""
 
     split: Split
     file_name: str
@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 
 def check_free(out: Path) -> None:
-    """Refuse a path that holds something: what exists is never overwritten.
+    """Refuse an output path that is not empty: nothing that exists is overwritten.
 
     Raises:
         ValueError: `out` is a file, or a folder with something in it.
@@ -36,9 +36,9 @@ def check_free(out: Path) -> None:
 def write_image_folder(out: Path, examples: Iterable[Example], *, card: Callable[[], str]) -> None:
     """Write `<split>/<file_name>`, `<split>/metadata.jsonl` and `README.md` under `out`.
 
-    All of it is written beside `out` and renamed at the end: who finds `out` finds it complete,
-    and an interruption leaves nothing behind. `card` gives the text of README.md; it is called
-    when all the examples are written, so that it can tell their number.
+    Everything is written to a temporary folder beside `out`, which is renamed at the end, so that
+    `out` is always complete and an interruption leaves nothing behind. `card` returns the text of
+    README.md; it is called after all examples are written, so that it can tell their number.
 
     Raises:
         ValueError: `out` is a file, or a folder with something in it.
@@ -49,7 +49,7 @@ def write_image_folder(out: Path, examples: Iterable[Example], *, card: Callable
     try:
         _write_examples(staging, examples)
         (staging / "README.md").write_text(card(), encoding="utf-8")
-        staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        staging.chmod(0o755)  # mkdtemp's folders are readable by their owner alone
         if out.exists():
             out.rmdir()
         staging.rename(out)

@@ -1,7 +1,7 @@
-"""Whether the latents of a VAE are fit to train on: its faults in words, each with its limit.
+"""The latent statistics check: whether a VAE's latents are fit to train a denoiser on.
 
-Judged are the latents that a denoiser would see, on some images of its own data, and the last
-losses of the VAE's discriminator. docs/vae.md has the reasons for each limit.
+It measures the scaled latents of some of the denoiser's training images, and reads the last losses
+of the VAE's discriminator. docs/vae.md has the reason for each limit.
 """
 
 import warnings
@@ -23,29 +23,31 @@ from latentdiff.formats.weights import load_json
 from latentdiff.models.vae import VAE
 
 ACTIVE = 0.01
-"""Least fraction of a channel's variance that depends on the image (Burda et al. 2016,
-arXiv:1509.00519, where the unit is a variance of 1)."""
+"""Least fraction of a channel's variance that must depend on the image, so that the channel counts
+as active (Burda et al. 2016, arXiv:1509.00519, who compare with a variance of 1)."""
 DEVIATIONS = (0.25, 4.0)
-"""Of all latents from 0: a factor of 4 in signal against noise, beyond which schedules are made
-anew (Esser et al. 2024, arXiv:2403.03206, shift theirs by 3 for 16 times as many pixels)."""
+"""Allowed root mean square of all latents. A signal-to-noise ratio that is off by more than a
+factor of 4 needs another noise schedule (Esser et al. 2024, arXiv:2403.03206, shift theirs by 3 for
+16 times as many pixels)."""
 FAR_FRACTION = 0.1
-"""Most of a channel's variance that may lie further out; a Student's t of three degrees of freedom,
-whose kurtosis is infinite, has 0.13 there."""
+"""Largest fraction of a channel's variance in values more than FAR deviations from its mean; for
+Student's t with three degrees of freedom, whose kurtosis is infinite, it is 0.13."""
 HINGE = 0.1
-"""Least mean of a discriminator's hinge loss, which is 1 when it cannot tell and 0 when all scores
-are beyond the margins, so that nothing is left to learn from (Lim & Ye 2017, eq. 9, halved)."""
-NUM_IMAGES, GROUP = 256, 16  # images that are measured, and how many of them are neighbours
-TRAINING = "training.json"  # beside a VAE, of train_vae.py
+"""Least mean hinge loss of a discriminator. The loss is 1 when it cannot tell images from
+reconstructions, and 0 when all scores are beyond the margins and give no gradient (Lim & Ye 2017,
+eq. 9, halved)."""
+NUM_IMAGES, GROUP = 256, 16  # images that are measured, in groups of consecutive ones
+TRAINING = "training.json"  # train_vae.py writes it beside the VAE
 
 
 def faults(
     latents: LatentStatistics, training: Mapping[str, Any], *, learned: bool = True
 ) -> list[str]:
-    """What is wrong with a VAE, a sentence each; none if its latents are fit to train on.
+    """List what is wrong with a VAE, one sentence each; the list is empty for usable latents.
 
-    `training` is the content of TRAINING, such as the discriminator's last `disc_loss` and, if it
-    is known, its mean scores, `disc_real` and `disc_fake`; nothing for a VAE from elsewhere.
-    `learned` is whether its encoder is, so that other training would mend the latents.
+    `training` is the content of TRAINING: the discriminator's last `disc_loss` and, if they are
+    known, its mean scores `disc_real` and `disc_fake`; it is empty for a VAE from elsewhere.
+    `learned` tells whether the encoder is learned, so that the sentences can advise on training.
     """
     found = list[str]()
     if not all(x.isfinite().all() for x in (latents.active, latents.variance)):
@@ -83,7 +85,7 @@ def faults(
             )
         )
     loss = training.get("disc_loss", 1.0)
-    if not loss >= HINGE:  # one that is not a number either
+    if not loss >= HINGE:  # also true of NaN
         scores = ""
         if training.keys() >= {"disc_real", "disc_fake"}:
             scores = (
@@ -101,9 +103,9 @@ def faults(
 def check_latents(
     vae: VAE, dataset: ImageDataset, folder: Path, *, batch_size: int, refuse: bool
 ) -> None:
-    """Judge the latents of up to 256 of the images, before all are encoded by the VAE in `folder`.
+    """Check the latents of up to NUM_IMAGES images before all are encoded by the VAE in `folder`.
 
-    Raises ValueError, in words, when something is wrong; warns instead without `refuse`.
+    Raises ValueError with all the faults that are found; without `refuse` it warns instead.
     """
     found = list[str]()
     images = list(some_images(dataset))
@@ -120,7 +122,10 @@ def check_latents(
 
 
 def some_images(dataset: ImageDataset) -> Iterator[Tensor]:
-    """Up to 256 good images as squares (3, S, S) uint8: from all over a set, a stream's first."""
+    """Yield up to NUM_IMAGES good images as square crops, (3, S, S) uint8.
+
+    They come from groups that are evenly spaced over the data, or from the beginning of a stream.
+    """
     size = next(size for size in dataset.config.buckets() if size[0] == size[1])
     total, groups = dataset.num_samples, NUM_IMAGES // GROUP
     num_chunks = groups if total is None else -(-total // GROUP)
@@ -128,11 +133,11 @@ def some_images(dataset: ImageDataset) -> Iterator[Tensor]:
     chunks = dataset.chunks(GROUP, lambda number: number in chosen)
     for sample in chain.from_iterable(samples for _, samples in islice(chunks, len(chosen))):
         if isinstance(sample, Sample):
-            with suppress(BadSample):  # which is too small
+            with suppress(BadSample):  # too small an image
                 check_scale(sample.image.size, size, dataset.config.upscale_limit)
                 yield CropFlip().variants(sample.image, sample.name, size)[0]
 
 
 def _channels(numbers: Sequence[int], fractions: Sequence[float]) -> str:
-    """Such as "channel 2 (0.0003)"."""
+    """Format channels with their fractions: "channel 2 (0.0003)"."""
     return ", ".join(f"channel {number} ({fractions[number]:.2g})" for number in numbers)

@@ -1,6 +1,6 @@
-"""LatentStatistics: what is measured on the latents of some images, channel by channel.
+"""LatentStatistics: mean, variance and outliers of the latents of some images, by channel.
 
-Shapes: N images, C latent channels, h x w the latents' size.
+Shapes: N images of size S x S, C latent channels, h x w the latents' size.
 """
 
 from collections.abc import Iterable
@@ -14,27 +14,29 @@ from torch import Tensor
 from latentdiff.images import to_floats
 from latentdiff.models.vae import VAE
 
-FAR = 10.0  # deviations from a channel's mean, where a Gaussian has one value in 10^23
+FAR = 10.0  # standard deviations, beyond which a Gaussian has one value in 10^23
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Statistics of latents around each channel's mean, (C,) each."""
+    """Statistics of the latents' posteriors q(z | x) for each channel, (C,) each."""
 
     active: Tensor
-    """Variance of the posterior's mean over the images, averaged over positions (Burda et al.)."""
+    """Variance of the posterior mean over the images, averaged over positions (Burda et al.)."""
     variance: Tensor
-    """Variance of sampled latents: of the mean over images and positions, plus the noise's."""
+    """Variance of sampled latents: of the posterior mean over images and positions, plus the mean
+    posterior variance."""
     mean: Tensor
+    """Mean of the posterior mean over images and positions."""
     far: Tensor
-    """Fraction of the means' variance in values more than FAR deviations away."""
+    """Fraction of the posterior means' variance in values more than FAR deviations from `mean`."""
     largest: Tensor
-    """The largest absolute value of a mean."""
+    """Largest absolute value of a posterior mean."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, vae: VAE, images: Iterable[Tensor], *, batch_size: int) -> Self:
-        """Encode images (3, S, S) uint8, two at least, so many at a time, as the cache does."""
+        """Encode two or more images, (3, S, S) uint8, in batches, and measure their latents."""
         device = next(vae.parameters()).device
         source, means, noise = iter(images), list[Tensor](), list[Tensor]()
         while batch := list(islice(source, batch_size)):

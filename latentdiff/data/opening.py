@@ -1,4 +1,4 @@
-"""The two kinds of data set, which training and caching need not tell apart."""
+"""Opens the data set of a configuration: CaptionedImages or, with `stream`, StreamedImages."""
 
 from latentdiff.data.config import DataConfig
 from latentdiff.data.dataset import CaptionedImages
@@ -8,5 +8,5 @@ ImageDataset = CaptionedImages | StreamedImages
 
 
 def open_images(config: DataConfig) -> ImageDataset:
-    """Open the data of a configuration, by random access or in order. Raises ValueError."""
+    """Open a data set with random access or as a stream. Raises ValueError as their classes do."""
     return StreamedImages(config) if config.stream else CaptionedImages(config)

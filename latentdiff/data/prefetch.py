@@ -1,4 +1,4 @@
-"""Prefetching by threads, which helps since decoding and scaling release Python's lock."""
+"""Prefetching in threads, which works because decoding and resizing release Python's GIL."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -12,9 +12,10 @@ U = TypeVar("U")
 def prefetch(
     work: Callable[[T], U], items: Iterable[T], *, threads: int
 ) -> Generator[U, None, None]:
-    """Yield `work(item)` for each item, in order; at most a few results wait to be taken.
+    """Yield `work(item)` for each item, in order, computed in `threads` threads; 0 means `map`.
 
-    Without threads it is `map`. An error is raised where its result would have come.
+    At most 2 · threads results are ahead of the caller. An exception of `work` is raised in place
+    of its result.
     """
     if threads == 0:
         yield from map(work, items)

@@ -1,4 +1,4 @@
-"""One sample on its way: from the bytes of its file to an image, a square of pixels and a batch."""
+"""Converts samples: a file's bytes to an image or a square tensor, and examples to a batch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,16 +16,19 @@ from latentdiff.images import to_rgb
 
 
 class Sample(NamedTuple):
-    """One image as it is in the data, RGB and upright, at its full size."""
+    """An image of the data set, decoded to upright RGB at its full size, with its captions."""
 
     name: str
-    """What it is called in messages, such as the file's name."""
+    """The sample's name in messages, such as its file name."""
     image: Image.Image
     captions: list[str]
 
 
 def square_pixels(data: bytes, config: DataConfig) -> Tensor:
-    """A file's image as a square, (3, S, S) uint8. Raises BadSample."""
+    """Decode a file and crop its image to a square, (3, S, S) uint8.
+
+    Raises BadSample when the file cannot be decoded, or its image is too small.
+    """
     image = decode(data, config.decoding()).image
     side = config.image_size
     check_scale(image.size, (side, side), config.upscale_limit)
@@ -34,7 +37,7 @@ def square_pixels(data: bytes, config: DataConfig) -> Tensor:
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """Upright, on white where transparent, shorter side scaled to `size`, the middle cropped."""
+    """Convert an image to RGB on white, scale its shorter side to `size` and crop the centre."""
     return crop_to(to_rgb(image), (size, size))
 
 
@@ -44,7 +47,7 @@ def check_size(size: Size, config: DataConfig) -> None:
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Examples -> `{"images": (B, 3, S, S) uint8, "captions": [[str, …], …]}`."""
+    """Collate examples to `{"images": (B, 3, S, S) uint8, "captions": [[str, …], …]}`."""
     return {
         "images": torch.stack([example["image"] for example in examples]),
         "captions": [example["captions"] for example in examples],

@@ -1,4 +1,4 @@
-"""The shapes data set: generated scenes of one or two coloured shapes with exact captions."""
+"""Generates the shapes data set: scenes of one or two coloured shapes with exact captions."""
 
 import math
 import random
@@ -41,21 +41,21 @@ RELATIONS = {
     "below": ("下面", 1, False),
 }
 
-# A scene that has one of these is `test`: colour and shape are each known from `train`, but
-# never together.
+# Scenes with one of these pairs form the split `test`: each colour and each shape occurs in
+# `train`, but not these combinations.
 HELD_OUT = frozenset(
     {("red", "triangle"), ("green", "star"), ("blue", "circle"), ("yellow", "square")}
 )
 
 _PAIRS = tuple((colour, kind) for colour in COLOURS for kind in SHAPES)
 _MARGIN = 0.04  # between the shapes and the image's edge, and between two shapes
-_SUPERSAMPLING = 4  # drawn this much larger, then averaged: antialiasing
+_SUPERSAMPLING = 4  # scenes are drawn this many times larger and averaged, for antialiasing
 
 _T = TypeVar("_T")
 
 
 class Shape(NamedTuple):
-    """One shape of a scene: its words, and its centre as a fraction of the image's side."""
+    """One shape of a scene: its words, and its centre (x, y) in units of the image's side."""
 
     size: str
     colour: str
@@ -76,10 +76,10 @@ class Scene(NamedTuple):
 def shape_scene(seed: int, index: int, size: int) -> Scene:
     """Return scene number `index` of `seed`, `size` x `size` pixels on white.
 
-    A function of its arguments alone: the same on every machine and Python, whatever other
-    scenes are drawn. The caption says all there is: "a large green triangle" is one shape, "a
-    small red circle left of a blue square" two; a shape without a word for its size is of middle
-    size. Left, right, above and below are the direction in which the two lie farther apart.
+    The scene is a function of the arguments alone, on every machine and Python version. The
+    caption is complete: "a large green triangle" is one shape, "a small red circle left of a blue
+    square" two; a shape whose size is not named is of middle size. Left, right, above and below
+    name the direction in which the two shapes are farther apart.
     """
     shapes, relation = _compose(seed, index)
     held_out = any((shape.colour, shape.kind) in HELD_OUT for shape in shapes)
@@ -136,7 +136,7 @@ def _compose(seed: int, index: int) -> tuple[list[Shape], str]:
     _, axis, in_order = RELATIONS[relation]
     first, second = words if in_order else reversed(words)
     first_radius, second_radius = SIZES[first[0]][1], SIZES[second[0]][1]
-    # Along the axis: the room that is left is shared out before, between and after the two.
+    # Along the axis: the free space is divided at random before, between and after the two.
     room = 1 - 3 * _MARGIN - 2 * (first_radius + second_radius)
     before, until = sorted((rng.random(), rng.random()))
     along = (

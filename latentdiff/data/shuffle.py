@@ -1,4 +1,4 @@
-"""The order in which a stream is trained on: shards in an order of their own, and a buffer."""
+"""The order in which a stream is trained on: shuffled shards, then a shuffle buffer."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeVar
@@ -17,11 +17,11 @@ def shuffled_epoch(
     epoch: int,
     skip: int = 0,
 ) -> Generator[T, None, int]:
-    """One epoch from its sample number `skip` on; returns how many samples it has.
+    """Yield the samples of a shuffled epoch after the first `skip`; return the epoch's length.
 
-    `samples` gives those of the shards of the given numbers, in that order, and asks its second
-    argument whether the next one's image is wanted. Each takes the place of one that is drawn from
-    a buffer of `buffer_size`.
+    `samples(shards, images)` yields the samples of the shards with these indices, in this order,
+    and calls `images` to learn whether the next sample's image must be read. Each sample takes the
+    place of one that is drawn from a buffer of `buffer_size` samples.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_shards).tolist()
     rng = np.random.default_rng([seed, epoch, 1])

@@ -1,7 +1,7 @@
-"""Data sets that are read in order: no index, no random access, no download beforehand.
+"""StreamedImages: a data set that is read in order, without an index and without a download.
 
-Training takes what it gets through a shuffle buffer. Which samples make up a step is a function of
-(seed, step): every process reads the full stream, and decodes its local rows alone.
+Training draws samples from a shuffle buffer. The samples of a step are a function of (seed, step):
+every process reads the full stream, and decodes only its own rows of each batch.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from latentdiff.data.samples import Sample, collate, square_pixels
 from latentdiff.data.shuffle import shuffled_epoch
 from latentdiff.options import fingerprinted
 
-COLUMNS_SEEN_IN = 100  # samples at the beginning that must have the columns asked for
-LEAST_COUNTED = 1000  # samples before which the fraction of bad ones says nothing
+COLUMNS_SEEN_IN = 100  # a column must occur in as many samples at the beginning
+MIN_COUNTED = 1000  # samples; of fewer, the fraction of bad ones is too uncertain to refuse
 
 
 class EncodedSample(NamedTuple):
-    """A sample before its image is decoded, which may turn out to be bad."""
+    """A sample whose image is not decoded yet, and may still turn out to be bad."""
 
     name: str
     file: bytes | FileRange | None
     captions: list[str]
 
     def read(self) -> bytes:
-        """The image's file. Raises BadSample."""
+        """Return the bytes of the image file. Raises BadSample when it cannot be read."""
         assert self.file is not None
         return self.file.read() if isinstance(self.file, FileRange) else self.file
 
@@ -47,18 +47,18 @@ class EncodedSample(NamedTuple):
 class StreamedImages:
     """Examples `{"image": (3, S, S) uint8, "captions": [str, …]}`, in order or shuffled.
 
-    What is bad by its captions alone, or by an earlier `latentdiff data check`, is passed over and
-    counted in `left_out`, anew in each epoch; what cannot be decoded is replaced by the next good
-    one, and noted in `replaced`. How many samples there are is not known before the first epoch's
-    end.
+    Samples that are bad by their captions alone, or that `latentdiff data check` has listed, are
+    passed over and counted in `left_out`, anew in each epoch. A sample that cannot be decoded is
+    replaced by the next good one, and its fault is kept in `replaced`. The number of samples is
+    unknown until the first epoch has ended.
     """
 
-    captions = None  # which a CaptionedImages has by index
+    captions = None  # a CaptionedImages has them by index
 
     def __init__(self, config: DataConfig) -> None:
-        """Open the data set and look at its first samples.
+        """Open the data set and read the captions of its first samples.
 
-        Raises ValueError when there is no such data, split or column, or its beginning is broken.
+        Raises ValueError when there is no such data, split or column, or its metadata is broken.
         """
         self.config = config
         self.rules = config.caption_rules()
@@ -78,12 +78,12 @@ class StreamedImages:
         self.left_out = Counter[str]()
         self.replaced: dict[str, BadSample] = {}
         self.num_samples: int | None = None
-        """Of an epoch, without what is left out; None before the first has ended."""
-        self._read = 0  # samples of an epoch that were read, at most
+        """Samples of an epoch, without those that are left out; None until an epoch has ended."""
+        self._read = 0  # the most samples that were read of any epoch so far
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the files, by size and time, and of how they become images and captions."""
+        """SHA-256 of the files' sizes and times, and of the options that decide what is read."""
         names = fingerprinted(DataConfig)
         options = {name: getattr(self.config, name) for name in names}
         text = json.dumps([self._files, options, self.listed], sort_keys=True)
@@ -92,11 +92,11 @@ class StreamedImages:
     def chunks(
         self, size: int, wanted: Callable[[int], bool]
     ) -> Iterator[tuple[int, Iterable[Sample | BadSample]]]:
-        """Go through the data in order, in chunks of `size` consecutive samples.
+        """Iterate over the data in order, in chunks of `size` consecutive samples.
 
-        See `CaptionedImages.chunks`; of a chunk that is not wanted the captions are read.
+        See `CaptionedImages.chunks`; the captions of chunks that are not wanted are read as well.
         """
-        wanted = lru_cache(maxsize=1)(wanted)  # which is asked once for each chunk
+        wanted = lru_cache(maxsize=1)(wanted)  # one call for each chunk
         done = 0
 
         def wanted_now() -> bool:
@@ -114,11 +114,11 @@ class StreamedImages:
                 yield number, prefetch(self._sample, samples, threads=self.config.num_workers)
 
     def some_examples(self, count: int) -> Iterator[dict[str, Any]]:
-        """The first `count` good examples, in the order of the files."""
+        """Yield the first `count` good examples, in the order of the files."""
         return islice(self._examples(), count)
 
     def some_captions(self, count: int) -> Iterator[str]:
-        """The captions of the first `count` samples; images are not read."""
+        """Yield the captions of the first `count` samples; images are not read."""
         samples = self.encoded(self.shards, None)
         return chain.from_iterable(sample.captions for sample in islice(samples, count))
 
@@ -133,15 +133,15 @@ class StreamedImages:
         world_size: int = 1,
         examples: Dataset[Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """This process's rows of the batches of steps `start` … `stop - 1`, see `collate`.
+        """Yield this process's rows of the batches of steps `start` … `stop - 1`, see `collate`.
 
-        An epoch goes through the shards in an order of its own; each sample takes the place of one
-        that is drawn from a buffer of `shuffle_buffer`. Batches run on across the end of an epoch.
-        A bad image is replaced by the next good sample of that order.
+        Each epoch shuffles the shards, and draws samples from a buffer of `shuffle_buffer` (see
+        `shuffled_epoch`). Batches continue across the end of an epoch. A bad image is replaced by
+        the next good sample of the shuffled order.
 
-        The numbers of processes and workers do not change what is in a batch. With `num_workers`,
-        one process reads and so many threads of it decode. Raises ValueError when too much is
-        bad, and when an epoch has fewer samples than one batch.
+        The content of a batch does not depend on the numbers of processes and workers. With
+        `num_workers`, one worker process reads, and decodes in that many threads. Raises ValueError
+        when too many samples are bad, and when an epoch has fewer samples than one batch.
         """
         assert examples is None, "a stream has no random access"
         num_workers = self.config.num_workers
@@ -152,19 +152,19 @@ class StreamedImages:
             batch_size=None,
             num_workers=min(num_workers, 1),
             prefetch_factor=2 * num_workers or None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             worker_init_fn=outlive_signals,
         )
         for batch in loader:
-            if isinstance(batch, ValueError):  # out of the worker, without its stack
+            if isinstance(batch, ValueError):  # from the worker, without its stack trace
                 raise batch
             yield batch
 
     def shuffled(self, start: int, *, seed: int, batch_size: int = 1) -> Iterator[EncodedSample]:
-        """The samples from position `start` on, of one epoch after the other.
+        """Yield the samples from position `start` on, through one shuffled epoch after the other.
 
-        What comes before is read without its images where they can be found again, else with
-        them; nothing is decoded. Raises ValueError when an epoch has fewer than `batch_size`.
+        The samples before `start` are read as well, without their images where a shard is seekable;
+        nothing is decoded. Raises ValueError when an epoch has fewer than `batch_size` samples.
         """
 
         def samples(order: Sequence[int], images: Callable[[], bool]) -> Iterator[EncodedSample]:
@@ -181,16 +181,16 @@ class StreamedImages:
                     f"batch_size={batch_size} must be at most {length}, the number of samples in "
                     f"data={self.config.data!r}"
                 )
-            # The first epoch's end tells how long all are, and so the way to any other.
+            # All epochs are as long as the first, so that the others before `start` can be skipped.
             epoch, skip = divmod(start, length) if start >= length > 0 == epoch else (epoch + 1, 0)
 
     def encoded(
         self, shards: Iterable[Shard], images: Callable[[], bool] | None
     ) -> Iterator[EncodedSample]:
-        """The samples of the shards, in order, without those that are known to be bad.
+        """Yield the samples of the shards, in order, without those that are known to be bad.
 
-        `images` is asked whether the next sample's image is wanted now, if it can be fetched
-        later; what cannot be is read, unless `images` is None: then none is.
+        In seekable shards, `images()` decides for each sample whether its image is read now or can
+        be left for later. Other shards read all their images. With `images` None no image is read.
         """
         self.left_out = left_out = Counter[str]()
         count = 0
@@ -220,7 +220,7 @@ class StreamedImages:
         self._check_replaced()
 
     def _captions(self, record: Record, listed: ListedBadSamples) -> list[str]:
-        """A sample's captions. Raises BadSample when it is known to be bad."""
+        """Return a sample's captions. Raises BadSample for a sample that is known to be bad."""
         if reason := listed.reason(record.name):
             raise BadSample(reason)
         if record.fault is not None:
@@ -231,7 +231,7 @@ class StreamedImages:
         return captions
 
     def _examples(self) -> Iterator[dict[str, Any]]:
-        """One epoch of good examples in the order of the files."""
+        """Yield one epoch of good examples in the order of the files."""
         for sample in self.encoded(self.shards, lambda: True):
             example = self._example(sample)
             if isinstance(example, BadSample):
@@ -258,13 +258,13 @@ class StreamedImages:
     def _batches(
         self, start: int, *, batch_size: int, seed: int, stop: int, rank: int, world_size: int
     ) -> Iterator[dict[str, Any]]:
-        """What `batches` gives, made in this process."""
+        """Yield the batches of `batches`, computed in this process."""
         samples = self.shuffled(start * batch_size, seed=seed, batch_size=batch_size)
         waiting = deque[EncodedSample]()
         local = local_rows(range(batch_size), rank, world_size)
 
         def good(position: int, example: dict[str, Any] | BadSample) -> dict[str, Any]:
-            """The example, or the next good one of the stream, which all processes know."""
+            """Return the example or, if it is bad, the next good one, as in all other processes."""
             while isinstance(example, BadSample):
                 self._replace(waiting[position].name, example)
                 position += 1
@@ -282,7 +282,7 @@ class StreamedImages:
                 waiting.popleft()
 
     def _replace(self, name: str, error: BadSample) -> None:
-        """Note an image that turned out to be bad. Raises ValueError when there are too many."""
+        """Record an image that turned out to be bad. Raises ValueError when there are too many."""
         if not self.replaced:
             warnings.warn(f"a sample is replaced by the next: {name!r} ({error})", stacklevel=3)
         self.replaced[name] = error
@@ -303,13 +303,13 @@ class StreamedImages:
     ) -> None:
         """Raise ValueError when too many of `total` samples are bad.
 
-        Before an epoch is `complete`, that is by more than chance.
+        Before an epoch is `complete`, their number must exceed `max_bad` by more than chance.
         """
         bad = reasons.total()
         allowed = min(self.config.max_bad * total, total - 1)
         if not complete:
-            expected = self.config.max_bad * max(total, LEAST_COUNTED)
-            allowed = expected + 3 * math.sqrt(expected)  # three standard deviations
+            expected = self.config.max_bad * max(total, MIN_COUNTED)
+            allowed = expected + 3 * math.sqrt(expected)  # three standard deviations of a Poisson
         if bad and bad > allowed:
             raise ValueError(
                 f"data={self.config.data!r}: {bad} of {total} samples are bad, more than "
@@ -318,7 +318,7 @@ class StreamedImages:
             )
 
     def _check_columns(self, opened: Shards) -> None:
-        """Raise ValueError when a column that the options name is not there."""
+        """Raise ValueError when a column that the options name is missing."""
         columns, where = opened.columns, ""
         if columns is None:
             records = chain.from_iterable(shard.records(lambda: False) for shard in self.shards)
@@ -329,7 +329,7 @@ class StreamedImages:
 
 
 class _Batches(IterableDataset[Any]):
-    """What a DataLoader goes through; a ValueError is its last element instead of being raised."""
+    """A stream's batches for a DataLoader; a ValueError becomes the last element."""
 
     def __init__(self, stream: StreamedImages, start: int, options: dict[str, int]) -> None:
         self.stream, self.start, self.options = stream, start, options
@@ -341,5 +341,5 @@ class _Batches(IterableDataset[Any]):
             yield error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

@@ -1,4 +1,4 @@
-"""What a training is trained on, in numbers and examples: for the report of its run."""
+"""Summarises the data of a training run, in counts and example captions, for the run's report."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,15 +13,15 @@ from latentdiff.data.decode import BadSample
 from latentdiff.data.opening import ImageDataset
 from latentdiff.formats.weights import load_json
 
-MAX_READ = 2000  # samples whose captions are read, evenly spaced
+MAX_READ = 2000  # evenly spaced samples whose captions are read
 EXAMPLES = 8
 
 
 def images_summary(dataset: ImageDataset, *, num_val: int | None = None) -> dict[str, Any]:
-    """The summary of images; see `cache_summary`.
+    """Summarise a data set of images, with the keys of `cache_summary`.
 
-    `num_val` is the size of the validation split, None for a training that has none. Of a stream
-    nothing is known beforehand but what `latentdiff data check` has written.
+    `num_val` is the size of the validation split, None for a training without one. A stream's
+    summary has only `data` and the result of `latentdiff data check`.
     """
     config = dataset.config
     summary: dict[str, Any] = {"data": config.data}
@@ -37,11 +37,11 @@ def images_summary(dataset: ImageDataset, *, num_val: int | None = None) -> dict
 
 
 def cache_summary(cache: LatentCache, data: str, *, num_val: int = 0) -> dict[str, Any]:
-    """The summary of latents, of which `num_val` are the validation split.
+    """Summarise a latent cache, of which `num_val` samples are the validation split.
 
-    How many samples there are, of which sizes, how many are left out for which reason, how many
-    captions they have and of how many characters, some captions, and, if `data` is on
-    disk, what `latentdiff data check` has written.
+    The summary has the numbers of samples, of their variants, of samples of each size and of
+    samples that were left out for each reason; the spread of the captions' number and length, and
+    some captions; and, if `data` is on disk, the result of `latentdiff data check`.
     """
     counts = np.bincount(cache.buckets, minlength=len(cache.sizes)).tolist()
     return {
@@ -60,7 +60,7 @@ def _captions(captions: Sequence[list[str]]) -> dict[str, Any]:
     count = min(len(captions), MAX_READ)
     read = list[list[str]]()
     for i in range(count):
-        with suppress(BadSample):  # weights that do not fit: training will say so
+        with suppress(BadSample):  # training reports weights that do not fit
             read.append(captions[i * len(captions) // count])
     shown = [read[i * len(read) // EXAMPLES] for i in range(EXAMPLES) if read]
     return {
@@ -71,7 +71,7 @@ def _captions(captions: Sequence[list[str]]) -> dict[str, Any]:
 
 
 def _checked(data: Path) -> dict[str, Any]:
-    """What `latentdiff data check` has written, if the data is on disk."""
+    """Read the summary that `latentdiff data check` wrote; {} without one."""
     path = (data if data.is_dir() else data.parent) / SUMMARY
     if not path.is_file():
         return {}

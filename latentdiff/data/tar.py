@@ -1,8 +1,8 @@
-"""The members of a tar on disk in one pass, with where their bytes are: nothing is extracted.
+"""Lists the members of a tar file with their byte ranges in one pass; nothing is extracted.
 
-`tarfile` would do the same, but it takes a tar that is cut off or damaged for one that ends there,
-without a word, and twice the time (docs/data.md has the figures). Formats: POSIX.1-2001 (pax),
-ustar and GNU's long names; sparse files are passed over.
+`tarfile` silently takes a tar that is truncated or damaged for one that ends there, and needs twice
+the time (docs/data.md has the figures). Formats: POSIX.1-2001 (pax), ustar and GNU's long names;
+sparse files are passed over.
 """
 
 import io
@@ -11,12 +11,12 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
-MOST_DIGITS = 18  # of a size in bytes
-NAME_LIMIT = 1 << 20  # bytes of a header about a name
+MAX_DIGITS = 18  # digits of a size in bytes
+NAME_LIMIT = 1 << 20  # bytes of a pax or long-name header
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: where its bytes are."""
+    """A regular file in a tar, with the offset and number of its bytes."""
 
     name: str
     offset: int
@@ -24,10 +24,11 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO, tar: str) -> Iterator[Member]:
-    """Every regular file with a safe name, in order, while `file` is at its bytes.
+    """Yield the regular files of a tar in order; `file` is then at the start of their bytes.
 
-    Links, devices, folders, absolute names, `..` and backslashes are passed over. Raises
-    ValueError, which calls the file `tar`, for what is no tar, or a tar that ends early.
+    Links, devices and folders are passed over, as are unsafe names: absolute ones and those with
+    `..` or a backslash. Raises ValueError for a file that is no tar or is truncated; the message
+    calls it `tar`.
     """
     end, position = file.seek(0, io.SEEK_END), 0
     override = dict[str, str]()
@@ -43,7 +44,7 @@ def members(file: BinaryIO, tar: str) -> Iterator[Member]:
         start = position + BLOCK
         if start + size > end:
             raise ValueError(f"{tar} ends within the member {name!r} at byte {position}")
-        if kind in (b"x", b"L"):  # about the next member
+        if kind in (b"x", b"L"):  # name and size of the next member
             if size > NAME_LIMIT:
                 raise ValueError(f"{tar} has a name of {size} bytes")
             data = file.read(size)
@@ -57,7 +58,11 @@ def members(file: BinaryIO, tar: str) -> Iterator[Member]:
 
 
 def _header(tar: str, header: bytes, position: int) -> tuple[bytes, str, int]:
-    """Type, name and size. The sum of all bytes, with blanks for the sum itself, guards them."""
+    """Parse a header into the member's type, name and size.
+
+    Raises ValueError unless the checksum is right: the sum of the header's bytes, in which the
+    checksum itself counts as spaces.
+    """
     if len(header) < BLOCK:
         raise ValueError(f"{tar} ends within a header at byte {position}")
     total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
@@ -82,7 +87,7 @@ def _header(tar: str, header: bytes, position: int) -> tuple[bytes, str, int]:
 
 
 def _pax_records(tar: str, data: bytes) -> dict[str, str]:
-    """The name and size of the next member, of records "<length> <key>=<value>\\n"."""
+    """Parse the records "<length> <key>=<value>\\n" of a pax header; keep `path` and `size`."""
     records = {}
     while data:
         length, _, rest = data.partition(b" ")
@@ -98,12 +103,12 @@ def _pax_records(tar: str, data: bytes) -> dict[str, str]:
 
 
 def _text(field: bytes) -> str:
-    """A field up to its first zero; what is not UTF-8 gets backslashes, which are not safe."""
+    """Decode a field up to its first NUL; bytes that are not UTF-8 become unsafe backslashes."""
     return field.split(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
 def _is_number(digits: bytes) -> bool:
-    return digits.isdigit() and len(digits) <= MOST_DIGITS
+    return digits.isdigit() and len(digits) <= MAX_DIGITS
 
 
 def _is_safe(name: str) -> bool:

@@ -1,1 +1,1 @@
-"""The forms that data comes in, each with its files and two ways to walk through them."""
+"""The forms of data sets (folders, tars, parquet, hub), each with random access and as shards."""

@@ -1,4 +1,4 @@
-"""Which form a data set has, which follows from the files in it."""
+"""Detects the form of a data set by its files, and opens its splits."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,23 +18,23 @@ from latentdiff.data.forms.parquet import Parquet
 from latentdiff.data.forms.webdataset import Tars
 
 Form = Folder | Tars | Parquet | Hub
-"""One split of a data set, with `index()` for random access and `shards()` to be read in order.
+"""One split of a data set, with `index()` for random access and `shards()` for reading in order.
 
-All raise ValueError when the split's metadata is broken."""
+Both raise ValueError when the split's metadata is broken."""
 Index = FileIndex | EmbeddedIndex
-SPLITS = ("train", "validation", "test")  # folders, or beginnings of file names
+SPLITS = ("train", "validation", "test")  # names of folders, or words in file names
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 SUFFIXES = (".tar", ".parquet", *COMPRESSED)
 
 
 def splits(data: str) -> list[str]:
-    """The names of the splits of a data set. Raises ValueError when it cannot be read."""
+    """List the names of a data set's splits. Raises ValueError when it cannot be read."""
     with _readable(data):
         return sorted(_local_splits(data) if Path(data).exists() else Hub.load(data))
 
 
 def open_index(data: str, split: str) -> Index:
-    """Open a split of a folder, of tar or parquet files, or of a hub data set by random access.
+    """Open a split of a folder, of tar or parquet files, or of a hub data set for random access.
 
     Raises ValueError when there is no such data or split, or its metadata is broken.
     """
@@ -45,8 +45,8 @@ def open_index(data: str, split: str) -> Index:
 def open_shards(data: str, split: str, *, image_column: str, columns: Sequence[str]) -> Shards:
     """Open a split as shards: tars, row groups, metadata files, folders, or the hub's files.
 
-    Of tables nothing is read but the images' column and `columns`. Raises ValueError when there
-    is no such data or split.
+    Of tables only `image_column` and `columns` are read. Raises ValueError when there is no such
+    data or split.
     """
     with _readable(data):
         return _form(data, split).shards(image_column, columns)
@@ -70,7 +70,7 @@ def _readable(data: str) -> Iterator[None]:
 
 
 def _local_splits(data: str) -> dict[str, Form]:
-    """The splits of what lies on disk. Raises ValueError when it is nothing that can be read."""
+    """Find the splits of a file or folder on disk. Raises ValueError for unsupported files."""
     root = Path(data)
     files = find_files(root, lambda name: name in METADATA or name.endswith(SUFFIXES))
     if root.is_file():
@@ -95,7 +95,10 @@ def _local_splits(data: str) -> dict[str, Form]:
 
 
 def _by_split(files: Sequence[str], suffix: str) -> dict[str, list[str]]:
-    """Files with the suffix; those whose folder or name has a split's name as a word are its."""
+    """Group the files with the suffix by the split whose name is a word of their path.
+
+    Files whose path names no split are `train`.
+    """
     groups: dict[str, list[str]] = {}
     for name in files:
         if name.endswith(suffix):

@@ -1,4 +1,4 @@
-"""Images in the cells of a table, as `datasets` writes them: `{"bytes": …, "path": …}`."""
+"""Tables whose cells hold image files, as `datasets` writes them: `{"bytes": …, "path": …}`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 
 
 class EmbeddedIndex:
-    """An Index of a table whose rows hold the images' files themselves."""
+    """Random access to a table whose rows hold the image files; its interface is FileIndex's."""
 
     def __init__(self, rows: datasets.Dataset, split: str) -> None:
         self.image_columns = image_columns(rows.features)
@@ -25,24 +25,24 @@ class EmbeddedIndex:
         self._files = {name: self.rows.select_columns([name]) for name in self.image_columns}
 
     def name(self, index: int) -> str:
-        """See FileIndex."""
+        """Return a row's name: the split and its number."""
         return f"{self.split}:{index}"
 
     def names(self) -> Iterator[str]:
-        """See FileIndex."""
+        """Yield all names, in order."""
         return map(self.name, range(len(self.rows)))
 
     def read(self, index: int, column: str) -> bytes:
-        """See FileIndex."""
+        """Return the bytes of a row's image file. Raises BadSample when there is none."""
         return _file_of(self._files[column][index][column], _read_cached)
 
     def unlisted(self) -> list[str]:
-        """See FileIndex."""
+        """Return no files: every image belongs to a row."""
         return []
 
 
 def image_columns(features: Mapping[str, Any]) -> list[str]:
-    """The columns of images, as `datasets` writes them to parquet."""
+    """List the columns that hold images, in the form in which `datasets` writes them to parquet."""
     return [
         name
         for name, kind in features.items()
@@ -52,7 +52,7 @@ def image_columns(features: Mapping[str, Any]) -> list[str]:
 
 
 def undecoded(rows: Rows) -> Rows:
-    """The same rows, with the bytes of images instead of images."""
+    """Return the same rows with `{"bytes", "path"}` in place of decoded images."""
     assert rows.features is not None
     for name in image_columns(rows.features):
         rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -62,9 +62,9 @@ def undecoded(rows: Rows) -> Rows:
 def embedded_record(
     name: str, row: dict[str, Any], column: str, *, wanted: bool, read: Callable[[str], bytes]
 ) -> Record:
-    """The record of a row, whose image is taken out of it if it is wanted.
+    """Return the record of a row, with its image file if that is `wanted`.
 
-    `read` gives the file at a path, where a row names one, or raises BadSample.
+    `read(path)` returns the bytes of a file that the row names by its path, or raises BadSample.
     """
     if not wanted:
         return Record(name, row, None)
@@ -81,7 +81,10 @@ def _file_of(cell: Mapping[str, Any] | None, read: Callable[[str], bytes]) -> by
 
 
 def _read_cached(name: str) -> bytes:
-    """Read a file of the hub's cache, which its image folders name; another one would be a trap."""
+    """Read a file that a row names. Raises BadSample unless it lies in the hub's cache.
+
+    Image folders of the hub name such files; any other path would disclose a local file.
+    """
     path = Path(name).resolve()
     caches = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
     if not any(is_inside(path, Path(cache)) for cache in caches):

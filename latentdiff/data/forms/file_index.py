@@ -1,4 +1,4 @@
-"""Random access to images that are files or members of tars, by a table of their captions."""
+"""FileIndex: random access to images that are files or members of tars."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from latentdiff.data.forms.metadata import images_in
 
 
 class FileIndex:
-    """Samples 0 … len(rows) - 1: a memory-mapped table, and images read one at a time.
+    """Random access to samples 0 … len(rows) - 1; the table is memory-mapped, images are files.
 
-    `rows` has captions and other columns, and its `_fingerprint` is of the images as well;
-    `columns` are those that a configuration may name, and `faults` the samples that are bad
-    without a look at their images.
+    `rows` has captions and other columns; its `_fingerprint` covers the images' sizes and times as
+    well. `columns` are those that a configuration may name, and `faults` maps the row of each
+    sample that is bad by its metadata to what is wrong with it.
     """
 
     def __init__(
@@ -27,9 +27,9 @@ class FileIndex:
         tars: Sequence[str] = (),
         described: Path | None = None,
     ) -> None:
-        """Rows have a `file_name` and, within `tars`, `_shard`, `_offset` and `_bytes`.
+        """Take rows with a `file_name` and, for `tars`, `_shard`, `_offset` and `_bytes`.
 
-        `described` is a folder whose images metadata describes.
+        `described` is the folder whose images the metadata files list, None without such files.
         """
         self.rows, self.root, self.tars, self.described = rows, root, tars, described
         self.image_columns = ["image"]
@@ -43,16 +43,16 @@ class FileIndex:
                 self.faults[row] = BadSample(rows[row]["_fault"], rows[row]["_detail"] or "")
 
     def name(self, index: int) -> str:
-        """What a sample is called in messages and in bad_samples.jsonl."""
+        """Return a sample's name in messages and in bad_samples.jsonl."""
         return self._files[index]["file_name"]
 
     def names(self) -> Iterator[str]:
-        """All names, in order."""
+        """Yield all names, in order."""
         for chunk in self.rows.data.column("file_name").chunks:
             yield from chunk.to_pylist()
 
     def read(self, index: int, column: str) -> bytes:
-        """The file of an image. Raises BadSample when there is none."""
+        """Return the bytes of an image file. Raises BadSample when there is none."""
         row = self._files[index]
         if not self.tars:
             return FileRange(self.root, row["file_name"]).read()
@@ -60,7 +60,7 @@ class FileIndex:
         return FileRange(self.root, tar, row["_offset"], row["_bytes"]).read()
 
     def unlisted(self) -> list[str]:
-        """Image files that no row names."""
+        """List the image files that no row names."""
         if self.described is None:
             return []
         return sorted(set(images_in(self.described, self.root)) - set(self.names()))

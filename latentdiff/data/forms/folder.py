@@ -1,4 +1,4 @@
-"""Folders of images, with captions in metadata files or in a text file beside each, or without."""
+"""Folders of images, with captions in metadata files, in a .txt file beside each image, or none."""
 
 import hashlib
 import os
@@ -28,21 +28,21 @@ from latentdiff.data.forms.form import (
 from latentdiff.data.forms.metadata import images_in, is_image, metadata_tables, text_tables
 from latentdiff.data.forms.table import cached_table
 
-ROWS = 64  # in memory at a time while a metadata file is streamed
+ROWS = 64  # rows of a metadata file that are converted at a time while it is streamed
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The images below `root / folder`, as metadata files list them or, without any, all."""
+    """The images below `root / folder`: those that metadata files list or, without any, all."""
 
     root: Path
     split: str
     folder: str
-    """The split's folder with a `/` at the end, or nothing if the root has no splits."""
+    """The split's folder with a `/` at the end; empty if the root has no split folders."""
     metadata: Sequence[str]
 
     def index(self) -> FileIndex:
-        """Open it by random access; every image file is looked at once, for its size and time."""
+        """Open the folder for random access; the size and time of every image file are read."""
         data, metadata = str(self.root), self.metadata
         folders = {name.rpartition("/")[0] for name in metadata}
         if len(folders) < len(metadata):
@@ -62,7 +62,7 @@ class Folder:
 
         resolved = str(self.root.resolve())
         rows = cached_table(resolved, [self.folder.removesuffix("/"), key], tables)
-        missing, fingerprint = _look_at_images(self.root, rows)
+        missing, fingerprint = _stat_images(self.root, rows)
         index = FileIndex(
             datasets.Dataset(rows.data, fingerprint=fingerprint),
             self.root,
@@ -72,7 +72,7 @@ class Folder:
         return index
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
-        """Open it in order: the metadata files, or the folders that have images."""
+        """Open the folder as shards: one for each metadata file, or for each folder with images."""
         files = self.metadata or _folders_with_images(self.root / self.folder, self.root)
         tables_of = _tables_of if self.metadata else _tables_of_folder
         shards = [FolderShard(self.root, partial(tables_of, self.root, file)) for file in files]
@@ -82,14 +82,14 @@ class Folder:
 
 @dataclass(frozen=True)
 class FolderShard:
-    """The images that a metadata file lists, or those of one folder without the folders in it."""
+    """The images that a metadata file lists, or those of one folder without its subfolders."""
 
     root: Path
     tables: Callable[[], Iterator[pa.Table]]
     seekable = True
 
     def records(self, images: Callable[[], bool]) -> Iterator[Record]:
-        """See Shard; the images are files, which are read when they are decoded."""
+        """Yield the samples, see Shard; image files are read when they are decoded."""
         for table in self.tables():
             for batch in table.to_batches(max_chunksize=ROWS):
                 for row in batch.to_pylist():
@@ -117,12 +117,12 @@ def _texts_digest(root: Path, names: Sequence[str]) -> str:
     return key.hexdigest()
 
 
-def _look_at_images(root: Path, rows: datasets.Dataset) -> tuple[dict[int, BadSample], str]:
-    """The images that are missing, by row; a hash of the rows and all images' sizes and times."""
+def _stat_images(root: Path, rows: datasets.Dataset) -> tuple[dict[int, BadSample], str]:
+    """Find missing images, by row, and hash the rows with all images' sizes and times."""
     faults: dict[int, BadSample] = {}
     key = hashlib.sha256(rows._fingerprint.encode())
     prefix, number = f"{root}/", 0
-    inside = {"": True}  # folders, which may be links
+    inside = {"": True}  # whether a folder, which may be a link, is inside the root
     for chunk in rows.data.column("file_name").chunks:
         stamps = array("q")
         for name in chunk.to_pylist():
@@ -146,7 +146,7 @@ def _look_at_images(root: Path, rows: datasets.Dataset) -> tuple[dict[int, BadSa
 
 
 def _folders_with_images(folder: Path, root: Path) -> list[str]:
-    """The folders that have images, relative to the root, sorted; "" is the root itself."""
+    """List the folders that have images, relative to the root, sorted; "" is the root itself."""
     folders = []
     for path, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]

@@ -1,4 +1,4 @@
-"""What the forms of data have in common: shards that are read in order, and stamps of files."""
+"""Types and functions that the forms of data share: shards, records, byte ranges, fingerprints."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from latentdiff.data.decode import BadSample
 
 @dataclass(frozen=True)
 class FileRange:
-    """Where the bytes of an image are on disk: `size` of them from `offset` on, all if None."""
+    """The bytes of an image on disk: `size` bytes of a file from `offset` on, all if None."""
 
     root: Path
     name: str
@@ -20,9 +20,9 @@ class FileRange:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes. Raises BadSample when there is no such file, or not inside `root`."""
+        """Return the bytes. Raises BadSample when the file is missing or outside `root`."""
         path = self.root / self.name
-        # A tar may be a link to where there is room; what metadata names must not lead out.
+        # A tar may be a link to another disk; a file that metadata names must be inside.
         if self.size is None and not is_inside(path, self.root):
             raise BadSample("leads outside")
         try:
@@ -34,43 +34,43 @@ class FileRange:
 
 
 class Record(NamedTuple):
-    """A sample as its shard has it."""
+    """A sample of a shard, before its captions are formatted and its image is decoded."""
 
     name: str
-    """What it is called in messages and in bad_samples.jsonl, as in an index."""
+    """The sample's name in messages and in bad_samples.jsonl, as in an index."""
     row: Mapping[str, Any]
     """Captions and other columns."""
     file: bytes | FileRange | None
-    """The image's file, where it is, or None when it was not asked for."""
+    """The image file, or where to read it; None when it was not asked for."""
     fault: BadSample | None = None
 
 
 class Shard(Protocol):
-    """Samples in an order that never changes. A shard can go to another process."""
+    """Samples in an order that never changes. A shard can be pickled for another process."""
 
     seekable: bool
     """Whether an image that was not asked for can be read later, from its FileRange."""
 
     def records(self, images: Callable[[], bool]) -> Iterator[Record]:
-        """The samples in order. `images` is asked whether the next sample's image is wanted.
+        """Yield the samples in order; `images()` tells whether the next image must be read.
 
-        A shard that is not seekable asks once, for all its images. Raises ValueError when the
-        shard is broken.
+        A shard that is not seekable calls `images` once, for all its images. Raises ValueError when
+        the shard is broken.
         """
         ...
 
 
 class Shards(NamedTuple):
-    """A split as shards."""
+    """A split of a data set as shards."""
 
     shards: Sequence[Shard]
     columns: Sequence[str] | None
-    """The columns, where they are known before the samples are read."""
+    """The columns, or None where they are only known once samples are read."""
     image_columns: Sequence[str]
     fingerprint: str
-    """Of all files, by their sizes and times or by the hub's version."""
+    """SHA-256 of all files' sizes and times, or of the hub's version of them."""
     named_as_in_index: bool = True
-    """Whether names are those that `latentdiff data check` writes."""
+    """Whether the samples have the names that `latentdiff data check` writes."""
 
 
 def check_split(data: str, split: str, splits: Iterable[str]) -> None:
@@ -80,38 +80,38 @@ def check_split(data: str, split: str, splits: Iterable[str]) -> None:
 
 
 def unreadable(data: str, error: Exception) -> ValueError:
-    """The error for data that cannot be read."""
+    """Return the error for data that cannot be read."""
     what = "" if Path(data).exists() else " as a folder or from the hub"
     return ValueError(f"data={data!r} cannot be read{what}: {' '.join(str(error).split())}")
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Whether a path stays below the root, links resolved."""
+    """Whether a path, with its links resolved, is below the root."""
     return path.resolve().is_relative_to(root.resolve())
 
 
 def is_public(column: str) -> bool:
-    """Whether a configuration may name a column of a table of files."""
+    """Whether a configuration may name this column of a table of files."""
     return column != "file_name" and not column.startswith("_")
 
 
 def noted_fault(row: Mapping[str, Any]) -> BadSample | None:
-    """The fault that a reader of captions noted in a row."""
+    """Return the fault that a reader of metadata stored in a row, or None."""
     reason = row.get("_fault")
     return None if reason is None else BadSample(reason, row.get("_detail") or "")
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
-    """Size and time of the last change in nanoseconds, which differ after a change."""
+    """Return a file's size in bytes and modification time in nanoseconds."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def file_stamps(root: Path, names: Iterable[str]) -> list[tuple[str, int, int]]:
-    """The names and stamps of files below a root."""
+    """Return the names and stamps of files below a root."""
     return [(name, *file_stamp(root / name)) for name in names]
 
 
 def digest(key: object) -> str:
-    """SHA-256 of something that is serializable as JSON."""
+    """Return the SHA-256 of a value that is serializable as JSON."""
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()

@@ -20,27 +20,27 @@ from latentdiff.data.forms.form import Record, Shard, Shards, check_split, diges
 
 @dataclass(frozen=True)
 class Hub:
-    """A split of the data set that has the id `data`."""
+    """A split of the hub's data set with the id `data`."""
 
     data: str
     split: str
 
     @staticmethod
     def load(data: str) -> Any:
-        """All splits, downloaded. Raises ValueError when there is no such data set."""
+        """Download and load all splits. Raises ValueError when there is no such data set."""
         try:
             return datasets.load_dataset(data)
         except ValueError as error:
             raise unreadable(data, error) from error
 
     def index(self) -> EmbeddedIndex:
-        """Open it by random access; everything is downloaded, once."""
+        """Open the split for random access; the data set is downloaded once."""
         loaded = self.load(self.data)
         check_split(self.data, self.split, loaded)
         return EmbeddedIndex(loaded[self.split], self.split)
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
-        """Open it in order: the files that `datasets` can stream."""
+        """Open the split as shards: the files that `datasets` can stream."""
         try:
             builder = datasets.load_dataset_builder(self.data)
             loaded = builder.as_streaming_dataset()
@@ -59,7 +59,7 @@ class Hub:
         count = rows.num_shards
         files: Any = builder.config.data_files or {}
         key = [self.data, builder.hash, self.split, count]
-        # The address of each file with its commit, or what its server says of its version.
+        # Each file's address with its commit, or the version that its server reports.
         key += [[name, list(paths), str(paths.origin_metadata)] for name, paths in files.items()]
         address = f"{datasets.config.HUB_DATASETS_HFFS_URL.partition('{')[0]}{self.data}@"
         shards: list[Shard] = [
@@ -73,24 +73,24 @@ class Hub:
 
 @dataclass(frozen=True)
 class HubShard:
-    """One of the files that a hub data set is made of, as `datasets` streams it."""
+    """One file of a hub data set, as `datasets` streams it."""
 
     rows: datasets.IterableDataset
     name: str
     address: str
-    """How the addresses of files of this data set begin."""
+    """The prefix of the addresses of this data set's files."""
     image_column: str
     seekable = False
 
     def records(self, images: Callable[[], bool]) -> Iterator[Record]:
-        """See Shard."""
+        """Yield the samples in order, see Shard."""
         wanted = images()
         for number, row in enumerate(self.rows):
             name = f"{self.name}/{number}"
             yield embedded_record(name, row, self.image_column, wanted=wanted, read=self._read)
 
     def _read(self, path: str) -> bytes:
-        """Read a file of this data set at the hub, loose or in a zip."""
+        """Read a file of this data set from the hub, also out of a zip; BadSample for any other."""
         *archive, address = path.split("::")
         if not address.startswith(self.address) or any(a[:6] != "zip://" for a in archive):
             raise BadSample("leads outside", path)

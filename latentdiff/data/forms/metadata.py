@@ -1,4 +1,4 @@
-"""Captions beside images: metadata.jsonl, .csv or .parquet, or a .txt for each image."""
+"""Reads captions beside images: metadata.jsonl, .csv or .parquet, or a .txt for each image."""
 
 import codecs
 import csv
@@ -15,14 +15,14 @@ from latentdiff.data.decode import SUFFIXES, BadSample
 from latentdiff.data.forms.table import ROWS, batched
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TEXT_LIMIT = 1 << 20  # bytes of a caption; beyond it is no caption
+TEXT_LIMIT = 1 << 20  # bytes of a caption's file
 
 
 def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
-    """The rows of a metadata file as tables; `file_name` is relative to the data's root.
+    """Read the rows of a metadata file as tables; `file_name` becomes relative to the data's root.
 
-    `folder` is where the file is, relative to that root. A row whose text is not UTF-8 has the
-    reason in `_fault` and `_detail`. Raises ValueError, with file and line, for what is no metadata
+    `folder` is the file's folder relative to that root. A row whose text is not UTF-8 has the
+    reason in `_fault` and `_detail`. Raises ValueError, with file and line, for malformed metadata
     and for names that lead out of the folder.
     """
     readers = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
@@ -46,7 +46,7 @@ def metadata_tables(path: Path, folder: str) -> Iterator[pa.Table]:
 
 
 def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:
-    """A row for each image with the text of the file beside it, where there is one."""
+    """Make a row for each image, with the text of the .txt file beside it if there is one."""
 
     def rows() -> Iterator[dict[str, Any]]:
         for name in names:
@@ -65,7 +65,7 @@ def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:
 
 
 def strict_text(data: bytes, name: str) -> str:
-    """UTF-8, with or without a byte order mark. Raises BadSample for a wrong byte."""
+    """Decode UTF-8, with or without a byte order mark. Raises BadSample for an invalid byte."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -74,18 +74,18 @@ def strict_text(data: bytes, name: str) -> str:
 
 
 def images_in(folder: Path, root: Path) -> list[str]:
-    """The image files below a folder, relative to the root, in the order of their names."""
+    """List the image files below a folder, relative to the root, sorted by name."""
     inside = "" if folder == root else folder.relative_to(root).as_posix() + "/"
     return [inside + name for name in find_files(folder, is_image)]
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image, and not hidden."""
+    """Whether a base name has an image's suffix and is not hidden."""
     return name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def find_files(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """The files below a folder with a wanted base name, relative to it, sorted, with `/`."""
+    """List the files below a folder whose base name is `wanted`, as sorted relative paths."""
     files = []
     for path, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -99,7 +99,7 @@ def _inside(name: object) -> bool:
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
         return False
     if name[0] != "/" and ".." not in name and name[1:2] != ":":
-        return True  # of a million names all but a few; the rest takes longer
+        return True  # a shortcut for nearly all names, since the code below is slower
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and name[1:2] != ":"
 
@@ -139,7 +139,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _name_in(line: bytes) -> str | None:
-    """The image that a damaged line is about, when it is not the name that is damaged."""
+    """Return the file name in a damaged line, or None if the name itself is damaged."""
     try:
         name = json.loads(line.decode("utf-8", "replace"))["file_name"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -148,7 +148,7 @@ def _name_in(line: bytes) -> str | None:
 
 
 def _csv(path: Path) -> Iterator[pa.Table]:
-    """Everything in a CSV file is text; an empty cell is a missing value."""
+    """Read a CSV file: every value is text, and an empty cell is a missing value."""
 
     def rows() -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -163,7 +163,7 @@ def _csv(path: Path) -> Iterator[pa.Table]:
 
     try:
         yield from batched(rows())
-    except UnicodeDecodeError as error:  # its offset counts from the last block read
+    except UnicodeDecodeError as error:  # its offset is relative to the last block read
         offset = _first_wrong_byte(path)
         raise ValueError(f"{path} is not UTF-8: byte {offset}") from error
     except csv.Error as error:

@@ -1,4 +1,4 @@
-"""Parquet files whose rows hold the images' files themselves."""
+"""Parquet files whose rows hold the image files."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from latentdiff.data.decode import BadSample
 from latentdiff.data.forms.embedded import EmbeddedIndex, embedded_record, image_columns
 from latentdiff.data.forms.form import Record, Shard, Shards, digest, file_stamps
 
-ROWS = 64  # with their images, in memory at a time
+ROWS = 64  # rows, with their images, in memory at a time
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Parquet:
     """The files of every split."""
 
     def index(self) -> EmbeddedIndex:
-        """Open it by random access; `datasets` copies all splits into its cache, once."""
+        """Open the split for random access; `datasets` copies all splits into its cache, once."""
         files = {split: [str(self.root / f) for f in fs] for split, fs in self.splits.items()}
         loaded = datasets.load_dataset("parquet", data_files=files)
         return EmbeddedIndex(loaded[self.split], self.split)
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
-        """Open it in order: the row groups of all files, whose footers alone are read."""
+        """Open the split as shards: the row groups of all files, of which the footers are read."""
         files = self.splits[self.split]
         shards, first, schema = list[Shard](), 0, None
         for path in (self.root / name for name in files):
@@ -65,7 +65,7 @@ class RowGroup:
     seekable = False
 
     def records(self, images: Callable[[], bool]) -> Iterator[Record]:
-        """See Shard."""
+        """Yield the samples in order, see Shard."""
         wanted = images()
         columns = list(dict.fromkeys((*self.columns, *([self.image_column] if wanted else ()))))
         try:
@@ -94,5 +94,5 @@ class RowGroup:
 
 
 def _refuse(path: str) -> bytes:
-    """No row of a parquet file may name another file."""
+    """Raise BadSample: no row of a parquet file may name another file."""
     raise BadSample("leads outside", path)

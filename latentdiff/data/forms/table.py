@@ -1,4 +1,4 @@
-"""A table of samples on disk, memory-mapped: made once from metadata, then opened in no time."""
+"""Memory-mapped tables of samples on disk, which are written once and then opened at once."""
 
 import hashlib
 import json
@@ -13,20 +13,20 @@ import datasets.config
 import pyarrow as pa
 from datasets.table import MemoryMappedTable
 
-VERSION = 1  # of what the readers make of metadata; a change makes every index anew
-ROWS = 20_000  # in memory at a time
+VERSION = 1  # version of the readers of metadata; tables of other versions are written anew
+ROWS = 20_000  # rows in memory at a time
 
 
 def cached_table(
     data: str, key: object, tables: Callable[[], Iterable[pa.Table]]
 ) -> datasets.Dataset:
-    """The rows of all tables, memory-mapped from `datasets`' cache folder.
+    """Return the rows of all tables, memory-mapped from a file in `datasets`' cache folder.
 
-    `data` is named in errors. `key` says what the tables are made from (files with sizes and
-    times), and is serializable as JSON; with the same key they are not read again. `tables` may
-    be called more than once.
+    `data` is the name in error messages. `key`, serializable as JSON, identifies the content of the
+    tables (files with sizes and times); the same key opens the file that was written before.
+    `tables` may be called more than once.
 
-    Raises ValueError when a column holds different kinds of things, or there are no rows.
+    Raises ValueError when a column holds values of different kinds, or there are no rows.
     """
     digest = hashlib.sha256(json.dumps([VERSION, data, key]).encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE) / "latentdiff" / f"{digest[:32]}.arrow"
@@ -39,7 +39,7 @@ def cached_table(
 
 
 def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
-    """Rows as tables of up to ROWS rows, with a column for every key that any of them has."""
+    """Yield rows as tables of up to ROWS rows, with a column for each key that any row has."""
     rows = iter(rows)
     while batch := list(islice(rows, ROWS)):
         names = dict.fromkeys(name for row in batch for name in row)
@@ -53,18 +53,18 @@ def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
 
 
 class _Kinds(ValueError):
-    """Rows that make no table."""
+    """Rows that do not form a table."""
 
 
 def _write(path: Path, tables: Callable[[], Iterable[pa.Table]]) -> None:
-    """Write all or nothing; several processes may do it at once, and the last one's file stays."""
+    """Write a file atomically; of several processes that write at once, the last one's stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".index-", dir=path.parent)
     os.close(descriptor)
     try:
         schema = None
         while (wider := _attempt(Path(name), tables, schema)) is not None:
-            schema = wider  # a column that was empty so far had text further down: from the start
+            schema = wider  # a column that was empty so far has text further down: start again
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def _write(path: Path, tables: Callable[[], Iterable[pa.Table]]) -> None:
 def _attempt(
     path: Path, tables: Callable[[], Iterable[pa.Table]], schema: pa.Schema | None
 ) -> pa.Schema | None:
-    """Write all rows with the schema; None when it was wide enough, else one that is wider."""
+    """Write all rows with the schema; return None, or the wider schema that the rows need."""
     writer = None
     try:
         for table in tables():

@@ -1,7 +1,7 @@
 """WebDataset tars: consecutive members that share a name up to its first dot are a sample.
 
-The `webdataset` library unpickles members and runs `pipe:` addresses; here nothing but images,
-`.txt` and `.json` is looked at.
+The `webdataset` library unpickles members and runs `pipe:` addresses; this module reads only
+images, `.txt` and `.json`.
 """
 
 import json
@@ -22,14 +22,14 @@ IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 
 @dataclass(frozen=True)
 class Tars:
-    """Tars below `root`, in the order of their names."""
+    """A split of tar files below `root`, in the order of their names."""
 
     root: Path
     split: str
     files: Sequence[str]
 
     def index(self) -> FileIndex:
-        """Open it by random access: the members' offsets, of which no image is read."""
+        """Open the split for random access: scan the tars for the offsets of their members."""
 
         def rows() -> Iterator[dict[str, Any]]:
             for number, file in enumerate(self.files):
@@ -41,7 +41,7 @@ class Tars:
         return FileIndex(table, self.root, tars=self.files)
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
-        """Open it in order: one a tar."""
+        """Open the split as shards, one for each tar."""
         fingerprint = digest(["tar", self.split, file_stamps(self.root, self.files)])
         shards = [TarShard(self.root, file) for file in self.files]
         return Shards(shards, None, ["image"], fingerprint)
@@ -49,14 +49,14 @@ class Tars:
 
 @dataclass(frozen=True)
 class TarShard:
-    """A tar."""
+    """The samples of one tar."""
 
     root: Path
     file: str
     seekable = True
 
     def records(self, images: Callable[[], bool]) -> Iterator[Record]:
-        """See Shard."""
+        """Yield the samples in order, see Shard."""
         for row in samples(self.root / self.file, images=images):
             data = row.pop("_file", None)
             if data is None:
@@ -65,12 +65,12 @@ class TarShard:
 
 
 def samples(path: Path, *, images: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
-    """A row for each sample with an image: `file_name`, `_offset`, `_bytes`, captions and fields.
+    """Yield a row for each sample with an image: `file_name`, `_offset`, `_bytes` and its columns.
 
-    `text` is the `.txt` member; the keys of the `.json` member's object are columns. What is wrong
-    with a sample is in `_fault` and `_detail`. `images` is asked before each image, after all
-    samples before it were handed out, whether to read it into `_file`. Raises ValueError as
-    `members` does.
+    The column `text` is the `.txt` member; the keys of the `.json` member's object are further
+    columns. `_fault` and `_detail` tell what is wrong with a bad sample. `images()` is called
+    before each image, after all earlier samples have been yielded, and decides whether its file is
+    read into `_file`. Raises ValueError as `members` does.
     """
     key, row = None, dict[str, Any]()
     with path.open("rb") as file:

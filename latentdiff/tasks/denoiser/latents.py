@@ -51,7 +51,7 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
         crop_flip=config.crop_flip,
         rank=run.processes.rank,
         world_size=run.processes.count,
-        together=run.processes.on_all,
+        on_all=run.processes.on_all,
         check=partial(
             check_latents, vae, dataset, vae_folder, batch_size=64, refuse=config.check_latents
         ),
