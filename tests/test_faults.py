@@ -321,7 +321,7 @@ def test_17_looking_at_the_average_leaves_the_weights_alone(
     assert -signal.SIGKILL in run(toy, count, fault=Fault("kill", step=6))
     assert run(toy, count) == [0] * count
     assert_same(tmp_path, whole[count])
-    shown = [float(path.read_text()) for path in sorted((tmp_path / "previews").iterdir())]
+    shown = [float(path.read_text()) for path in sorted((tmp_path / "previews").glob("*.txt"))]
     scored = {
         record["step"]: record["val_loss"] for record in log(tmp_path) if "val_loss" in record
     }

@@ -17,6 +17,12 @@ STOPPING = ("SIGTERM", "SIGUSR1")
 """Signals that batch systems send before they take the machine away."""
 
 
+_GROUPS: list[Any] = []
+"""Every process group, so that none is freed before Python ends: torch joins a group's threads
+while it holds Python's lock, which they may wait for. A process whose peer was killed hung so when
+the frames of its error were freed."""
+
+
 class Processes:
     """Rank and number of this run's processes, and their collective calls on host memory.
 
@@ -31,6 +37,7 @@ class Processes:
         self.group: Any = None
         if self.count > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            _GROUPS.extend([dist.group.WORLD, self.group])
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in the order of ranks; all must call it."""
