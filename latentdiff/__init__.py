@@ -1,7 +1,7 @@
-"""Train your own text-to-image latent diffusion model, and draw with it: `Pipeline` is the way in.
+"""Train your own text-to-image latent diffusion model and draw images with it; see `Pipeline`.
 
-`import latentdiff` itself imports neither torch nor transformers: `Pipeline` is loaded when it is
-first asked for.
+`import latentdiff` itself imports neither torch nor transformers: `Pipeline` is imported when it is
+first accessed.
 """
 
 from typing import TYPE_CHECKING

@@ -24,9 +24,9 @@ from latentdiff.schedules import BETA_RANGES, Schedule
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
 
-# The largest alpha_bar_T that does not warn. That of Stable Diffusion's schedule is 0.0047.
+# `Diffusion` warns of an alpha_bar_T above this. Stable Diffusion's schedule has 0.0047.
 LARGEST_FINAL_ALPHA_BAR = 0.01
-MOST_TIMESTEPS = 100_000  # a file with more is wrong, and would take all memory
+MOST_TIMESTEPS = 100_000  # a file with more is wrong, and its tables would fill all memory
 
 _WORDS = {
     "schedule": get_args(Schedule),
@@ -39,13 +39,13 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timest
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A noise schedule and what the network predicts: all that a trained denoiser depends on.
+    """A noise schedule and a prediction type: all that a trained denoiser depends on.
 
-    t is that of the papers: 0, 1, …, T for the beta schedules, real numbers in [0, T] for `flow`
+    t is the papers' time: 0, 1, …, T for the beta schedules, a real number in [0, T] for `flow`
     (sigma = t / T, alpha = 1 - t / T). `beta_start` and `beta_end` belong to `linear` (by default
     1e-4 … 0.02) and `scaled_linear` (0.00085 … 0.012). `timestep_spacing`, `steps_offset` and
-    `set_alpha_to_one` choose the levels of a sampling run, with the meanings that they have in
-    diffusers; the defaults start at t = T and end on data (Lin et al. 2023, arXiv:2305.08891).
+    `set_alpha_to_one` choose the levels of a sampling run and mean what they mean in diffusers;
+    the defaults start at t = T and end on data (Lin et al. 2023, arXiv:2305.08891).
     `rescale_betas_zero_snr` stretches a beta schedule to end in pure noise (Algorithm 1 there).
     With `learned_variance`, for beta schedules, the network has twice the output channels, and the
     second half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
@@ -94,8 +94,8 @@ class Diffusion:
             raise ValueError(f"schedule={self.schedule} has no beta_start or beta_end")
         # Cached tensors made in inference mode could not be trained with later.
         with torch.inference_mode(False):
-            left = 0.0 if self.schedule == "flow" else float(self.alphas_cumprod[-1])
-        if left == 0 and self.prediction in ("epsilon", "score"):
+            final_alpha_bar = 0.0 if self.schedule == "flow" else float(self.alphas_cumprod[-1])
+        if final_alpha_bar == 0 and self.prediction in ("epsilon", "score"):
             cause = f"schedule={self.schedule}"
             if self.rescale_betas_zero_snr:
                 cause = "rescale_betas_zero_snr=True"
@@ -103,10 +103,11 @@ class Diffusion:
                 f"prediction={self.prediction} says nothing of x0 where alpha=0: for {cause} "
                 "choose flow_prediction, v_prediction or sample"
             )
-        if left > LARGEST_FINAL_ALPHA_BAR:
+        if final_alpha_bar > LARGEST_FINAL_ALPHA_BAR:
             warnings.warn(
-                f"the end of the noise chain is not near N(0, I): alpha_bar_T = {left:.3g} > "
-                f"{LARGEST_FINAL_ALPHA_BAR}; raise num_timesteps or beta_end",
+                "the end of the noise chain is not near N(0, I): alpha_bar_T = "
+                f"{final_alpha_bar:.3g} > {LARGEST_FINAL_ALPHA_BAR}; raise num_timesteps or "
+                "beta_end",
                 stacklevel=3,
             )
 
@@ -138,12 +139,12 @@ class Diffusion:
 
     @property
     def sqrt_alphas_cumprod(self) -> Tensor:
-        """sqrt(alpha_bar_t): how much of the image is left."""
+        """sqrt(alpha_bar_t): the coefficient of x0 in x_t."""
         return self.alphas_cumprod.sqrt()
 
     @property
     def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
-        """sqrt(1 - alpha_bar_t): how much noise there is."""
+        """sqrt(1 - alpha_bar_t): the coefficient of the noise in x_t."""
         return (1 - self.alphas_cumprod).sqrt()
 
     @property
@@ -210,7 +211,7 @@ class Diffusion:
                 return -eps / sigma
 
     def to_x0(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The estimate of x0 that a network's output amounts to: the inverse of `target`."""
+        """The estimate of x0 that follows from a network's output: the inverse of `target`."""
         alpha, sigma = _fit(alpha, x_t), _fit(sigma, x_t)
         match self.prediction:
             case "epsilon":
@@ -227,10 +228,10 @@ class Diffusion:
     def loss(
         self, unet: Network, x0: Tensor, context: Tensor, *, noise: Tensor, t: Tensor
     ) -> Tensor:
-        """The mean squared error of the prediction, one an image, (B,). DDPM, eq. 14.
+        """The mean squared error of each image's prediction, (B,). DDPM, eq. 14.
 
-        x0 and noise are (B, C, H, W), context is the network's, t is (B,). The score's error is
-        weighted by sigma^2 (Song et al. 2021, section 3.3), without which the smallest noise
+        x0 and noise are (B, C, H, W), t is (B,), `context` goes to the network. The score's error
+        is weighted by sigma^2 (Song et al. 2021, section 3.3), without which the smallest noise
         levels, where the target is eps / sigma, would drown all others.
         """
         return self.losses(unet, x0, context, noise=noise, t=t)[0]
@@ -238,11 +239,12 @@ class Diffusion:
     def losses(
         self, unet: Network, x0: Tensor, context: Tensor, *, noise: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """`loss`, and where the variance is learned the bound's term at t, times T; each (B,).
+        """`loss`, (B,), and T times the variational bound's term at t, (B,), if v is learned.
 
-        The term is in bits a dimension: with t uniform, its mean is the bound on real numbers but
-        for the prior, which nothing learned is in. Its gradient reaches the variance alone, as the
-        estimate of x0 is held fixed (Nichol & Dhariwal 2021, section 3.1).
+        The term is in bits per dimension. Its mean over uniform t is the bound on -log p(x0) for
+        real numbers, without the prior's term, which has no learned parameters. Its gradient
+        reaches only the variance, since the estimate of x0 is detached (Nichol & Dhariwal 2021,
+        section 3.1).
         """
         alpha, sigma = self.alpha_sigma(t)
         x_t = _fit(alpha, x0) * x0 + _fit(sigma, x0) * noise
@@ -258,10 +260,10 @@ class Diffusion:
         return loss, self.num_timesteps / math.log(2) * term
 
     def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction in a network's output, (B, C, ...), and v of a learned variance, or None.
+        """Split a network's output into the prediction, (B, C, ...), and v of a learned variance.
 
         v interpolates between the small and the large variance: Nichol & Dhariwal 2021, eq. 15. The
-        network gives 2 v - 1, from -1 to 1; nothing keeps it there.
+        network predicts 2 v - 1, from -1 to 1 but not clipped. v is None if it is not learned.
         """
         if not self.learned_variance:
             return output, None
@@ -269,9 +271,9 @@ class Diffusion:
         return output, (scaled_v + 1) / 2
 
     def _bound_term(self, x0: Tensor, estimate: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """The bound's term at t of each number, in nats: see `likelihood.bound_terms`."""
+        """The bound's term at t for each element, in nats: see `likelihood.bound_terms`."""
         level_s, level_t = self.alpha_sigma(t - 1), self.alpha_sigma(t)
-        # At t = 1 beta_tilde is 0, and that of t = 2 stands in for it, as in the authors' code.
+        # beta_tilde_1 is 0, which has no logarithm: beta_tilde_2 replaces it, as in their code.
         t = t.clamp(min=2)
         small, _ = gaussians.reverse_variances(self.alpha_sigma(t - 1), self.alpha_sigma(t))
         _, large = gaussians.reverse_variances(level_s, level_t)
@@ -288,9 +290,9 @@ class Diffusion:
     ) -> NoiseLevels:
         """The noise levels of a sampling run of `steps` steps, noisiest first.
 
-        `grid` names the scheduler of diffusers that has these timesteps, `spacing` the way they are
-        spaced (by default `timestep_spacing`): see `latentdiff.levels`. Raises ValueError for steps
-        out of range, mostly 1 … T, and for a spacing that does not exist.
+        `grid` names the diffusers scheduler that has these timesteps, `spacing` how they are spaced
+        (by default `timestep_spacing`): see `latentdiff.levels`. Raises ValueError for steps out of
+        range, which is 1 … T for most grids, and for an unknown spacing.
         """
         with torch.device("cpu"):
             # On a flow sigma / alpha is infinite at T, which no run needs.
@@ -315,7 +317,7 @@ class Diffusion:
 
     @classmethod
     def from_scheduler_config(cls, config: dict[str, Any]) -> Self:
-        """The diffusion of a diffusers scheduler; ValueError for what is not supported."""
+        """The diffusion of a diffusers scheduler's configuration; ValueError for others."""
         return cls(**scheduler.from_config(config))
 
 
@@ -328,6 +330,6 @@ def _fit(coefficient: Tensor, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _alpha_bars(diffusion: Diffusion, device: torch.device) -> Tensor:
-    """alpha_bar_0 … alpha_bar_T, (T + 1,), on the device: training must not copy it every step."""
+    """alpha_bar_0 … alpha_bar_T, (T + 1,), on the device; cached, so that no step copies it."""
     bars = diffusion.alphas_cumprod
     return torch.cat([bars.new_ones(1), bars]).to(device)

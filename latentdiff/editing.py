@@ -1,7 +1,7 @@
 """Image-to-image and inpainting: the first latents and the denoiser of a request with images.
 
-Text-to-image starts from noise and needs nothing of this. The order in which noise is drawn is
-that of diffusers, so that its seeds draw its images.
+Text-to-image starts from noise and uses nothing here. Noise is drawn in the order of diffusers, so
+that a seed gives the image that it gives there.
 Shapes: B images, C latent channels, H/W latent size, h/w image size. Masks are 1 where to draw and
 0 where to keep the init image.
 """
@@ -60,13 +60,13 @@ def edit(
 def inpainting_denoiser(
     denoise: Denoise, masks: Tensor, latents: Tensor, eps: Tensor, *, noise_only: Tensor | None
 ) -> Denoise:
-    """A denoiser that fixes x0 to `latents`, and x_t to those with noise eps, where masks are 0.
+    """A denoiser that keeps the init image, `latents`, where masks (B, 1, h, w) are 0.
 
-    So any model inpaints (Lugmayr et al. 2022, arXiv:2201.09865, eq. 8, without resampling). As a
-    sampler moves x by the denoiser's estimates, the init image stays there: with `ddim` exactly as
-    if its latents were blended in after each step, as diffusers does. masks are (B, 1, h, w).
-    `noise_only` is the sigma at which x_t is eps, if sampling starts from noise. v of a learned
-    variance, which `denoise` may give after x0, is that of the network everywhere.
+    There it replaces x_t by the noised latents, alpha latents + sigma eps, and the estimate of x0
+    by the latents, so that any model can inpaint (RePaint, Lugmayr et al. 2022, arXiv:2201.09865,
+    eq. 8, without resampling). With `ddim` the result is exactly that of diffusers, which blends
+    the noised latents in after each step. If sampling starts from noise, `noise_only` is the sigma
+    at which x_t is eps alone. If `denoise` gives v of a learned variance after x0, v is unchanged.
     """
     masks = _latent_masks(masks, latents)
 
@@ -82,7 +82,7 @@ def inpainting_denoiser(
 
 
 def with_channels(denoise: Denoise, channels: Tensor) -> Denoise:
-    """A denoiser whose network also sees `channels` (B, ..., H, W), after those of x."""
+    """A denoiser whose network gets `channels` (B, ..., H, W) concatenated after those of x."""
 
     def denoise_with_channels(x: Tensor, level: NoiseLevel) -> Tensor:
         return denoise(torch.cat([x, channels], dim=1), level)
@@ -91,7 +91,7 @@ def with_channels(denoise: Denoise, channels: Tensor) -> Denoise:
 
 
 def composite(images: Tensor, request: Request) -> Tensor:
-    """Drawn images (B, 3, h, w) with the kept pixels of the init images, which the VAE changes."""
+    """Drawn images (B, 3, h, w) whose kept pixels are the init images' own, not the VAE's."""
     size = (images.shape[2], images.shape[3])
     masks = _masks(request, size).to(images)
     return masks * images + (1 - masks) * _images(request, size).to(images)
@@ -103,6 +103,7 @@ def _images(request: Request, size: tuple[int, int]) -> Tensor:
 
 
 def _masks(request: Request, size: tuple[int, int]) -> Tensor:
+    """The masks, (B, 1, h, w), 1 where to draw."""
     return torch.stack([mask_from_pil(mask, size) for mask in request.masks])
 
 
@@ -112,7 +113,7 @@ def _latent_masks(masks: Tensor, latents: Tensor) -> Tensor:
 
 
 def _encode(vae: VAE, images: Tensor, noise: ImageNoise) -> Tensor:
-    """A sample of each image's posterior, one by one, so that neighbours change nothing."""
+    """A sample of each image's posterior, encoded alone: its bits are the same in any batch."""
     dtype = next(vae.parameters()).dtype
-    pairs = zip(images.to(dtype).split(1), noise().to(dtype).split(1), strict=True)
-    return torch.cat([vae.encode(x).sample(eps) for x, eps in pairs]).to(noise.dtype)
+    examples = zip(images.to(dtype).split(1), noise().to(dtype).split(1), strict=True)
+    return torch.cat([vae.encode(x).sample(eps) for x, eps in examples]).to(noise.dtype)

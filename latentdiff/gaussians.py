@@ -1,4 +1,4 @@
-"""The Gaussians between two noise levels: forward process, posterior, reverse process, their terms.
+"""The Gaussians between two noise levels: forward, posterior and reverse process, KL.
 
 Of two levels t is the noisier one and s the other.
 Papers: DDPM (Ho et al. 2020, arXiv:2006.11239), and Nichol & Dhariwal 2021 (arXiv:2102.09672) for
@@ -21,22 +21,22 @@ class Level(NamedTuple):
 
 Variance = Literal["small", "large", "learned"]
 """The variance of p(x_s | x_t): beta_tilde, beta, or one between them that the network learned. For
-"learned" the denoiser gives v after x0, as `guidance.guided_denoiser(..., with_v=True)` does."""
+"learned" the denoiser gives x0 and v as one tensor, as `guided_denoiser(..., with_v=True)` does."""
 
 
 def transition(s: Level, t: Level) -> tuple[Tensor, Tensor]:
-    """a and v of q(x_t | x_s) = N(a x_s, v I), from (alpha, sigma) of t and of a less noisy s.
+    """a and b of q(x_t | x_s) = N(a x_s, b I), from (alpha, sigma) of t and of a less noisy s.
 
-    Kingma et al. 2021 (arXiv:2107.00630), eq. 23; v is DDPM's beta_t if s = t - 1.
+    Kingma et al. 2021 (arXiv:2107.00630), eq. 23; the variance b is DDPM's beta_t if s = t - 1.
     """
     alpha = t.alpha / s.alpha
     return alpha, (t.sigma**2 - (alpha * s.sigma) ** 2).clamp(min=0)
 
 
 def posterior_coefficients(s: Level, t: Level) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and v of q(x_s | x_t, x_0) = N(a x_0 + b x_t, v I), levels as in `transition`.
+    """a, b and c of q(x_s | x_t, x_0) = N(a x_0 + b x_t, c I), levels as in `transition`.
 
-    DDPM, eq. 7, for any two levels: v is beta_tilde_t if s = t - 1.
+    DDPM, eq. 7, for any two levels: the variance c is beta_tilde_t if s = t - 1.
     """
     alpha, variance = transition(s, t)
     ratio = (s.sigma / t.sigma) ** 2
@@ -63,10 +63,10 @@ def learned_log_variance(v: Tensor, small: Tensor, large: Tensor) -> Tensor:
 def divergence(
     x0: Tensor, estimate: Tensor, log_variance: Tensor, *, from_x0: Tensor, log_small: Tensor
 ) -> Tensor:
-    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of each number, in nats: DDPM, eq. 5, L_{t-1}.
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of each element, in nats: DDPM, eq. 5, L_{t-1}.
 
-    The mean of p is that of q for `estimate` in place of x0, whose weight is `from_x0`; the log
-    variance of p is `log_variance`, and that of q `log_small`.
+    The mean of p is the mean of q with `estimate` in place of x0; `from_x0` is the coefficient of
+    x0 in it. `log_variance` and `log_small` are the log-variances of p and q.
     """
     error = (from_x0 * (estimate - x0)).square() / log_variance.exp()
     ratio = log_small - log_variance
@@ -74,9 +74,9 @@ def divergence(
 
 
 def log_density(x: Tensor, mean: Tensor, log_variance: Tensor, *, bins: int | None) -> Tensor:
-    """log N(x; mean, variance) of each number, or with `bins` that of its bin in [-1, 1].
+    """log N(x; mean, variance) of each element, or with `bins` the log-probability of its bin.
 
-    DDPM, eq. 13: the outermost bins reach to infinity.
+    DDPM, eq. 13: `bins` bins divide [-1, 1], and the outermost two reach to infinity.
     """
     if bins is None:
         error = (x - mean).square() / log_variance.exp()

@@ -2,7 +2,7 @@
 
 At each step the network is evaluated with the prompt and with the negative prompt (by default the
 empty one), and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) extrapolates from
-the second output through the first. The other options mend what a large scale spoils.
+the second output through the first. The other options reduce the artefacts of a large scale.
 """
 
 import math
@@ -89,8 +89,8 @@ class Guidance:
     def project(self, update: Tensor, x0: Tensor) -> Tensor:
         """The guided estimate of x0 by adaptive projected guidance, (B, ...): Algorithm 1.
 
-        x0 is the estimate with the prompt; `update` is its difference from the estimate without,
-        momentum included. Norms and sums are over all of an image's latents.
+        x0 is the estimate with the prompt; `update` is its difference from the estimate with the
+        negative prompt, plus momentum. Norms and sums are over all of an image's latents.
         """
         dims = tuple(range(1, x0.ndim))
         if self.norm_threshold is not None:
@@ -110,14 +110,14 @@ def guided_denoiser(
     *,
     with_v: bool = False,
 ) -> Denoise:
-    """The network as a guided estimate of x0; a number is the scale of plain guidance.
+    """A denoiser that estimates x0 by the guided network; a float is the scale of plain guidance.
 
     context is (B, L, D); null_context, that of the negative prompt, is (B, L, D) or (1, L, D). The
     network sees both in one batch, [null, conditional]; where nothing is guided it sees context
     alone, at half the cost, and no null_context is needed. Guiding the output is guiding x0,
-    because `Diffusion.to_x0` is affine. A denoiser is for one sampling run: momentum remembers its
-    steps. With `with_v` it gives (B, 2C, H, W), x0 and v of the learned variance; this v is that of
-    the prompt and is not guided, as in GLIDE's code.
+    because `Diffusion.to_x0` is affine. A denoiser is for one sampling run, since momentum sums
+    over its steps. With `with_v` it gives (B, 2C, H, W): x0, and v of the learned variance, which
+    is the conditional output's without guidance, as in GLIDE's code.
     """
     assert diffusion.learned_variance or not with_v, "only a learned variance has v"
     if not isinstance(guidance, Guidance):

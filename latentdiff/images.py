@@ -10,7 +10,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-# The fonts of labels: Pillow's default (None) has Latin letters, the others have more.
+# The fonts of labels, in order: None is Pillow's default with Latin letters; the others have more.
 SYSTEM_FONTS = (
     None,
     "DejaVuSans.ttf",
@@ -70,6 +70,7 @@ def mask_from_pil(mask: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at `size` = (H, W), by Lanczos."""
     width_height = (size[1], size[0])
     if image.size == width_height:
         return image
@@ -85,8 +86,8 @@ def image_grid(
 ) -> Image.Image:
     """Lay images out row by row, about as many columns as rows, with a label under each.
 
-    `plain` are ASCII labels in place of those that no font of this machine has; without them such
-    a label is left out.
+    `plain` has an ASCII label for each image, which is drawn if no font of this machine has all the
+    characters of its label; without `plain` such a label is omitted.
     """
     gap, lines, font_size = 8 if labels else 4, 2, 14
     columns = columns if columns is not None else math.ceil(math.sqrt(len(images)))
@@ -112,7 +113,7 @@ def image_grid(
 
 
 def drawable(labels: Sequence[str], size: int) -> tuple[str, Font | None]:
-    """The first label that a font of this machine has all the characters of, and that font."""
+    """The first label whose characters some font of this machine has, with that font, or ""."""
     for label in labels:
         font = font_for(label, size)
         if font is not None:
@@ -121,9 +122,9 @@ def drawable(labels: Sequence[str], size: int) -> tuple[str, Font | None]:
 
 
 def font_for(text: str, size: int) -> Font | None:
-    """The first font of `SYSTEM_FONTS` that is here and has all the characters, or None."""
+    """The first of `SYSTEM_FONTS` that is installed and has all the characters, or None."""
 
-    def drawn(character: str, font: Font) -> bytes:
+    def rendered(character: str, font: Font) -> bytes:
         image = Image.new("L", (2 * size, 2 * size))
         ImageDraw.Draw(image).text((0, 0), character, fill=255, font=font)
         return image.tobytes()
@@ -133,7 +134,7 @@ def font_for(text: str, size: int) -> Font | None:
             font = ImageFont.load_default(size) if name is None else ImageFont.truetype(name, size)
         except OSError:
             continue  # not on this machine
-        absent = drawn("\U0010ffff", font)  # the box that stands for what the font does not have
-        if all(character.isspace() or drawn(character, font) != absent for character in set(text)):
+        no_glyph = rendered("\U0010ffff", font)  # the box drawn for a character without a glyph
+        if all(c.isspace() or rendered(c, font) != no_glyph for c in set(text)):
             return font
     return None

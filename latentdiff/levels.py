@@ -1,8 +1,8 @@
-"""The noise levels of a sampling run: how noisy the input of each step is, and its timestep.
+"""The noise levels of a sampling run: the noise level and the timestep at which each step begins.
 
-The levels are chosen here for any `Diffusion`, of which this module knows only a table of
-sigma / alpha. They are those of diffusers' schedulers, down to their rounding: equal images need
-equal timesteps, and those schedulers choose them in different ways.
+This module chooses them for any `Diffusion`, of which it knows only a table of sigma / alpha. They
+are the levels of diffusers' schedulers, down to their rounding: equal images need equal timesteps,
+and those schedulers choose them in different ways.
 """
 
 import math
@@ -19,18 +19,18 @@ Spacing = Literal["leading", "trailing", "linspace"]
 
 # leading, trailing and linspace space timesteps evenly: see `_spaced`. The others space
 # sigma / alpha from the largest of the schedule to the smallest: karras by Karras et al. 2022,
-# eq. 5 (diffusers' `use_karras_sigmas`), exponential and log_snr evenly in the logarithm. These are
-# diffusers' `use_exponential_sigmas` and DPM-Solver's `use_lu_lambdas`: the same levels, but for
-# the network's timestep, which "dpm" grids truncate with the one and round with the other.
-# diffusers' Euler, Heun, LMS and DPMSolverSDE take the range from their own timestep_spacing, which
-# is the whole schedule with linspace, their default.
+# eq. 5 (diffusers' `use_karras_sigmas`), exponential and log_snr evenly in the logarithm
+# (diffusers' `use_exponential_sigmas` and DPM-Solver's `use_lu_lambdas`). The latter two have the same levels,
+# but grids with integer timesteps truncate the network's timestep for exponential and round it for
+# log_snr. diffusers' Euler, Heun, LMS and DPMSolverSDE take the range from their timestep_spacing,
+# which is the whole schedule with linspace, their default.
 LevelSpacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "log_snr"]
 
 # The schedulers of diffusers whose timesteps a run has; see `noise_levels`.
 Grid = Literal["ddim", "ddpm", "euler", "sde", "dpm", "lcm"]
 
-# sigma / alpha where zero terminal SNR would make it infinite and a sampler cannot have that: of
-# alpha_bar = 2^-24, as in diffusers.
+# sigma / alpha at alpha_bar = 2^-24, as in diffusers. It replaces the infinite ratio of a schedule
+# with zero terminal SNR for samplers that compute with the ratio.
 LARGEST_RATIO = math.sqrt(2.0**24 - 1)
 
 
@@ -84,7 +84,7 @@ class NoiseLevels:
         return NoiseLevel(*(values[i] for values in self.middle))
 
     def last(self, n: int) -> "NoiseLevels":
-        """The levels of the last n steps, from 1 to N, with which image-to-image begins."""
+        """The levels of the last n steps, n from 1 to N, which image-to-image takes."""
         assert 1 <= n <= len(self), f"{n} of {len(self)} steps"
         last, middle = slice(len(self) - n, None), self.middle
         if middle is not None:
@@ -105,14 +105,14 @@ def noise_levels(
     set_alpha_to_one: bool,
     truncates: bool,
 ) -> NoiseLevels:
-    """The levels of a `Diffusion`, whose sigma / alpha at its timesteps, rising, are `ratios`.
+    """The levels of a sampling run; `ratios` is the schedule's sigma / alpha by timestep, rising.
 
-    `grid` names the scheduler of diffusers that has them: "ddim" (PNDM's too), where the last is
-    alpha_bar_1 instead of data if `set_alpha_to_one` is false, "ddpm", "euler" (Heun's and LMS's
-    too), "sde" (DPMSolverSDE's, with a middle), "dpm" (UniPC's too) or "lcm". A flow has but one,
-    DPMSolverMultistepScheduler's. `default` is the spacing if `spacing` is None. The timestep of a
-    level between two is the lower one with `truncates`, and else the nearest. Raises ValueError for
-    steps out of range and a spacing that does not exist.
+    `grid` names the diffusers scheduler whose levels they are: "ddim" (also PNDM), where the run
+    ends at alpha_bar_1 instead of data if `set_alpha_to_one` is false, "ddpm", "euler" (also Heun
+    and LMS), "sde" (DPMSolverSDE, with a middle), "dpm" (also UniPC) or "lcm". On a flow all grids
+    have the levels of DPMSolverMultistepScheduler. `default` is the spacing if `spacing` is None. A
+    level between two timesteps has the lower one if `truncates`, else the nearest. Raises
+    ValueError for steps out of range and an unknown spacing.
     """
     finite = torch.where(ratios.isinf(), LARGEST_RATIO, ratios)
     if spacing is not None and spacing not in get_args(LevelSpacing):
@@ -140,7 +140,7 @@ def noise_levels(
         timestep = _spaced(
             num_timesteps, steps, spacing=spacing or default, offset=offset, grid=grid
         )
-        # Only these compute with alpha alone, which may be 0, and not with sigma / alpha.
+        # Samplers of these grids work at alpha = 0, since they do not divide by it.
         table = ratios if grid in ("ddim", "ddpm", "lcm") else finite
         alpha, sigma = _from_ratio(_interpolate(table, timestep), flow)
     zero = torch.zeros(1, dtype=torch.float64)
@@ -158,7 +158,7 @@ def _halfway(
     ratio = sigma / alpha
     ratio = (ratio[:-1] * ratio[1:]).sqrt()
     alpha, sigma = _from_ratio(ratio, flow)
-    # The last step ends on data and has no such level: 0 stands there and is never read.
+    # The last step ends on data, where the logarithm is -inf: its entry is never read.
     timestep = num_timesteps * sigma if flow else _position(ratios, ratio.clamp(min=1e-10))
     return NoiseLevel(timestep.float(), alpha, sigma)
 
@@ -218,7 +218,7 @@ def _falling(table: Tensor, steps: int, *, rho: float) -> Tensor:
 
 
 def _position(table: Tensor, values: Tensor) -> Tensor:
-    """Where values lie in a rising table, as real indices, linear in the logarithm."""
+    """Real indices of values in a rising table, linear in the logarithm."""
     logs, log = table.log(), values.log()
     below = (torch.searchsorted(logs, log, right=True) - 1).clamp(0, len(logs) - 2)
     return below + ((log - logs[below]) / (logs[below + 1] - logs[below])).clamp(0, 1)
@@ -233,7 +233,7 @@ def _interpolate(table: Tensor, position: Tensor) -> Tensor:
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
-    """numpy's linspace, in float64; the last digits of torch's are others."""
+    """numpy's linspace in float64, from which torch's differs in the last digits."""
     if n == 1:
         return torch.tensor([start], dtype=torch.float64)
     points = torch.arange(n).double() * ((end - start) / (n - 1)) + start

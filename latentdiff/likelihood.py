@@ -1,4 +1,4 @@
-"""How probable a diffusion model finds data: its bound term by term, and its probability flow.
+"""The likelihood of data under a diffusion model: its variational bound and probability flow.
 
 DDPM (Ho et al. 2020, arXiv:2006.11239), eq. 5:
 
@@ -41,11 +41,11 @@ def bound_terms(
 
     x0 is (B, …). `levels` is the chain, noisiest first, such as `diffusion.levels(T)` for all of a
     beta schedule: N steps. Gives `prior` (B,), `denoising` (B, N - 1) from the noisiest on, and
-    `reconstruction` (B,). With `bins`, x0 is pixels in [-1, 1] of so many values (256 for 8 bits)
-    and the reconstruction their probability (DDPM, eq. 13), else the density of real numbers.
-    Its variance in the last step, where beta_tilde is 0, is the step before's (Nichol & Dhariwal).
-    For "learned", `denoise` gives v after x0: `guidance.guided_denoiser(…, with_v=True)`. Raises
-    ValueError for another variance and for fewer than two steps.
+    `reconstruction` (B,). With `bins`, x0 has pixels in [-1, 1] of so many values (256 for 8 bits),
+    and `reconstruction` is of their probability (DDPM, eq. 13), else of the density of real
+    numbers. In the last step, where beta_tilde is 0, the small variance is that of the step before
+    (Nichol & Dhariwal). For "learned", `denoise` gives v after x0: `guidance.guided_denoiser(…,
+    with_v=True)`. Raises ValueError for an unknown variance and for fewer than two steps.
     """
     if variance not in get_args(Variance):
         allowed = ", ".join(get_args(Variance))
@@ -87,7 +87,7 @@ def bound_terms(
 
 
 def bits_per_dim(nats: Tensor, num_dimensions: int) -> Tensor:
-    """Nats of a whole example as bits of each of its dimensions."""
+    """Nats of an example of `num_dimensions` elements as bits per dimension."""
     return nats / (num_dimensions * math.log(2))
 
 
@@ -109,7 +109,7 @@ def composed_bound_terms(
 
     (Vahdat et al. 2021, arXiv:2106.05931, eq. 4): the last two are KL(q(z | x) || p(z)), bounded.
     images are (B, 3, H, W) in [-1, 1], `decode` gives the mean of p(x | z), whose `log_variance`
-    is () or like an image, and `bins` is as in `bound_terms`. Gives `pixels`, `code` (the negative
+    is () or an image's shape, `bins` is as in `bound_terms`. Gives `pixels`, `code` (the negative
     entropy of q) and the three terms of `bound_terms` for z, of which `reconstruction` is that of
     the latents; each (B,), and `denoising` (B, N - 1).
     """
@@ -133,8 +133,8 @@ def flow_log_density(
     x (B, …) is at the least noisy level that is not data, `levels[-2]`: p is the density of data
     with so little noise. The flow is dx = x0 d alpha + eps d sigma with the network's estimates of
     x0 and eps at x; Heun's method follows it to the noisiest level, where p is N(0, I). The
-    divergence is Hutchinson's estimate of `probes` draws of signs (unbiased), or exact, at a
-    backward pass a dimension, if None.
+    divergence is Hutchinson's unbiased estimate from `probes` random sign vectors; with None it is
+    exact, and takes a backward pass per dimension.
     """
     if probes is None:
         unit = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)

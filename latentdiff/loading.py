@@ -1,6 +1,6 @@
 """The components of a pipeline, read from and written to disk: a diffusers folder or a single file.
 
-`pipeline.Pipeline` is what they do together.
+`pipeline.Pipeline` composes them.
 """
 
 import hashlib
@@ -50,10 +50,10 @@ def check_shapes(
             f"in_channels={unet.config.in_channels} of the UNet must be {channels}, the VAE's "
             f"latent_channels, or {2 * channels + 1}, with mask and masked image"
         )
-    times, variance = (2, "learned") if diffusion.learned_variance else (1, "not learned")
-    if unet.config.out_channels != times * channels:
+    factor, variance = (2, "learned") if diffusion.learned_variance else (1, "not learned")
+    if unet.config.out_channels != factor * channels:
         raise ValueError(
-            f"out_channels={unet.config.out_channels} of the UNet must be {times * channels}: "
+            f"out_channels={unet.config.out_channels} of the UNet must be {factor * channels}: "
             f"the VAE has latent_channels={channels}, and the scheduler says that the variance "
             f"is {variance}"
         )
@@ -67,7 +67,7 @@ def check_shapes(
 def load_folder(
     name: str | Path, *, revision: str | None, variant: str | None, dtype: torch.dtype
 ) -> Components:
-    """Read a diffusers folder, here or on the hub: see `Pipeline.from_pretrained`."""
+    """Read a diffusers folder, local or on the hub: see `Pipeline.from_pretrained`."""
     folder = find_model(name, revision=revision, variant=variant)
     variants = check_pipeline_folder(folder, variant=variant)
     network, subfolder = (UNet, "unet") if "unet" in variants else (DiT, "transformer")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ImageNoise:
-    """A call draws fresh N(0, I), (B, C, H, W), from the generators of the images' seeds."""
+    """Draws N(0, I), (B, C, H, W) at each call, from one generator per image, with its seed."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class ImageNoise:
         return noise.to(device=self.device, dtype=self.dtype)
 
     def first(self, variation_seeds: Sequence[int], strength: float) -> Tensor:
-        """The next noise, turned by the fraction `strength` towards that of other seeds."""
+        """The next noise, interpolated by `slerp` with `strength` towards the variation seeds'."""
         eps = self()
         if not strength:
             return eps
@@ -37,15 +37,16 @@ class ImageNoise:
 
 
 def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
-    """The noise at a fraction, 0 … 1, of the great circle from a to b, image by image.
+    """Spherical linear interpolation of noise from a to b by a fraction, 0 … 1, image by image.
 
-    Both are (B, C, H, W). The mean of two noises is too weak, by sqrt(1/2), and draws grey images;
-    the circle keeps the length (Shoemake 1985, "Animating rotation with quaternion curves").
+    Both are (B, C, H, W). The mean of two noises has a norm smaller by sqrt(1/2) and gives grey
+    images; the great circle keeps the norm (Shoemake 1985, "Animating rotation with quaternion
+    curves").
     """
     lengths = [x.flatten(1).norm(dim=1) for x in (a, b)]
     cosine = (a * b).flatten(1).sum(1) / (lengths[0] * lengths[1])
     angle = cosine.clamp(-1, 1).arccos()
-    # Two noises of one seed have no circle between them, and any fraction is the same noise.
+    # Equal noises have no great circle between them; for them the interpolation is linear.
     sine = torch.where(angle.sin() > 1e-6, angle.sin(), 1)
     of_a = torch.where(angle.sin() > 1e-6, ((1 - fraction) * angle).sin() / sine, 1 - fraction)
     of_b = torch.where(angle.sin() > 1e-6, (fraction * angle).sin() / sine, fraction)

@@ -25,7 +25,7 @@ def option(
 
     `may_change`: a resumed run may have another value, since the steps before are the same. An
     option without it identifies the run. `former_name` is refused with a sentence that names the
-    new one. An option of data that is not `fingerprinted` leaves each sample as it is.
+    new one. `fingerprinted`: an option of data that decides what the samples are.
     """
     metadata = {MAY_CHANGE: may_change, FORMER_NAME: former_name, FINGERPRINTED: fingerprinted}
     return field(default=default, metadata=metadata)
@@ -48,7 +48,7 @@ def flat_fields(config: type[Any]) -> Iterator[Field[Any]]:
     """Every option of a configuration, those of its groups among them."""
     for one in fields(config):
         if one.metadata.get(FLAT):
-            yield from fields(one.default_factory())  # pyright: ignore[reportCallIssue] # is there
+            yield from fields(one.default_factory())  # pyright: ignore[reportCallIssue] # set
         else:
             yield one
 

@@ -1,8 +1,8 @@
 """From prompts to images: text encoder, denoiser, VAE and noise schedule composed.
 
-Read `Pipeline._sample`, and on in models/text.py, levels.py, noise.py, samplers/, guidance.py,
-diffusion.py, models/unet.py and models/vae.py. Image-to-image and inpainting are in editing.py,
-loading and saving in loading.py.
+Start reading at `Pipeline._sample`; it leads to models/text.py, levels.py, noise.py, samplers/,
+guidance.py, diffusion.py, models/unet.py and models/vae.py. Image-to-image and inpainting are in
+editing.py, loading and saving in loading.py.
 Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
 """
 
@@ -51,7 +51,7 @@ class Pipeline:
     ) -> None:
         loading.check_shapes(unet, vae, text_encoder, diffusion)
         self.unet = unet
-        """The denoising network. It may be a DiT, which "the UNet" means too in this file."""
+        """The denoising network. It may be a DiT; this file calls either "the UNet"."""
         self.vae = vae
         self.text_encoder = text_encoder
         self.diffusion = diffusion
@@ -225,7 +225,7 @@ class Pipeline:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, chunks: int = 1, weighting: bool = False) -> Tensor:
-        """Text states of the prompts, (B, L, D); each alone, so that neighbours change nothing.
+        """Text states of the prompts, (B, L, D), each encoded alone: its bits fit any batch.
 
         Prompts longer than the text encoder reads at once need more `chunks`, each of which makes
         L longer; `weighting` is the request's `prompt_weighting`.
@@ -312,7 +312,7 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
-        """Load one .safetensors file with LDM's names, as A1111 and ComfyUI have them.
+        """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
 
         `config` (an LDM YAML file or a diffusers folder) describes what the tensors do not show.
         Without it the file's latentdiff metadata does, or the conventions of SD 1.x and 2.x, with a

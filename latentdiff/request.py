@@ -1,4 +1,4 @@
-"""The options of one call of the pipeline, checked as far as no model is needed."""
+"""The options of one call of the pipeline, checked as far as is possible without a model."""
 
 import random
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Request:
     steps: int = 50
     """The number of denoising steps, >= 1."""
     num_inference_steps: int | None = None
-    """Another word for `steps`."""
+    """diffusers' name for `steps`."""
     guidance_scale: float = 7.5
     """The weight of classifier-free guidance, >= 0; 1 is off and halves the time."""
     guidance_rescale: float = 0.0
@@ -47,7 +47,7 @@ class Request:
     """Pixels, as is width; by default those of `image`, or of the images of training."""
     width: int | None = None
     seed: int | Sequence[int] | None = None
-    """One for each image; one number counts up from there; None draws fresh ones."""
+    """A seed for each image, or the first of consecutive ones; None draws random seeds."""
     num_images: int = 1
     sampler: str = "ddim"
     """A name in `latentdiff.samplers.SAMPLERS`, or that of a scheduler class of diffusers."""

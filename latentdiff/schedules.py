@@ -1,4 +1,4 @@
-"""The noise schedules that betas define, the variances of the noise that each step adds.
+"""Noise schedules as betas: beta_t is the variance of the noise that step t adds.
 
 A flow, on which sigma = t / T, has no betas: see `diffusion.Diffusion`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 Schedule = Literal["linear", "scaled_linear", "cosine", "flow"]
 
 BETA_RANGES = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
-"""beta_1 and beta_T by default: those of DDPM (Ho et al. 2020) and of Stable Diffusion."""
+"""The default beta_1 and beta_T: DDPM's (Ho et al. 2020) and Stable Diffusion's."""
 
 
 def linear_betas(num_timesteps: int, start: float, end: float) -> Tensor:

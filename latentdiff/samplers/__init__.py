@@ -1,7 +1,7 @@
 """Samplers: functions that turn noise into a sample, given a denoiser and noise levels.
 
-A sampler knows no network, schedule or prompt. It yields once a step: the estimate of x0 at that
-step, as a preview, and in the last step the sample. Every coefficient is computed from the levels,
+A sampler knows no network, schedule or prompt. It yields once per step: the estimate of x0, as a
+preview, and in the last step the sample. Every coefficient is computed from the levels,
 on the CPU, so no step waits for the device.
 """
 
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class Sampler(Protocol):
-    """A sampler of `find_sampler` is called to sample, and chooses its noise levels."""
+    """What `find_sampler` returns: it chooses the noise levels of a run, and a call samples."""
 
     @property
     def takes_v(self) -> bool:
@@ -65,16 +65,16 @@ class Sampler(Protocol):
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
     ) -> Iterator[Tensor]:
-        """Yield an estimate of x0 a step, and last the sample. x is (B, C, H, W), at levels[0].
+        """Yield the estimate of x0 at each step but the last, and then the sample.
 
-        noise is called only where noise is added.
+        x is (B, C, H, W), at levels[0]. `noise` is called only where noise is added.
         """
         ...
 
 
 @dataclass(frozen=True)
 class BuiltInSampler:
-    """A sampler of this package: its function, and the scheduler whose noise levels it has."""
+    """A sampler of this package: its function, and the diffusers scheduler whose levels it uses."""
 
     function: Callable[..., Iterator[Tensor]]
     grid: Grid
@@ -112,7 +112,7 @@ SAMPLERS: dict[str, BuiltInSampler] = {
     "euler_ancestral": BuiltInSampler(euler_ancestral, "euler", takes_noise=True),
     "heun": BuiltInSampler(heun, "euler"),
     "lms": BuiltInSampler(lms, "euler"),
-    # Its weights are those of levels evenly spaced in t.
+    # Its Adams-Bashforth weights are for levels evenly spaced in t.
     "pndm": BuiltInSampler(pndm, "ddim", spacings=get_args(Spacing), flow=False),
     "dpmpp_2m": BuiltInSampler(dpmpp_2m, "dpm"),
     "dpmpp_2m_sde": BuiltInSampler(dpmpp_2m_sde, "dpm", takes_noise=True),
@@ -124,10 +124,10 @@ SAMPLERS: dict[str, BuiltInSampler] = {
 
 
 def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
-    """The sampler of that name, of `SAMPLERS` or a scheduler class of diffusers.
+    """The sampler of that name in `SAMPLERS`, or of that scheduler class of diffusers.
 
-    With `learned_variance` ddpm draws with the variance that the network learned; the others draw
-    with none. Raises ValueError, with the nearest name, if there is none.
+    With `learned_variance` ddpm uses the variance that the network learned; the others ignore it.
+    Raises ValueError, with the nearest name, if there is none.
     """
     if name in SAMPLERS:
         sampler = SAMPLERS[name]

@@ -1,4 +1,4 @@
-"""Any scheduler of diffusers that can sample a Stable Diffusion model, as a sampler of ours.
+"""diffusers' schedulers as samplers: all that can sample a Stable Diffusion model.
 
 diffusers is imported only inside functions: drawing with our own samplers does not need it.
 
@@ -49,9 +49,8 @@ SCHEDULERS = (
     "FlowMatchLCMScheduler",
 )
 
-# What belongs to the diffusion; how to solve it is left as each class has it by default, but for
-# PNDM, as Stable Diffusion 1 ships it, and what DPMSolverSinglestep logs that it sets itself.
-_CONVENTION = (
+# The options of a scheduler that describe the diffusion.
+_DIFFUSION_OPTIONS = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -64,9 +63,11 @@ _CONVENTION = (
     "clip_sample",
     "use_flow_sigmas",
 )
-_SOLVERS = {"skip_prk_steps": True, "lower_order_final": True}
+# The options of the solver that are not each class's defaults: PNDM's as Stable Diffusion 1 ships
+# it, and the one that DPMSolverSinglestepScheduler would set itself and log.
+_SOLVER_OPTIONS = {"skip_prk_steps": True, "lower_order_final": True}
 
-_OPTIONS = {
+_SPACING_OPTIONS = {
     "karras": "use_karras_sigmas",
     "exponential": "use_exponential_sigmas",
     "log_snr": "use_lu_lambdas",
@@ -75,7 +76,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SchedulerLevels(NoiseLevels):
-    """The noise levels of a scheduler, and that scheduler."""
+    """The noise levels of a diffusers scheduler, with the scheduler itself."""
 
     scheduler: Any
     begins: tuple[int, ...]  # (N,) the index in scheduler.timesteps at which each step begins
@@ -96,8 +97,8 @@ class SchedulerLevels(NoiseLevels):
 class SchedulerSampler:
     """A scheduler of diffusers by its class name: see `latentdiff.samplers.Sampler`.
 
-    Sampling with it is diffusers' loop of scale_model_input and step, with its tables, which are
-    float32. `noise` draws the noise that it adds.
+    It samples by diffusers' loop of scale_model_input and step, with diffusers' float32 tables.
+    `noise` draws the noise that the scheduler adds.
     """
 
     name: str
@@ -145,7 +146,7 @@ class SchedulerSampler:
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise
     ) -> Iterator[Tensor]:
-        """Yield an estimate of x0 a step, and last the sample. x is (B, C, H, W), at levels[0]."""
+        """See `latentdiff.samplers.Sampler`."""
         assert isinstance(levels, SchedulerLevels), "a scheduler samples at its own levels"
         scheduler = copy.deepcopy(levels.scheduler)  # it remembers its steps
         if hasattr(scheduler, "set_begin_index"):
@@ -154,8 +155,8 @@ class SchedulerSampler:
             scheduler.noise_sampler = _brownian_motion(noise)
         step = _step_with(noise, type(scheduler))
         flow = self.name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas", False)
-        # From x_t into the scheduler's coordinates: those of Euler's kind are x / alpha, where
-        # diffusers starts from noise alone.
+        # From x_t to the scheduler's variable, which for Euler and its kin is x / alpha; from
+        # pure noise diffusers scales by init_noise_sigma instead.
         scale = getattr(scheduler, "init_noise_sigma", 1.0)
         sample = x * (scale if scale == 1 or levels.begins[0] == 0 else 1 / levels.alpha[0])
         calls = self._calls(levels)
@@ -167,7 +168,7 @@ class SchedulerSampler:
             x0 = denoise(x_t, NoiseLevel(timestep.float(), alpha, sigma))
             if call == calls[i][0] and i < len(levels) - 1:
                 yield x0  # a step may have further calls
-            # The output of which the scheduler makes this x0 again.
+            # The network output from which the scheduler computes this x0 again.
             match scheduler.config.get("prediction_type", "flow_prediction"):
                 case "epsilon":
                     output = (x_t - alpha * x0) / sigma
@@ -189,19 +190,19 @@ class SchedulerSampler:
             raise ValueError(f"sampler={self.name} is for schedule=flow, not {diffusion.schedule}")
         if diffusion.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in known:
             raise ValueError(f"sampler={self.name} cannot do with rescale_betas_zero_snr=True")
-        written = diffusion.to_scheduler_config()
-        config = {key: written[key] for key in _CONVENTION if key in written}
-        noise = diffusion.prediction in ("epsilon", "score")
+        full = diffusion.to_scheduler_config()
+        config = {key: full[key] for key in _DIFFUSION_OPTIONS if key in full}
+        predicts_noise = diffusion.prediction in ("epsilon", "score")
         # v says something about x0 at every level; all of these schedulers read it.
-        config["prediction_type"] = "epsilon" if noise else "v_prediction"
+        config["prediction_type"] = "epsilon" if predicts_noise else "v_prediction"
         if flow:
             config["prediction_type"] = "flow_prediction"
         if spacing is not None:
-            option = _OPTIONS.get(spacing, "timestep_spacing")
+            option = _SPACING_OPTIONS.get(spacing, "timestep_spacing")
             if flow or option not in known or self.name in ("LCMScheduler", "TCDScheduler"):
                 raise ValueError(f"level_spacing={spacing} does not fit sampler={self.name}")
-            config[option] = True if spacing in _OPTIONS else spacing
-        config |= _SOLVERS
+            config[option] = True if spacing in _SPACING_OPTIONS else spacing
+        config |= _SOLVER_OPTIONS
         return scheduler.from_config({key: config[key] for key in config if key in known})
 
     def _calls(self, levels: SchedulerLevels) -> list[list[int]]:
@@ -237,7 +238,7 @@ def _class(name: str) -> Any:
     scheduler = getattr(diffusers, name, None)
     if scheduler is None:
         raise ValueError(f"sampler={name} is not in diffusers {diffusers.__version__}")
-    # What stands in for a class whose packages are not installed has a list of them.
+    # diffusers' placeholder of a class whose packages are not installed lists them.
     if hasattr(scheduler, "_backends"):
         needs = " and ".join(scheduler._backends)
         raise ModuleNotFoundError(f"sampler={name} needs {needs}; one is not installed")
@@ -250,7 +251,7 @@ def _level(scheduler: Any, timestep: Tensor, *, flow: bool) -> tuple[Tensor, Ten
         return _from_alpha_bar(scheduler.alphas_cumprod[timestep])
     index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
     sigma = scheduler.sigmas[index]
-    if not getattr(scheduler, "state_in_first_order", True):  # on the way through a step
+    if not getattr(scheduler, "state_in_first_order", True):  # at the second call of a step
         match type(scheduler).__name__:
             case "KDPM2DiscreteScheduler":
                 sigma = scheduler.sigmas_interpol[index]
@@ -262,7 +263,7 @@ def _level(scheduler: Any, timestep: Tensor, *, flow: bool) -> tuple[Tensor, Ten
 
 
 def _from_sigma(sigma: Tensor, *, flow: bool) -> tuple[Tensor, Tensor]:
-    """alpha and sigma from a scheduler's sigma: on a flow that itself, else sigma / alpha."""
+    """alpha and sigma from a scheduler's "sigma", which is sigma / alpha except on a flow."""
     sigma = sigma.double()
     if flow:
         return 1 - sigma, sigma
@@ -278,9 +279,9 @@ def _from_alpha_bar(alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
 def _step_with(noise: Noise, scheduler: type) -> Callable[..., Any]:
     """The class's `step`, with its noise from `noise`.
 
-    Each scheduler's step calls randn_tensor by that name in its module. A generator cannot do: ours
-    draws each image from a seed of its own. So `step` is run in a copy of its module's names, in
-    which that one is ours; the module itself is not touched.
+    Each scheduler's step calls its module's global randn_tensor. Passing it a generator would not
+    do, since each image has its own. So `step` runs with a copy of its module's globals in which
+    randn_tensor is replaced; the module itself is not touched.
     """
     step: Any = getattr(scheduler, "step")  # noqa: B009 (no type has it)
 
@@ -298,9 +299,9 @@ def _step_with(noise: Noise, scheduler: type) -> Callable[..., Any]:
 
 
 def _brownian_motion(noise: Noise) -> Callable[[Tensor, Tensor], Tensor]:
-    """What DPMSolverSDEScheduler draws from: a Brownian motion's increments by their deviation.
+    """DPMSolverSDEScheduler's noise sampler: increments of a Brownian motion over their deviation.
 
-    It draws two a step, from r to r_half and from r to r': see `dpmpp_sde`.
+    It is called twice per step, from r to r_half and from r to r': see `dpmpp_sde`.
     """
     drawn: tuple[Tensor, Tensor, Tensor] | None = None
 

@@ -122,8 +122,9 @@ def pndm(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
     """PLMS, pseudo linear multistep: PNDM (Liu et al. 2022, arXiv:2202.09778), eq. 9 and 12.
 
     x (B, C, H, W) is N(0, I). As Stable Diffusion 1 ships it (`skip_prk_steps`): DDIM's step
-    with an average of the last four noises for levels evenly spaced in t. The first step is
-    taken twice, with the average of the noise at both its ends, so N > 1 steps make N + 1 calls.
+    with the Adams-Bashforth average of the last four noise estimates, for levels evenly spaced in
+    t. The first step is taken twice, the second time with the mean of the noise estimates at its
+    two ends, so N > 1 steps make N + 1 calls.
     Raises ValueError if alpha is 0 at the first level: there the noise says nothing about x0.
     """
     if levels.alpha[0] == 0:
@@ -150,7 +151,7 @@ def pndm(denoise: Denoise, x: Tensor, levels: NoiseLevels) -> Iterator[Tensor]:
         yield x0 if i < last else x
 
 
-# Of equal steps, the oldest slope first.
+# The weights for equal steps, by the number of slopes; the oldest slope first.
 _ADAMS_BASHFORTH = {
     2: (-1 / 2, 3 / 2),
     3: (5 / 12, -16 / 12, 23 / 12),
@@ -165,7 +166,7 @@ def _steps(levels: NoiseLevels) -> Tensor:
 
 
 def _slope(levels: NoiseLevels, *, first_order_at_last: bool) -> Tensor:
-    """h / (2 h of the step before), (N,): what the change of x0 weighs; 0 where of first order."""
+    """The weight h / (2 h_before) of the last change of x0, (N,); 0 in steps of first order."""
     h = _steps(levels)
     slope = torch.zeros_like(h)
     slope[1:] = torch.where(levels.sigma[2:] > 0, 0.5 * h[1:] / h[:-1], 0.0)

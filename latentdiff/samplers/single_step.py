@@ -193,8 +193,8 @@ def lcm(denoise: Denoise, x: Tensor, levels: NoiseLevels, *, noise: Noise) -> It
 
     x (B, C, H, W) is N(0, I). For networks that were distilled to it: each step jumps to the data,
     f = c_skip x + c_out x0, and the next begins from f with fresh noise. c_skip and c_out (Song et
-    al. 2023, arXiv:2303.01469, eq. 5) keep data as they are, with deviation 0.5 and timesteps times
-    10 as in LCM's code.
+    al. 2023, arXiv:2303.01469, eq. 5) make f the identity at timestep 0; sigma_data = 0.5 and the
+    timesteps' factor of 10 are LCM's.
     """
     scaled = 10 * levels.timestep.double().clamp(min=0)
     c_skip = 0.25 / (scaled**2 + 0.25)
