@@ -20,10 +20,10 @@ Spacing = Literal["leading", "trailing", "linspace"]
 # leading, trailing and linspace space timesteps evenly: see `_spaced`. The others space
 # sigma / alpha from the largest of the schedule to the smallest: karras by Karras et al. 2022,
 # eq. 5 (diffusers' `use_karras_sigmas`), exponential and log_snr evenly in the logarithm
-# (diffusers' `use_exponential_sigmas` and DPM-Solver's `use_lu_lambdas`). The latter two have the same levels,
-# but grids with integer timesteps truncate the network's timestep for exponential and round it for
-# log_snr. diffusers' Euler, Heun, LMS and DPMSolverSDE take the range from their timestep_spacing,
-# which is the whole schedule with linspace, their default.
+# (diffusers' `use_exponential_sigmas` and DPM-Solver's `use_lu_lambdas`). The latter two have the
+# same levels, but grids with integer timesteps truncate the network's timestep for exponential and
+# round it for log_snr. diffusers' Euler, Heun, LMS and DPMSolverSDE take the range from their
+# timestep_spacing, which is the whole schedule with linspace, their default.
 LevelSpacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "log_snr"]
 
 # The schedulers of diffusers whose timesteps a run has; see `noise_levels`.
