@@ -106,8 +106,8 @@ class Diffusion:
         if final_alpha_bar > LARGEST_FINAL_ALPHA_BAR:
             warnings.warn(
                 "the end of the noise chain is not near N(0, I): alpha_bar_T = "
-                f"{final_alpha_bar:.3g} > {LARGEST_FINAL_ALPHA_BAR}; raise num_timesteps or "
-                "beta_end",
+                f"{final_alpha_bar:.3g} > {LARGEST_FINAL_ALPHA_BAR}; "
+                "raise num_timesteps or beta_end",
                 stacklevel=3,
             )
 
@@ -230,9 +230,9 @@ class Diffusion:
     ) -> Tensor:
         """The mean squared error of each image's prediction, (B,). DDPM, eq. 14.
 
-        x0 and noise are (B, C, H, W), t is (B,), `context` goes to the network. The score's error
-        is weighted by sigma^2 (Song et al. 2021, section 3.3), without which the smallest noise
-        levels, where the target is eps / sigma, would drown all others.
+        x0 and noise are (B, C, H, W), t is (B,), `context` is passed to the network. The score's
+        error is weighted by sigma^2 (Song et al. 2021, section 3.3), without which the smallest
+        noise levels, where the target is -eps / sigma, would dominate the loss.
         """
         return self.losses(unet, x0, context, noise=noise, t=t)[0]
 
@@ -317,7 +317,7 @@ class Diffusion:
 
     @classmethod
     def from_scheduler_config(cls, config: dict[str, Any]) -> Self:
-        """The diffusion of a diffusers scheduler's configuration; ValueError for others."""
+        """The diffusion of a diffusers scheduler; ValueError for a configuration not supported."""
         return cls(**scheduler.from_config(config))
 
 
@@ -330,6 +330,6 @@ def _fit(coefficient: Tensor, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _alpha_bars(diffusion: Diffusion, device: torch.device) -> Tensor:
-    """alpha_bar_0 … alpha_bar_T, (T + 1,), on the device; cached, so that no step copies it."""
+    """alpha_bar_0 … alpha_bar_T, (T + 1,), on the device; cached, as each step needs it."""
     bars = diffusion.alphas_cumprod
     return torch.cat([bars.new_ones(1), bars]).to(device)

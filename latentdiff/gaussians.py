@@ -21,7 +21,7 @@ class Level(NamedTuple):
 
 Variance = Literal["small", "large", "learned"]
 """The variance of p(x_s | x_t): beta_tilde, beta, or one between them that the network learned. For
-"learned" the denoiser gives x0 and v as one tensor, as `guided_denoiser(..., with_v=True)` does."""
+"learned" the denoiser gives v after x0: see `guidance.guided_denoiser`."""
 
 
 def transition(s: Level, t: Level) -> tuple[Tensor, Tensor]:

@@ -41,11 +41,12 @@ def bound_terms(
 
     x0 is (B, …). `levels` is the chain, noisiest first, such as `diffusion.levels(T)` for all of a
     beta schedule: N steps. Gives `prior` (B,), `denoising` (B, N - 1) from the noisiest on, and
-    `reconstruction` (B,). With `bins`, x0 has pixels in [-1, 1] of so many values (256 for 8 bits),
-    and `reconstruction` is of their probability (DDPM, eq. 13), else of the density of real
-    numbers. In the last step, where beta_tilde is 0, the small variance is that of the step before
-    (Nichol & Dhariwal). For "learned", `denoise` gives v after x0: `guidance.guided_denoiser(…,
-    with_v=True)`. Raises ValueError for an unknown variance and for fewer than two steps.
+    `reconstruction` (B,). With `bins`, x0 has pixels in [-1, 1] of that many values (256 for 8
+    bits), and `reconstruction` is -log of their probability (DDPM, eq. 13), else of the density of
+    real numbers. In the last step, where beta_tilde is 0, the small variance is that of the step
+    before (Nichol & Dhariwal). For "learned", `denoise` gives v after x0: see
+    `guidance.guided_denoiser`. Raises ValueError for an unknown variance and for fewer than two
+    steps.
     """
     if variance not in get_args(Variance):
         allowed = ", ".join(get_args(Variance))
@@ -109,9 +110,9 @@ def composed_bound_terms(
 
     (Vahdat et al. 2021, arXiv:2106.05931, eq. 4): the last two are KL(q(z | x) || p(z)), bounded.
     images are (B, 3, H, W) in [-1, 1], `decode` gives the mean of p(x | z), whose `log_variance`
-    is () or an image's shape, `bins` is as in `bound_terms`. Gives `pixels`, `code` (the negative
-    entropy of q) and the three terms of `bound_terms` for z, of which `reconstruction` is that of
-    the latents; each (B,), and `denoising` (B, N - 1).
+    is () or of an image's shape, and `bins` is as in `bound_terms`. Gives `pixels`, `code` (the
+    negative entropy of q) and the three terms of `bound_terms` for z, of which `reconstruction` is
+    that of the latents; each (B,), and `denoising` (B, N - 1).
     """
     mean = posterior.mean
     z = posterior.sample(torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean))

@@ -67,7 +67,7 @@ class WeightAverages:
             torch._foreach_lerp_(average, list(weights), step)  # pyright: ignore[reportPrivateImportUsage]
 
     def _decay_at(self, update: int, name: str) -> float:
-        """What an update leaves of an average."""
+        """The fraction of an average that an update keeps."""
         if name == "ema":
             # The early average forgets its random start; 10 as in the common TensorFlow recipe.
             return min(self.decay, (1 + update) / (10 + update))
@@ -98,10 +98,9 @@ def power_decay(update: int, gamma: float) -> float:
     (i^(gamma + 1) - (i - 1)^(gamma + 1)) / t^(gamma + 1): the integral above without an error of
     discretisation, since weights stay as they are between updates.
 
-    That holds of an update left out because its gradient was not finite, too, if it counts and the
-    average takes in the weights, which have then just stayed as they were for one update more.
-    Leaving the average alone would count the old average in their place, with the weight
-    (gamma + 1) / t, and a synthesis would not know.
+    An update that was skipped, since its gradient was not finite, is counted too, and the average
+    takes in the weights, which have stayed as they were. If the average were left alone, its old
+    value would get the weight (gamma + 1) / t, and a synthesis would not know.
     """
     assert update >= 1
     return (1 - 1 / update) ** (gamma + 1)
