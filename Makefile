@@ -58,10 +58,9 @@ interchange: $(VENV)/.installed-dev ## measure every file format against other t
 theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, numbers, links
 	MPLBACKEND=Agg $(BIN)/python docs/theory/figures.py
 
-lint: $(VENV)/.installed-dev ## style, formatting and the import contracts
+lint: $(VENV)/.installed-dev ## style and formatting; tests/test_architecture.py has the imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/lint-imports
 
 types: $(VENV)/.installed-dev ## the type checker
 	$(BIN)/basedpyright --pythonpath $(BIN)/python

@@ -27,7 +27,7 @@ os.fsync = lambda _: None  # a test's files need not survive the machine; a flus
 gc.disable()  # the million objects that imports make stay: walking them takes half of collection
 
 
-QUICK_CASES = 3
+QUICK_CASES = 2
 """Of each parametrized test so many cases are quick; the others are marked exhaustive."""
 ROWS = pytest.StashKey[list[Row]]()
 
