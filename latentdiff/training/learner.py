@@ -50,14 +50,18 @@ class Learner:
         """
         self.config, self.max_steps = optimizer, max_steps
         self.accelerator = accelerator
-        self.model = model = model.to(accelerator.device)
+        if accelerator.num_processes == 1:
+            sharding = "none"
+        model = model.to(accelerator.device)
+        if compute is not None and compute.compile and sharding == "none":
+            # Which FSDP2 refuses; and norms that are not compiled are slower in it.
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
             checkpoint_activations(model)
         if compute is not None and compute.compile:
             compile_blocks(model)
-        if accelerator.num_processes == 1:
-            sharding = "none"
         if sharding != "none" and accelerator.scaler is not None:
             raise ValueError(
                 f"mixed_precision='fp16' must be 'bf16' or 'no' with sharding={sharding!r}"
@@ -249,7 +253,9 @@ class Learner:
             if f"optimizer.{name}.step" in state:
                 moments[name] = {"step": state[f"optimizer.{name}.step"]}
                 for key in ("exp_avg", "exp_avg_sq"):
-                    rows = local_rows(state[f"optimizer.{name}.{key}"], like).clone()
+                    rows = local_rows(state[f"optimizer.{name}.{key}"], like)
+                    # In the weights' memory format, which fused kernels take for granted.
+                    rows = torch.empty_like(local(like)).copy_(rows)
                     moments[name][key] = (
                         as_dtensor(rows, like) if isinstance(like, DTensor) else rows
                     )
