@@ -27,17 +27,23 @@ class GroupNorm(nn.GroupNorm):
         if input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
             y = super().forward(input)
             return F.silu(y) if self.silu else y
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        averaging = averaging_matrix(self.num_channels, self.num_groups).to(input.device, dtype)
+        averaging = averaging_matrix(
+            self.num_channels,
+            self.num_groups,
+            dtype=torch.promote_types(input.dtype, torch.float32),
+            device=input.device,
+        )
         return ChannelsLastGroupNorm.apply(
             input, self.weight, self.bias, averaging, self.eps, self.silu
         )
 
 
-def averaging_matrix(channels: int, groups: int) -> Tensor:
+def averaging_matrix(
+    channels: int, groups: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
     """(C, C): what multiplies a vector of channels to replace each by the mean of its group."""
-    group = torch.arange(channels) // (channels // groups)
-    return (group[:, None] == group).float() * (groups / channels)
+    group = torch.arange(channels, device=device) // (channels // groups)
+    return (group[:, None] == group).to(dtype) * (groups / channels)
 
 
 class ChannelsLastGroupNorm(torch.autograd.Function):
