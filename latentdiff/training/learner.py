@@ -61,7 +61,8 @@ class Learner:
         model = model.to(accelerator.device)
         if compute is not None and compute.compile and sharding == "none":
             # Which FSDP2 refuses; and norms that are not compiled are slower in it.
-            model = model.to(memory_format=torch.channels_last)
+            # torch's overloads leave this one out.
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model = model
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
