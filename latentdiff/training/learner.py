@@ -59,7 +59,8 @@ class Learner:
         if accelerator.num_processes == 1:
             sharding = "none"
         model = model.to(accelerator.device)
-        if compute is not None and compute.compile and sharding == "none":
+        compiled = compute is not None and compute.compile is True
+        if compiled and sharding == "none":
             # Which FSDP2 refuses; and norms that are not compiled are slower in it.
             # torch's overloads leave this one out.
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -67,7 +68,7 @@ class Learner:
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
             checkpoint_activations(model)
-        if compute is not None and compute.compile:
+        if compiled:
             compile_blocks(model)
         if sharding != "none" and accelerator.scaler is not None:
             raise ValueError(

@@ -12,6 +12,7 @@ from latentdiff.training.accelerator import (
     ComputeConfig,
     ParallelConfig,
     check_divisible,
+    decide,
     make_accelerator,
 )
 from latentdiff.training.ema import EMAConfig
@@ -98,6 +99,9 @@ class Run:
         loop = config.loop
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
         self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
+        self.compute = decide(
+            config.compute, config.parallel, self.accelerator, max_steps=loop.max_steps
+        )
         self.device = self.accelerator.device
         self.processes = Processes(self.accelerator, timeout=config.parallel.timeout)
         check_divisible(loop.batch_size, config.parallel, self.processes.count)
@@ -107,6 +111,8 @@ class Run:
             self.processes,
             may_change=changeable(type(config)),
         )
+        if "auto" in (config.compute.mixed_precision, config.compute.compile):
+            self.accelerator.print(f"chosen: {self.compute.describe()}")
 
     def learner(self, model: nn.Module, **changes: Any) -> Learner:
         """A learner with this run's options; `changes` replace some of them (see `Learner`)."""
@@ -115,7 +121,7 @@ class Run:
             "optimizer": config.optimizer,
             "max_steps": config.loop.max_steps,
             "ema": config.ema,
-            "compute": config.compute,
+            "compute": self.compute,
             "sharding": config.parallel.sharding,
         }
         return Learner(model, self.accelerator, **(options | changes))
