@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import datasets
@@ -17,6 +17,7 @@ from latentdiff.data.captions import LONG_REPEATED, CaptionRules, counted
 from latentdiff.data.config import DataConfig
 from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.decode import BadSample
+from latentdiff.data.samples import Sample
 from latentdiff.data.stream import StreamedImages
 from latentdiff.training.command_line import parse_config
 
@@ -113,7 +114,12 @@ def test_indexed_and_streamed_captions_are_those_of_the_rules(tmp_path: Path) ->
     expected = [*chosen.caption_rules().of(ROW)]
     assert set(expected) == {"cat", "3D cat", "kitty", "puss"}
     assert list(CaptionedImages(chosen).captions) == [expected, expected]
-    assert list(StreamedImages(chosen).some_captions(1)) == expected
+    chunks = StreamedImages(chosen).chunks(9, lambda number: True)
+    samples = chain.from_iterable(samples for _, samples in chunks)
+    streamed = [sample.captions for sample in samples if isinstance(sample, Sample)]
+    assert streamed == [expected, expected]
+    for dataset in (CaptionedImages, StreamedImages):  # a tokenizer learns each once
+        assert list(dataset(chosen).some_captions(9)) == list(dict.fromkeys(expected)) * 2
 
 
 def test_an_unknown_column_of_a_template_is_named(tmp_path: Path) -> None:
