@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.models.group_norm import GroupNorm
 from latentdiff.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 from latentdiff.models.network_folder import load_network, save_network
 from latentdiff.models.vae_config import VAEConfig
@@ -125,7 +126,7 @@ class Encoder(nn.Module):
             for i, ch in enumerate(channels)
         )
         self.mid_block = MidBlock(channels[-1], config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=EPS, silu=True)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             h = block(h)
         h = self.mid_block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h))
 
 
 class SmallImage(nn.Module):
@@ -171,14 +172,14 @@ class Decoder(nn.Module):
             UpBlock(channels[max(i - 1, 0)], ch, config, upsample=i < len(channels) - 1)
             for i, ch in enumerate(channels)
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=EPS, silu=True)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             h = block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h))
 
 
 class VAE(nn.Module):

@@ -56,14 +56,19 @@ class Learner:
             )
         self.config, self.max_steps = optimizer, max_steps
         self.accelerator = accelerator
-        self.model = model = model.to(accelerator.device)
+        if accelerator.num_processes == 1:
+            sharding = "none"
+        model = model.to(accelerator.device)
+        if compute is not None and compute.compile and sharding == "none":
+            # Which FSDP2 refuses; and norms that are not compiled are slower in it.
+            # torch's overloads leave this one out.
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model = model
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
             checkpoint_activations(model)
         if compute is not None and compute.compile:
             compile_blocks(model)
-        if accelerator.num_processes == 1:
-            sharding = "none"
         if sharding != "none" and accelerator.scaler is not None:
             raise ValueError(
                 f"mixed_precision='fp16' must be 'bf16' or 'no' with sharding={sharding!r}"
@@ -274,7 +279,8 @@ class Learner:
                 name, _, key = saved_name.removeprefix("optimizer.").rpartition(".")
                 value, like = state[saved_name], named[name]
                 if key != "step":
-                    value = local_rows(value, like).clone()
+                    # In the weight's memory format, which fused kernels take for granted.
+                    value = torch.empty_like(local(like)).copy_(local_rows(value, like))
                     value = as_dtensor(value, like) if isinstance(like, DTensor) else value
                 moments.setdefault(name, {})[key] = value
         if self._zero is None:
