@@ -6,6 +6,7 @@ Shapes: B batch, f = 2^(levels-1) reduction, C latent channels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -220,10 +221,18 @@ class VAE(nn.Module):
         """Latents (B, C, H, W) of unit variance -> images (B, 3, fH, fW), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """Reconstruction and q(z | x), for a training step; noise is (B, C, H, W)."""
+    def forward(
+        self, images: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """Reconstruction and q(z | x), for a training step; noise is (B, C, H, W).
+
+        `transform` changes the latents before they are decoded.
+        """
         posterior = self.posterior(images)
-        return self.decode(posterior.sample(noise) * self.config.scaling_factor), posterior
+        latents = posterior.sample(noise) * self.config.scaling_factor
+        if transform is not None:
+            latents = transform(latents)
+        return self.decode(latents), posterior
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
