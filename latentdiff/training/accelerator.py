@@ -3,9 +3,9 @@
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,7 +15,6 @@ from accelerate.utils import parse_flag_from_env
 from latentdiff.options import option
 
 Sharding = Literal["none", "full", "zero1", "zero2"]
-Precision = Literal["auto", "no", "bf16", "fp16"]
 MIN_COMPILED_STEPS = 4000
 """Shorter runs can end before they have won back the minutes that compiling takes."""
 
@@ -24,7 +23,7 @@ MIN_COMPILED_STEPS = 4000
 class ComputeConfig:
     """Precision, and what trades memory for time; nothing here changes the loss function."""
 
-    mixed_precision: Precision = "auto"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the processor computes in it, else no."""
     gradient_checkpointing: bool = option(False, may_change=True)
     """Recompute each block's activations in the backward pass instead of storing them."""
@@ -32,10 +31,6 @@ class ComputeConfig:
     """Compile the blocks of the network (torch.compile), which are then in channels_last: minutes
     at the start, faster steps. auto: in a run of 4,000 steps or more that computes in bf16, where
     there is a C++ compiler."""
-
-    def describe(self) -> str:
-        """Precision and compilation as options, for a person to read."""
-        return f"--mixed_precision {self.mixed_precision} --compile {str(self.compile).lower()}"
 
 
 @dataclass(frozen=True)
@@ -80,20 +75,18 @@ def make_accelerator(
     )
 
 
-def decide(
-    compute: ComputeConfig, parallel: ParallelConfig, accelerator: Accelerator, *, max_steps: int
-) -> ComputeConfig:
-    """`compute` with each "auto" replaced by what it means in this run."""
-    compiled = compute.compile
-    if compiled == "auto":
-        compiled = (
-            accelerator.mixed_precision == "bf16"
+def decide_compile(
+    compute: ComputeConfig, parallel: ParallelConfig, *, precision: str, max_steps: int
+) -> bool:
+    """Whether a run that computes in `precision` is compiled."""
+    if compute.compile == "auto":
+        return (
+            precision == "bf16"
             and max_steps >= MIN_COMPILED_STEPS
             and parallel.sharding == "none"
             and shutil.which(os.environ.get("CXX", "g++")) is not None
         )
-    precision = cast(Precision, accelerator.mixed_precision)
-    return replace(compute, mixed_precision=precision, compile=compiled)
+    return compute.compile
 
 
 def check_divisible(batch_size: int, parallel: ParallelConfig, num_processes: int) -> None:

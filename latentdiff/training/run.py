@@ -1,7 +1,7 @@
 """Run: an open training run, that is its configuration, processes, accelerator and folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from latentdiff.training.accelerator import (
     ComputeConfig,
     ParallelConfig,
     check_divisible,
-    decide,
+    decide_compile,
     make_accelerator,
 )
 from latentdiff.training.ema import EMAConfig
@@ -99,8 +99,9 @@ class Run:
         loop = config.loop
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
         self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
-        self.compute = decide(
-            config.compute, config.parallel, self.accelerator, max_steps=loop.max_steps
+        precision = self.accelerator.mixed_precision
+        self.compiled = decide_compile(
+            config.compute, config.parallel, precision=precision, max_steps=loop.max_steps
         )
         self.device = self.accelerator.device
         self.processes = Processes(self.accelerator, timeout=config.parallel.timeout)
@@ -112,7 +113,8 @@ class Run:
             may_change=changeable(type(config)),
         )
         if "auto" in (config.compute.mixed_precision, config.compute.compile):
-            self.accelerator.print(f"chosen: {self.compute.describe()}")
+            compiled = str(self.compiled).lower()
+            self.accelerator.print(f"chosen: --mixed_precision {precision} --compile {compiled}")
 
     def learner(self, model: nn.Module, **changes: Any) -> Learner:
         """A learner with this run's options; `changes` replace some of them (see `Learner`)."""
@@ -121,7 +123,7 @@ class Run:
             "optimizer": config.optimizer,
             "max_steps": config.loop.max_steps,
             "ema": config.ema,
-            "compute": self.compute,
+            "compute": replace(config.compute, compile=self.compiled),
             "sharding": config.parallel.sharding,
         }
         return Learner(model, self.accelerator, **(options | changes))
