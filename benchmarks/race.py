@@ -1,0 +1,163 @@
+"""Which recipe draws best after the same time? Each is trained as long on the same machine.
+
+A recipe is `BASE` with other options. For each recipe and seed
+
+- a short run measures its images/s, from which follow the steps that fit into `--seconds`;
+- `train_unet.py` trains so many steps, the last 40 % of them with a falling learning rate;
+- `latentdiff eval judge` draws the same prompts, 25 steps each, and `latentdiff eval distance`
+  compares these drawings with the true images, in features that no recipe was trained with.
+
+Every run stays in OUT, and the same command goes on. Nothing else may run on the machine: the time
+is what is compared. `race.json` has the figures; they are printed as a table.
+
+    python benchmarks/race.py --data data/drawings --out runs/race --seconds 600
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "configs/drawings/unet.yaml"
+RECIPES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "muon 1.2e-2": {"muon_learning_rate": 1.2e-2},
+    "uniform times": {"timestep_distribution": "uniform"},
+    "no pooled text": {"unet": {"class_embed_type": None}},
+    "min-SNR": {"weighting": "min_snr"},
+    "learned weights": {"weighting": "uncertainty"},
+    "batch 128": {"batch_size": 128},
+    "batch 32": {"batch_size": 32},
+    "wider": {"unet": {"block_out_channels": [160, 320], "attention_head_dim": [2, 5]}},
+    "deeper": {
+        "unet": {
+            "block_out_channels": [96, 192, 256],
+            "attention_head_dim": [2, 3, 4],
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+        }
+    },
+    "DiT": {
+        "dit": {
+            "patch_size": 1,
+            "num_layers": 8,
+            "num_attention_heads": 5,
+            "attention_head_dim": 64,
+        }
+    },
+}
+RATE_STEPS, COOLDOWN = 60, 0.4
+PROMPTS = (("{text}, {in_style}", 150), ("{text_zh}，{in_style_zh}", 50))
+
+
+def main() -> None:
+    arguments = parse()
+    names = arguments.recipes or list(RECIPES)
+    figures: dict[str, Any] = {}
+    for name in names:
+        for seed in range(arguments.seeds):
+            folder = arguments.out / f"{name.replace(' ', '-')}-{seed}"
+            if not (folder / "figures.json").exists():
+                race(arguments, RECIPES[name], folder, seed=seed)
+            figures[f"{name}, seed {seed}"] = json.loads((folder / "figures.json").read_text())
+            (arguments.out / "race.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(table(figures))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, required=True, help="the image folder of the drawings")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=600, help="of training, for each recipe")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="NAME")
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    return parser.parse_args()
+
+
+def race(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path, *, seed: int) -> None:
+    """Train a recipe for the time, judge it and write `figures.json`."""
+    options = merged(yaml.safe_load(BASE.read_text()), recipe) | {"seed": seed, "compile": True}
+    options |= {"validate_every": 10**9, "preview_every": 10**9, "checkpoint_every": 10**9}
+    train(options | {"max_steps": RATE_STEPS, "cooldown_steps": 0}, folder / "rate")
+    rate = records(folder / "rate")[-1]["samples_per_second"]
+    steps = round(arguments.seconds * rate / options["batch_size"])
+    start = time.perf_counter()
+    train(options | {"max_steps": steps, "cooldown_steps": round(COOLDOWN * steps)}, folder / "run")
+    wall = time.perf_counter() - start
+    log = records(folder / "run")
+    trained = [record for record in log if "samples_per_second" in record]
+    seconds = sum(
+        options["batch_size"] * (record["step"] - before) / record["samples_per_second"]
+        for before, record in zip([0, *(r["step"] for r in trained)], trained, strict=False)
+    )
+    drawings = folder / "judge"
+    prompts = [word for template, count in PROMPTS for word in ("--prompts", template, str(count))]
+    scale = str(arguments.guidance_scale)
+    latentdiff("eval", "judge", folder / "run/model", arguments.data, "--out", drawings, *prompts,
+               "--steps", "25", "--guidance_scale", scale, "--seed", "0")  # fmt: skip
+    distances = folder / "distance.json"
+    latentdiff("eval", "distance", drawings / "images", arguments.data, "--image_size", "64",
+               "--out", distances)  # fmt: skip
+    results = {
+        **json.loads((drawings / "result.json").read_text())["figures"],
+        **json.loads(distances.read_text())["figures"],
+    }
+    figures = {"steps": steps, "images_per_second": rate, "seconds": seconds, "wall": wall}
+    text = json.dumps(figures | {"figures": results}, indent=1)
+    (folder / "figures.json").write_text(text + "\n")
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, which may change single keys of an inner mapping."""
+    result = dict(base)
+    for name, value in changes.items():
+        inner = result.get(name)
+        nested = isinstance(value, dict) and isinstance(inner, dict)
+        result[name] = merged(inner, value) if nested else value
+    return result
+
+
+def train(options: dict[str, Any], folder: Path) -> None:
+    """Train a UNet, going on from what is in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(options | {"output_dir": str(folder)}, allow_unicode=True))
+    subprocess.run([sys.executable, ROOT / "train/train_unet.py", "--config", config], check=True)
+
+
+def latentdiff(*arguments: Any) -> None:
+    """Run the command with these arguments."""
+    subprocess.run([sys.executable, "-m", "latentdiff.cli", *map(str, arguments)], check=True)
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def table(figures: dict[str, Any]) -> str:
+    """A Markdown table of the recipes, the best first."""
+    columns = ("concept, train", "concept, test", "style", "kernel", "recall")
+    lines = ["| recipe | images/s | steps | " + " | ".join(columns) + " |",
+             "|---|---:|---:|" + "---:|" * len(columns)]  # fmt: skip
+    ordered = sorted(figures.items(), key=lambda item: item[1]["figures"]["kernel"]["value"])
+    for name, one in ordered:
+        cells = [
+            f"{f['value']:.3f} ({f['low']:.3f} to {f['high']:.3f})"
+            for f in (one["figures"][column] for column in columns)
+        ]
+        row = [name, f"{one['images_per_second']:.0f}", str(one["steps"]), *cells]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
