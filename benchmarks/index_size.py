@@ -111,12 +111,19 @@ def make_cache(folder: Path, rows: int, caption: str) -> None:
     rng = np.random.default_rng(0)
     index = np.zeros((rows, 3), dtype=np.int32)
     index[:, 0], index[:, 1] = rng.integers(0, len(sizes), rows), np.arange(rows) // 1024
-    schema = pa.schema([("name", pa.string()), ("captions", pa.list_(pa.string()))])
+    schema = pa.schema(
+        [
+            ("name", pa.string()),
+            ("captions", pa.list_(pa.string())),
+            ("counts", pa.list_(pa.int32())),
+        ]
+    )
     with pa.ipc.new_stream(str(folder / "samples.arrow"), schema) as writer:
         for chunk, start in enumerate(range(0, rows, 1024)):
             ids = range(start, min(start + 1024, rows))
             captions = [[caption.format(i)] for i in ids]
             columns = {"name": [f"{i:08}.png" for i in ids], "captions": captions}
+            columns["counts"] = [[1] for _ in ids]
             writer.write_table(pa.table(columns, schema=schema))
             for bucket, size in enumerate(sizes):
                 own = start + np.flatnonzero(index[ids.start : ids.stop, 0] == bucket)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.planning.footprint import Workload, footprint
 from latentdiff.training.blocks import blocks, checkpoint_activations, compile_blocks
+from latentdiff.training.learner import Learner
 
 DIT = DiTConfig(num_layers=3, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
 
@@ -119,12 +121,47 @@ def test_a_learner_trains_the_same_with_gradient_checkpointing() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_in_channels_last_is_bitwise(optimizer: str) -> None:
+    """A checkpoint's tensors are contiguous; moments must take the weights' memory format."""
+    network = unet()
+    randomise(network)
+
+    def learner() -> Learner:
+        changes: dict[str, Any] = {"optimizer": optimizer, "learning_rate": 1e-2}
+        return make_learner(copy.deepcopy(network), warmup_steps=0, compile=True, **changes)
+
+    def train(subject: Learner, steps: int) -> None:
+        for _ in range(steps):
+            subject.update(loss_of(subject.model))
+
+    straight, stopped, resumed = learner(), learner(), learner()
+    with torch.compiler.set_stance("force_eager"):
+        train(straight, 4)
+        train(stopped, 2)
+        saved = {name: tensor.contiguous() for name, tensor in stopped.tensors().items()}
+        resumed.load_tensors(saved, num_updates=2)
+        train(resumed, 2)
+    weight = resumed.model.get_parameter("down_blocks.0.resnets.0.conv1.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    expected = straight.tensors()
+    assert {n: t.equal(expected[n]) for n, t in resumed.tensors().items()} == dict.fromkeys(
+        expected, True
+    )
+
+
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_compiled_blocks_give_the_same_numbers_up_to_rounding() -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_compiled_blocks_give_the_same_numbers_up_to_rounding(
+    memory_format: torch.memory_format,
+) -> None:
     plain = unet().train()
     randomise(plain)
     other = copy.deepcopy(plain)
+    other.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue] # no overload has it
     checkpoint_activations(other)
     compile_blocks(other)
     torch.use_deterministic_algorithms(False)  # which fill new memory, and compiled code with it

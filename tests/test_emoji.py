@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentdiff.data.code_points import code_points
 from latentdiff.data.emoji import (
     GROUPS,
     LANGUAGES,
     build_emoji,
     captions,
-    code_points,
     group_of,
     split_of,
 )

@@ -1,6 +1,7 @@
 """Planning: counted arithmetic against formulas, counted memory against that of real tensors."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from support.cases import mostly_exhaustive
+from support.runs import make_learner
 from support.settings import ANY, clip, dit, unet, vae
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -100,6 +102,27 @@ def test_the_memory_of_a_network_is_that_of_its_tensors() -> None:
     assert plan.checkpoint_bytes == 2 * nbytes(network) + plan.resident["optimizer state"]
 
 
+@pytest.mark.exhaustive
+def test_with_muon_the_matrices_have_one_moment() -> None:
+    adamw, muon = (
+        make_plan({**unet(32, 2, 32), "optimizer": name}, device=ANY, gpu=False)
+        for name in ("adamw", "muon")
+    )
+    network = make_workload(unet(32, 2, 32)).model()
+    learner = make_learner(network, optimizer="muon")
+    loss = torch.stack([p.square().sum() for p in network.parameters()]).sum()
+    learner.update(loss)
+    moments = [
+        tensor
+        for name, tensor in learner.tensors().items()
+        if name.startswith("optimizer.") and not name.endswith(".step")
+    ]
+    assert muon.resident["optimizer state"] == sum(moment.nbytes for moment in moments)
+    assert muon.footprint.matrices > 0.5 * muon.footprint.weights
+    for key in ("peak", "checkpoint_bytes"):
+        assert getattr(adamw, key) - getattr(muon, key) == muon.footprint.matrices
+
+
 def test_activations_are_what_autograd_saves() -> None:
     """Against torch's own hooks, on real tensors; the rest is the loss, and the batch itself."""
     workload = make_workload(vae(16, 4, 32))
@@ -171,6 +194,11 @@ def test_a_sharded_network_is_divided_by_the_processes() -> None:
         assert sharded.local_weights == pytest.approx(one.weights / count, rel=0.02)
         resident = sharded.resident(averages=3)
         assert resident["optimizer state"] == 2 * sharded.local_weights
+        muon = replace(sharded.execution, optimizer="muon")
+        orthogonalised = footprint(workload, 4, execution=muon)
+        assert orthogonalised.local_matrices == orthogonalised.matrices // count > 0
+        difference = resident["optimizer state"] - orthogonalised.local_matrices
+        assert orthogonalised.resident(averages=3)["optimizer state"] == difference
         assert resident["weight averages"] == sharded.weights + 3 * sharded.local_weights
     assert eight.step_peak < two.step_peak
 
@@ -272,6 +300,8 @@ def test_a_former_option_is_refused_with_its_new_name(
         ({"batch_size": "many"}, "batch_size='many' must be a whole number"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
         ({"sharding": "half"}, "sharding='half' must be one of none, full, zero1, zero2"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' must be one of adamw, muon"),
+        ({"optimizer": "muon", "sharding": "zero2"}, "optimizer='muon' must be 'adamw' with"),
         ({"gradient_checkpointing": "yes"}, "gradient_checkpointing='yes' must be one of True"),
         ({"vae": {"layers_per_block": 1}}, "vae.block_out_channels is missing"),
         ({"vae": {**vae(16, 1, 8)["vae"], "width": 3}}, "vae.width is unknown"),

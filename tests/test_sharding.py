@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Job:
     stop: int = STEPS
     sharding: str = "full"
     gradient_accumulation_steps: int = 1
+    optimizer: str = "adamw"
 
 
 def work(job: Job) -> None:
@@ -57,7 +58,8 @@ def work(job: Job) -> None:
     torch.manual_seed(0)
     network = UNet(UNET).double()  # Adam makes steps of gradients that are rounding alone
     randomise(network)
-    learner = make_learner(network, accelerator, sharding=job.sharding, **OPTIONS)
+    options = {**OPTIONS, "sharding": job.sharding, "optimizer": job.optimizer}
+    learner = make_learner(network, accelerator, **options)
     start = load_checkpoint(job.folder, {"unet": learner}, manifest={}, processes=processes)
     count = processes.count * job.gradient_accumulation_steps
     with (job.folder / "norms.txt").open("a") as file:
@@ -76,6 +78,10 @@ def work(job: Job) -> None:
     save_checkpoint(
         job.folder, job.stop, {"unet": learner}, keep=9, manifest={}, processes=processes
     )
+    if not learner.sharded:
+        weights = torch.cat([p.detach().flatten() for p in learner.model.parameters()])
+        everywhere: Any = accelerator.gather(weights[None])
+        assert torch.equal(everywhere, weights.expand_as(everywhere))
     learner.gather()
     full = {f"ema.{name}": p for name, p in learner.ema.named_parameters()}
     snapshots = learner.snapshots()
@@ -162,11 +168,31 @@ def test_a_sharded_network_trains_as_an_unsharded_one(
         assert names == ["unet.safetensors"]
 
 
-@pytest.mark.parametrize("sharding", ["full", pytest.param("zero2", marks=deepspeed)])
-def test_its_processes_resume_bit_for_bit(tmp_path: Path, sharding: str) -> None:
-    expected = run(Job(tmp_path / "full", sharding=sharding), 2)
-    run(Job(tmp_path / "stopped", sharding=sharding, stop=2), 2)
-    found = run(Job(tmp_path / "stopped", sharding=sharding), 2)
+@pytest.fixture(scope="module")
+def plain_muon(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The run of one process with Muon."""
+    return run(Job(tmp_path_factory.mktemp("plain"), optimizer="muon"), 1)
+
+
+@pytest.mark.parametrize("sharding", ["full", "none"])
+def test_with_muon_two_processes_train_as_one(
+    tmp_path: Path, plain_muon: dict[str, Tensor], sharding: str
+) -> None:
+    """The updates are rounded to bfloat16, and so is what another order of a sum changes."""
+    found = run(Job(tmp_path, sharding=sharding, optimizer="muon"), 2)
+    assert_equivalent(found, plain_muon, atol=1e-3)
+    assert len([name for name in found if name.endswith("momentum_buffer")]) > 20
+
+
+@pytest.mark.parametrize(
+    ("sharding", "optimizer"),
+    [("full", "adamw"), ("full", "muon"), pytest.param("zero2", "adamw", marks=deepspeed)],
+)
+def test_its_processes_resume_bit_for_bit(tmp_path: Path, sharding: str, optimizer: str) -> None:
+    job = Job(tmp_path / "full", sharding=sharding, optimizer=optimizer)
+    expected = run(job, 2)
+    run(replace(job, folder=tmp_path / "stopped", stop=2), 2)
+    found = run(replace(job, folder=tmp_path / "stopped"), 2)
     assert {n: t.equal(expected[n]) for n, t in found.items()} == dict.fromkeys(expected, True)
 
 

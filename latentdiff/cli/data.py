@@ -9,6 +9,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     data = commands.add_parser("data", help="make or check a data set of captioned images")
     kinds = data.add_subparsers(metavar="KIND", required=True)
     _add_emoji(kinds.add_parser("emoji", help="every emoji of a font", allow_abbrev=False))
+    _add_drawings(
+        kinds.add_parser("drawings", help="six sets of emoji, in six styles", allow_abbrev=False)
+    )
     _add_shapes(kinds.add_parser("shapes", help="scenes of coloured shapes", allow_abbrev=False))
     _add_check(kinds.add_parser("check", help="find what cannot be used", allow_abbrev=False))
 
@@ -19,6 +22,17 @@ def _add_emoji(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--languages", type=_names, default=("en", "zh"), help="such as en,zh")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.set_defaults(run=_data_emoji, parser=parser)
+
+
+def _add_drawings(parser: argparse.ArgumentParser) -> None:
+    languages = ("en", "zh", "es", "fr", "de")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--packages", type=Path, help="folder of tarballs; default: npm fetches them"
+    )
+    parser.add_argument("--languages", type=_names, default=languages, help="such as en,zh")
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    parser.set_defaults(run=_data_drawings, parser=parser)
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +73,18 @@ def _data_emoji(arguments: argparse.Namespace) -> None:
         arguments.out, font=arguments.font, languages=arguments.languages, size=arguments.size
     )
     _report(arguments.out, {split: sum(count.values()) for split, count in groups.items()})
+
+
+def _data_drawings(arguments: argparse.Namespace) -> None:
+    from latentdiff.data.drawings.build import build_drawings
+
+    styles = build_drawings(
+        arguments.out,
+        packages=arguments.packages,
+        languages=arguments.languages,
+        size=arguments.size,
+    )
+    _report(arguments.out, {split: sum(count.values()) for split, count in styles.items()})
 
 
 def _data_shapes(arguments: argparse.Namespace) -> None:

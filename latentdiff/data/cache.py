@@ -6,7 +6,7 @@ A cache folder, which `cache_writer.py` writes, holds
 - `moments-00012-64x48.npy`: the moments of the m images of chunk 12 of the data that were cropped
   to 64 x 48 pixels, (m, V, 2C, h, w) in float16 for V variants (crops and flips);
 - `index.npy`: the bucket, chunk and row of each sample, (N, 3) int32;
-- `samples.arrow`: the name and captions of each sample;
+- `samples.arrow`: the name of each sample, its captions, and how often each of them comes;
 - `left_out.jsonl`: the bad samples, if there are any;
 - `header.json`: fingerprints of the VAE and the data, the sizes of the buckets and the number of
   samples; it is written last.
@@ -31,7 +31,7 @@ from latentdiff.formats.weights import load_json
 from latentdiff.models.fingerprint import encoder_fingerprint
 from latentdiff.models.vae import VAE
 
-FORMAT = 3  # version of the files and of the cropping; caches of other versions are refused
+FORMAT = 4  # version of the files and of the cropping; caches of other versions are refused
 
 
 class LatentCache(Dataset[dict[str, Any]]):
@@ -106,7 +106,12 @@ class LatentCache(Dataset[dict[str, Any]]):
         rows = MemoryMappedTable.from_file(str(self.folder / "samples.arrow"))
         self.captions = Captions(
             datasets.Dataset(rows, fingerprint=self.fingerprint),
-            CaptionRules(columns=("captions",), allow_empty=True),
+            CaptionRules(
+                columns=("captions",),
+                weights={"captions": "counts"},
+                counted=True,
+                allow_empty=True,
+            ),
         )
         assert len(self._index) == len(self.captions) == self.header["num_samples"]
         self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}

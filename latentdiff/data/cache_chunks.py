@@ -19,6 +19,7 @@ RECORD = pa.schema(
     {
         "name": pa.string(),
         "captions": pa.list_(pa.string()),
+        "counts": pa.list_(pa.int32()),  # how often each caption comes, see `captions.counted`
         "bucket": pa.int32(),
         "row": pa.int32(),
         "reason": pa.string(),  # a bad sample has this and `detail`, and nothing else
@@ -88,7 +89,7 @@ def join_records(folder: Path, header: dict[str, Any]) -> None:
     assert paths == [record_path(folder, number) for number in range(len(paths))]
     index = list[np.ndarray]()
     bad = list[dict[str, str]]()
-    schema = pa.schema([RECORD.field("name"), RECORD.field("captions")])
+    schema = pa.schema([RECORD.field(name) for name in ("name", "captions", "counts")])
     with (
         replacing(folder / "samples.arrow") as temporary,
         pa.ipc.new_stream(str(temporary), schema) as writer,

@@ -30,6 +30,7 @@ from latentdiff.data.cache_chunks import (
     records,
     write_record,
 )
+from latentdiff.data.captions import counted
 from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.decode import BadSample
@@ -213,7 +214,9 @@ class _Encoder:
                     files[bucket] = MomentsFile(file, self._shape(buckets[bucket]))
                     waiting[bucket] = []
                 row = files[bucket].count + len(waiting[bucket])
-                record.append({"name": name, "captions": captions, "bucket": bucket, "row": row})
+                texts, counts = counted(captions)
+                record.append({"name": name, "captions": texts, "counts": counts})
+                record[-1] |= {"bucket": bucket, "row": row}
                 waiting[bucket].append(pixels)
                 if len(waiting[bucket]) == group:
                     files[bucket].add(self._encode(waiting[bucket]))

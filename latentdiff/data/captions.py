@@ -1,9 +1,11 @@
 """The captions of a table's rows, which stay on disk and are formatted when a row is read."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate, compress, groupby, pairwise
 from typing import Any, overload
 
 import datasets
@@ -15,54 +17,79 @@ from latentdiff.data.decode import BadSample
 
 MAX_REPEATED = 100  # largest length that is tried for a row's list of repeated captions
 WEIGHT_ERROR = 1e-3  # a longer list must come nearer to the weights by this much
+FEW = 20  # captions; more have a list of `LONG_REPEATED`, and no length is tried
+LONG_REPEATED = 1000
+
+_TEXTS = (pa.types.is_string, pa.types.is_large_string)
+_NAMED = re.compile(r"\{([^{}]+)\}")  # a template's {column}; its {} is the caption
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRules:
     """How the columns of a row become its captions: every text, in every template of its column.
 
-    The result repeats captions so that a uniform draw from it follows their weights. A caption
-    without a weight has weight 1, and the templates of a caption share its weight equally.
-    `weights` maps a column of captions to the column with their weights.
+    In a template {} is the caption, and {style} the text of the row's column `style`. The result
+    repeats captions so that a uniform draw from it follows their weights. `weights` maps a column
+    of captions to its weight, a number that its captions in a row share equally, or to the name of
+    the column with the weight of each. Captions of a column without an entry have weight 1 each.
+    The templates of a caption share its weight equally. `counted`: the weights are whole numbers,
+    and are how often the result has each caption.
     """
 
     columns: Sequence[str]
     templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    weights: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str | float] = field(default_factory=dict)
     allow_empty: bool = False
+    counted: bool = False
 
     def named(self) -> list[str]:
         """Return the columns that the rules read."""
-        return list(dict.fromkeys((*self.columns, *self.weights.values())))
+        others = (*self.weight_columns(), *self.template_columns())
+        return list(dict.fromkeys((*self.columns, *others)))
+
+    def weight_columns(self) -> list[str]:
+        """Return the columns that hold weights."""
+        return [weight for weight in self.weights.values() if isinstance(weight, str)]
+
+    def template_columns(self) -> list[str]:
+        """Return the columns that templates name."""
+        forms = (form for forms in self.templates.values() for form in forms)
+        return list(dict.fromkeys(name for form in forms for name in _NAMED.findall(form)))
 
     def of(self, row: Mapping[str, Any]) -> list[str]:
         """Return the captions of a row; the list is empty for a row without one.
 
-        Raises BadSample for impossible weights, ValueError for a value that is not text.
+        Raises BadSample for impossible weights and for a template that names an empty column,
+        ValueError for a value that is not text.
         """
         pairs = list(self._weighted(row))
         if not pairs and self.allow_empty:
             return [""]
+        if self.counted:
+            return [text for text, count in pairs for _ in range(int(count))]
         return _repeated(pairs) if self.weights else [text for text, _ in pairs]
 
     def _weighted(self, row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for name in self.columns:
-            texts, weights = as_list(row.get(name)), None
-            if name in self.weights:
-                weights = as_list(row.get(self.weights[name]))
-                if len(weights) != len(texts):
-                    raise BadSample(
-                        "weights do not fit", f"{len(weights)} for {len(texts)} captions"
-                    )
-            templates = self.templates.get(name, ("{}",))
-            for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
-                if text is not None and not isinstance(text, str):
-                    raise ValueError(
-                        f"the column {name!r} must hold texts or lists of them, not {text!r}"
-                    )
-                if text and not text.isspace():
-                    for template in templates:
-                        yield template.replace("{}", text), weight / len(templates)
+            pairs = list(self._texts(name, row))
+            templates = self.templates.get(name, ("{}",)) if pairs else ()
+            forms = [_form(template, row) for template in templates]
+            for text, weight in pairs:
+                for form in forms:
+                    yield text.join(form), weight / len(forms)
+
+    def _texts(self, name: str, row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+        """Yield a row's texts in the column `name` that are not blank, each with its weight."""
+        texts, weight = as_list(row.get(name)), self.weights.get(name, 1.0)
+        filled = [_is_text(name, text) for text in texts]
+        if isinstance(weight, str):
+            weights = as_list(row.get(weight))
+            if len(weights) != len(texts):
+                raise BadSample("weights do not fit", f"{len(weights)} for {len(texts)} captions")
+        else:
+            shared_by = sum(filled) if name in self.weights else 1
+            weights = [weight / max(1, shared_by)] * len(texts)
+        yield from compress(zip(texts, weights, strict=True), filled)
 
 
 class Captions(Sequence[list[str]]):
@@ -73,8 +100,10 @@ class Captions(Sequence[list[str]]):
         self.rules = rules
         self.rows = rows.select_columns(rules.named())
         for name in rules.columns:
-            _check(rows, name, "texts", (pa.types.is_string, pa.types.is_large_string))
-        for name in rules.weights.values():
+            _check(rows, name, "texts", _TEXTS)
+        for name in rules.template_columns():
+            _check(rows, name, "texts", _TEXTS, lists=False)
+        for name in rules.weight_columns():
             _check(rows, name, "numbers", (pa.types.is_floating, pa.types.is_integer))
 
     def __len__(self) -> int:
@@ -109,6 +138,34 @@ class Captions(Sequence[list[str]]):
         return present
 
 
+def counted(captions: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the captions of a row each once, as they follow each other, and how often each comes.
+
+    `CaptionRules` with `counted` makes the same list of them again.
+    """
+    runs = [(text, len(list(run))) for text, run in groupby(captions)]
+    return [text for text, _ in runs], [count for _, count in runs]
+
+
+def _is_text(name: str, text: object) -> bool:
+    """Tell whether a caption has anything but blanks. Raises ValueError for what is no text."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"the column {name!r} must hold texts or lists of them, not {text!r}")
+    return text is not None and text != "" and not text.isspace()
+
+
+def _form(template: str, row: Mapping[str, Any]) -> list[str]:
+    """Return what stands around and between the captions in a template, filled in for a row."""
+
+    def value(match: re.Match[str]) -> str:
+        text = row.get(match[1])
+        if text is None or not isinstance(text, str) or text.isspace() or not text:
+            raise BadSample("a template does not fit", f"{template!r}: {match[1]!r} is {text!r}")
+        return text
+
+    return [_NAMED.sub(value, part) for part in template.split("{}")]
+
+
 def _repeated(pairs: Sequence[tuple[str, float]]) -> list[str]:
     """Repeat each text in proportion to its weight, so that a uniform draw follows the weights."""
     counts = _counts(tuple(weight for _, weight in pairs))
@@ -122,6 +179,8 @@ def _counts(weights: tuple[float, ...]) -> list[int]:
     if weights and (min(weights) < 0 or not 0 < total < math.inf):
         raise BadSample("weights do not fit", f"{list(weights)} must not be negative, nor all 0")
     fractions = [weight / total for weight in weights]
+    if len(weights) > FEW:
+        return _many_counts(fractions)
     best, counts = math.inf, list[int]()
     for length in range(1, MAX_REPEATED + 1):
         tried = [max(1, round(fraction * length)) if fraction > 0 else 0 for fraction in fractions]
@@ -132,19 +191,38 @@ def _counts(weights: tuple[float, ...]) -> list[int]:
     return counts
 
 
+def _many_counts(fractions: Sequence[float]) -> list[int]:
+    """Share `LONG_REPEATED` out so that neighbours together have their share to one, whatever few.
+
+    Each has the difference of two rounded sums: rounded by themselves, the fifty captions of a
+    column with 1.4 each would lose 20 of their 70.
+    """
+    if len(set(fractions)) == 1:
+        return [1] * len(fractions)
+    ends = [round(LONG_REPEATED * end) for end in accumulate(fractions)]
+    counts = [end - start for start, end in pairwise([0, *ends])]
+    return [max(1, n) if x > 0 else 0 for n, x in zip(counts, fractions, strict=True)]
+
+
 def as_list(value: Any) -> list[Any]:
     """Return a cell as a list: a list as it is, None as an empty one, any other value in one."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check(
-    rows: datasets.Dataset, name: str, what: str, fits: Sequence[Callable[[pa.DataType], bool]]
+    rows: datasets.Dataset,
+    name: str,
+    what: str,
+    fits: Sequence[Callable[[pa.DataType], bool]],
+    *,
+    lists: bool = True,
 ) -> None:
     kind = rows.data.schema.field(name).type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         kind = kind.value_type
     if not any(fit(kind) for fit in (*fits, pa.types.is_null)):
-        raise ValueError(f"the column {name!r} must hold {what} or lists of them, not {kind}")
+        wanted = f"{what} or lists of them" if lists else what
+        raise ValueError(f"the column {name!r} must hold {wanted}, not {kind}")
 
 
 def _nonempty(chunk: pa.Array) -> np.ndarray:

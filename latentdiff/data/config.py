@@ -1,5 +1,6 @@
 """DataConfig: which images and captions a script reads, at what size, and which samples are bad."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,11 @@ class DataConfig:
     caption_columns: Sequence[str] = ("text",)
     """Columns with a caption or a list of captions; each training step draws one of them all."""
     caption_templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """For each column, templates such as "a {}"; each makes one caption of each of the column's."""
-    caption_weights: Mapping[str, str] = field(default_factory=dict)
-    """For each column of captions, the column with their weights: a number or a list of them."""
+    """For each column, templates such as "a {}"; each makes one caption of each of the column's.
+    {style} stands for the text in the row's column `style`."""
+    caption_weights: Mapping[str, str | float] = field(default_factory=dict)
+    """For each column of captions, its weight, which its captions in a row share equally, or the
+    name of the column with the weight of each: a number or a list of them."""
     allow_empty_caption: bool = False
     """Train on images without a caption as if they had an empty one."""
     exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -92,6 +95,9 @@ class DataConfig:
                 raise ValueError(
                     f"caption_templates: {name!r} must have forms with {{}}, not {list(forms)}"
                 )
+        for name, weight in self.caption_weights.items():
+            if not isinstance(weight, str) and not 0 <= weight < math.inf:
+                raise ValueError(f"caption_weights: {name!r} has {weight}, which must be 0 or more")
 
     def location(self) -> str:
         """Return the folder, file or hub id of the data; "shapes" is generated if it is missing."""
@@ -107,7 +113,7 @@ class DataConfig:
 
     def columns(self) -> list[str]:
         """List the columns that the options name, the images' column first."""
-        named = (*self.caption_columns, *self.caption_weights.values(), *self.exclude)
+        named = (*self.caption_rules().named(), *self.exclude)
         return list(dict.fromkeys((self.image_column, *named)))
 
     def check_columns(
@@ -118,6 +124,12 @@ class DataConfig:
         `columns` are those of the data, `image_columns` those of them that hold images; `where`
         tells in the message which samples were looked at.
         """
+        for name in self.caption_rules().template_columns():
+            if name not in columns:
+                raise ValueError(
+                    f"caption_templates name {{{name}}}, but data={self.data!r} has no column "
+                    f"{name!r}{where}, only {list(columns)}; {{}} stands for the caption"
+                )
         for name in self.columns():
             if name not in columns:
                 raise ValueError(

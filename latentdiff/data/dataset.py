@@ -143,8 +143,11 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         return (self[i * len(self) // count] for i in range(count))
 
     def some_captions(self, count: int) -> Iterator[str]:
-        """Yield the captions of all samples, whatever `count` is, since they are read from disk."""
-        return chain.from_iterable(self.captions)
+        """Yield each caption of a sample once, whatever its weight.
+
+        Those of all samples come, whatever `count` is, since they are read from disk.
+        """
+        return chain.from_iterable(map(dict.fromkeys, self.captions))
 
     def _sample(self, index: int) -> Sample | BadSample:
         row = self._row(index)

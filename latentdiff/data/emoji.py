@@ -1,6 +1,5 @@
 """The emoji data set: every image of a colour emoji font, captioned by its Unicode names."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,6 +10,14 @@ from typing import Literal, get_args
 import emoji
 from tqdm import tqdm
 
+from latentdiff.data.code_points import (
+    REGIONAL_INDICATORS,
+    SKIN_TONES,
+    TAGS,
+    TEST_PERCENT,
+    code_points,
+    held_out,
+)
 from latentdiff.data.emoji_font import CANVAS, FONT_SIZE, EmojiFont
 from latentdiff.data.folder import SPLITS, Example, Split, check_free, write_image_folder
 
@@ -19,12 +26,6 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 LANGUAGES: tuple[str, ...] = tuple(emoji.LANGUAGES)
 
-# Percentage of the emoji with a skin tone or gender that belong to the split `test`.
-TEST_PERCENT = 5
-
-_REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
-_TAGS = range(0xE0020, 0xE0080)
-_SKIN_TONES = range(0x1F3FB, 0x1F400)
 _KEYCAP = 0x20E3
 _JOINER = 0x200D
 _GENDERED = {0x1F468, 0x1F469, 0x2640, 0x2642}  # man, woman, female sign, male sign
@@ -43,12 +44,12 @@ def group_of(sequence: str) -> Group:
     astronaut", "man running", "family: man, woman, girl". plain: all others, "woman" among them.
     """
     points = {ord(character) for character in sequence}
-    if points.intersection(_REGIONAL_INDICATORS) or points.intersection(_TAGS):
+    if points.intersection(REGIONAL_INDICATORS) or points.intersection(TAGS):
         return "flag"
     if _KEYCAP in points:
         return "keycap"
     gender = _JOINER in points and not points.isdisjoint(_GENDERED)
-    if points.intersection(_SKIN_TONES):
+    if points.intersection(SKIN_TONES):
         return "skin tone and gender" if gender else "skin tone"
     return "gender" if gender else "plain"
 
@@ -62,13 +63,7 @@ def split_of(sequence: str) -> Split:
     """
     if group_of(sequence) in ("plain", "flag", "keycap"):
         return "train"
-    digest = hashlib.sha256(code_points(sequence).encode()).hexdigest()
-    return "test" if int(digest, 16) % 100 < TEST_PERCENT else "train"
-
-
-def code_points(sequence: str) -> str:
-    """Return the code points of `sequence` as text: "1F469-200D-1F680"."""
-    return "-".join(f"{ord(character):04X}" for character in sequence)
+    return "test" if held_out(code_points(sequence)) else "train"
 
 
 def captions(sequence: str, *, languages: Sequence[str]) -> dict[str, str | list[str]]:

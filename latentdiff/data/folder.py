@@ -33,12 +33,19 @@ def check_free(out: Path) -> None:
         raise ValueError(f"out={str(out)!r} exists already: name a folder that is new or empty")
 
 
-def write_image_folder(out: Path, examples: Iterable[Example], *, card: Callable[[], str]) -> None:
+def write_image_folder(
+    out: Path,
+    examples: Iterable[Example],
+    *,
+    card: Callable[[], str],
+    notice: str | None = None,
+) -> None:
     """Write `<split>/<file_name>`, `<split>/metadata.jsonl` and `README.md` under `out`.
 
     Everything is written to a temporary folder beside `out`, which is renamed at the end, so that
     `out` is always complete and an interruption leaves nothing behind. `card` returns the text of
     README.md; it is called after all examples are written, so that it can tell their number.
+    `notice`, if there is one, is the text of the file NOTICE: whose work the images are.
 
     Raises:
         ValueError: `out` is a file, or a folder with something in it.
@@ -49,6 +56,8 @@ def write_image_folder(out: Path, examples: Iterable[Example], *, card: Callable
     try:
         _write_examples(staging, examples)
         (staging / "README.md").write_text(card(), encoding="utf-8")
+        if notice is not None:
+            (staging / "NOTICE").write_text(notice, encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp's folders are readable by their owner alone
         if out.exists():
             out.rmdir()

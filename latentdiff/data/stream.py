@@ -118,9 +118,11 @@ class StreamedImages:
         return islice(self._examples(), count)
 
     def some_captions(self, count: int) -> Iterator[str]:
-        """Yield the captions of the first `count` samples; images are not read."""
+        """Yield each caption of the first `count` samples once; images are not read."""
         samples = self.encoded(self.shards, None)
-        return chain.from_iterable(sample.captions for sample in islice(samples, count))
+        return chain.from_iterable(
+            dict.fromkeys(sample.captions) for sample in islice(samples, count)
+        )
 
     def batches(
         self,

@@ -2,6 +2,9 @@
 
 from torch import Tensor, nn
 
+SMALLEST = 24
+"""Side of the smallest images, in pixels, of which three layers score a patch."""
+
 
 class Discriminator(nn.Module):
     """Images (B, 3, H, W) -> a score of each patch, (B, 1, H / 2^layers - 2, W / 2^layers - 2).

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from latentdiff.models.group_norm import GroupNorm
 from latentdiff.models.layers import (
     Downsample,
     ResnetBlock,
@@ -166,7 +166,9 @@ class UNet(nn.Module):
         self.down_blocks = down_blocks(config)
         self.mid_block = mid_block(config)
         self.up_blocks = up_blocks(config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(
+            config.norm_num_groups, channels[0], eps=config.norm_eps, silu=True
+        )
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self.init_weights()
 
@@ -211,7 +213,7 @@ class UNet(nn.Module):
             h = self.mid_block(h, time, context)
         for block in self.up_blocks:
             h = block(h, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h))
 
 
 def down_blocks(config: UNetConfig) -> nn.ModuleList:

@@ -6,6 +6,7 @@ Shapes: B batch, f = 2^(levels-1) reduction, C latent channels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.models.group_norm import GroupNorm
 from latentdiff.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 from latentdiff.models.network_folder import load_network, save_network
 from latentdiff.models.vae_config import VAEConfig
@@ -124,7 +126,7 @@ class Encoder(nn.Module):
             for i, ch in enumerate(channels)
         )
         self.mid_block = MidBlock(channels[-1], config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=EPS, silu=True)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             h = block(h)
         h = self.mid_block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h))
 
 
 class SmallImage(nn.Module):
@@ -170,14 +172,14 @@ class Decoder(nn.Module):
             UpBlock(channels[max(i - 1, 0)], ch, config, upsample=i < len(channels) - 1)
             for i, ch in enumerate(channels)
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=EPS, silu=True)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             h = block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h))
 
 
 class VAE(nn.Module):
@@ -219,10 +221,18 @@ class VAE(nn.Module):
         """Latents (B, C, H, W) of unit variance -> images (B, 3, fH, fW), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """Reconstruction and q(z | x), for a training step; noise is (B, C, H, W)."""
+    def forward(
+        self, images: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """Reconstruction and q(z | x), for a training step; noise is (B, C, H, W).
+
+        `transform` changes the latents before they are decoded.
+        """
         posterior = self.posterior(images)
-        return self.decode(posterior.sample(noise) * self.config.scaling_factor), posterior
+        latents = posterior.sample(noise) * self.config.scaling_factor
+        if transform is not None:
+            latents = transform(latents)
+        return self.decode(latents), posterior
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:

@@ -23,6 +23,7 @@ from latentdiff.planning.tally import Tally
 from latentdiff.training.accelerator import Sharding
 from latentdiff.training.blocks import blocks, checkpoint_activations, local, shard
 from latentdiff.training.deepspeed import BUCKET
+from latentdiff.training.muon import hidden_matrices
 
 Model = Callable[..., Any]
 """A network, called under the autocast of its training."""
@@ -41,7 +42,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the network is run, in the words of ComputeConfig and ParallelConfig."""
+    """How the network is trained, in the words of the scripts' options."""
 
     precision: str = "no"
     """"no", "bf16" or "fp16"."""
@@ -49,6 +50,8 @@ class Execution:
     processes: int = 1
     sharding: Sharding = "none"
     """"none" in one process."""
+    optimizer: str = "adamw"
+    """"adamw" or "muon"."""
     gpu: bool = False
     """Autocast keeps norms and softmax in float32, as CUDA's does and the CPU's does not."""
 
@@ -64,6 +67,9 @@ class Footprint:
     """Parameters and buffers of the full model."""
     local_weights: int
     """What this process holds of them between steps: its shard, or all."""
+    matrices: int
+    """What Muon steps of the full model's parameters; 0 with AdamW."""
+    local_matrices: int
     frozen: int
     """Parameters and buffers of the frozen networks."""
     activations: int
@@ -75,22 +81,27 @@ class Footprint:
     step_flop: int
     """Forward and backward passes of one micro-batch, and the frozen networks' forward passes."""
 
+    @property
+    def optimizer_state(self) -> int:
+        """Of the full model: two moments per parameter with AdamW, one with Muon."""
+        return 2 * 4 * self.num_parameters - self.matrices
+
     def resident(self, *, averages: int) -> dict[str, int]:
         """What this process holds all the time, in bytes, by name; `averages`: the EMA and others.
 
-        AdamW keeps two moments per parameter. With several processes DDP holds the gradients once
-        more, in the buckets that it reduces; ZeRO's buckets are smaller, and its partition of
-        weights and gradients is a copy. A sharded network has its EMA in full as well.
+        AdamW keeps two moments per parameter, Muon one. With several processes DDP holds the
+        gradients once more, in the buckets that it reduces; ZeRO's buckets are smaller, and its
+        partition of weights and gradients is a copy. A sharded network has its EMA in full as well.
         """
         full = 4 * self.num_parameters
         partition = -(-full // self.execution.processes)
         resident = {"weights": self.local_weights, "frozen networks": self.frozen}
         match self.execution.sharding:
             case "full":
-                resident["optimizer state"] = 2 * self.local_weights
+                resident["optimizer state"] = 2 * self.local_weights - self.local_matrices
                 resident["weight averages"] = self.weights + averages * self.local_weights
             case "none":
-                resident["optimizer state"] = 2 * full
+                resident["optimizer state"] = self.optimizer_state
                 resident["weight averages"] = averages * self.weights
                 resident["gradient buckets"] = full if self.execution.processes > 1 else 0
             case "zero1" | "zero2":
@@ -118,6 +129,8 @@ def footprint(
         with fake:
             model, frozen = workload.model(), workload.frozen()
         weights = nbytes(model)
+        muon = execution.optimizer == "muon"
+        matrices = _bytes_of(hidden_matrices(model)) if muon else 0
         as_cuda = execution.gpu and execution.precision != "no"
         if execution.gradient_checkpointing:
             for block in blocks(model) if as_cuda else ():
@@ -148,6 +161,8 @@ def footprint(
             num_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             weights=weights,
             local_weights=nbytes(model),
+            matrices=matrices,
+            local_matrices=_bytes_of(hidden_matrices(model)) if muon else 0,
             frozen=sum(map(nbytes, frozen)),
             activations=activations,
             step_peak=tally.peak,
@@ -171,8 +186,12 @@ def autocast(model: Model, precision: str) -> Model:
 
 def nbytes(network: nn.Module) -> int:
     """Bytes of the network's parameters and buffers in this process."""
-    tensors = [local(tensor) for tensor in (*network.parameters(), *network.buffers())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return _bytes_of([*network.parameters(), *network.buffers()])
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    """What this process holds of the tensors."""
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Plan:
     cache_bytes_per_image: int | None
     """In the latent cache, at most; None for a network that is not trained on latents."""
     checkpoint_bytes: int
-    """Weights, averages and both moments of AdamW of one checkpoint, of all processes together."""
+    """Weights, averages and moments of one checkpoint, of all processes together."""
     snapshot_bytes: int
     """The averages of `ema_lengths` in float16, as one step's snapshots keep them."""
 
@@ -106,7 +106,9 @@ def make_plan(
         training_flop=training_flop,
         images_per_second=flops / training_flop,
         cache_bytes_per_image=cache_bytes_per_image(settings),
-        checkpoint_bytes=measured.weights + 4 * measured.num_parameters * (1 + num_lengths + 2),
+        checkpoint_bytes=measured.weights
+        + 4 * measured.num_parameters * (1 + num_lengths)
+        + measured.optimizer_state,
         snapshot_bytes=2 * measured.num_parameters * num_lengths,
     )
 
@@ -119,20 +121,25 @@ def _execution(
     precision = device.precision if precision == "auto" else precision
     sharding = settings.get("sharding", "none")
     gradient_checkpointing = settings.get("gradient_checkpointing", False)
+    optimizer = settings.get("optimizer", "adamw")
     for name, value, allowed in (
         ("mixed_precision", precision, sorted(device.flops)),
         ("sharding", sharding, get_args(Sharding)),
         ("gradient_checkpointing", gradient_checkpointing, (True, False)),
+        ("optimizer", optimizer, ("adamw", "muon")),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))} here")
     if processes > 1 and sharding != "none" and precision == "fp16":
         raise ValueError(f"mixed_precision='fp16' must be bf16 or no with sharding={sharding!r}")
+    if optimizer == "muon" and sharding in ("zero1", "zero2"):
+        raise ValueError(f"optimizer='muon' must be 'adamw' with sharding={sharding!r}")
     return Execution(
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         processes=processes,
         sharding=sharding if processes > 1 else "none",
+        optimizer=optimizer,
         gpu=gpu,
     )
 

@@ -12,6 +12,7 @@ from latentdiff.models.dit import CrossBlock, JointBlock
 from latentdiff.models.layers import ResnetBlock, SpatialAttention, SpatialTransformer
 
 KINDS = (ResnetBlock, SpatialAttention, SpatialTransformer, CrossBlock, JointBlock)
+MAX_SHAPES = 256  # of a class of blocks: widths, sizes of images, and batch sizes
 CLIP_KIND = "CLIPEncoderLayer"  # a name, since importing transformers' CLIP takes seconds
 
 
@@ -37,9 +38,16 @@ def checkpoint_activations(network: nn.Module) -> None:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile each block on its own: equal blocks are compiled once. It needs a C++ compiler."""
+    """Compile each block on its own: equal blocks are compiled once. It needs a C++ compiler.
+
+    A class of blocks is compiled for each shape that occurs: code for any shape is slower, and in
+    channels_last cannot always be made. torch keeps the compiled code on disk for later runs.
+    """
+    from torch._dynamo import config  # importing it takes seconds
+
+    config.recompile_limit = max(MAX_SHAPES, config.recompile_limit)
     for block in blocks(network):
-        block.compile()
+        block.compile(dynamic=False)
 
 
 def shard(network: nn.Module, device_type: str, processes: int) -> None:

@@ -71,6 +71,14 @@ def _option_paths(config: Any) -> Iterator[str]:
 def _sentence(text: str, config: type[Any]) -> str:
     """What jsonargparse says in one sentence: the option, its value and what is allowed."""
     text, path = " ".join(text.split()), ""
+    if scalars := re.fullmatch(
+        r'Parser key "(.+?)": Does not validate against any of .*? Errors: '
+        r"((?:- Expected a (?:<class '\w+'>|typing\.Literal\[.*?\]) )+)"
+        r"Given value type: .*? Given value: (.*)",
+        text,
+    ):
+        kinds = " or ".join(_allowed(kind) for kind in scalars[2].split("- Expected a ")[1:])
+        return f"{scalars[1]}={scalars[3]} must be {kinds}"
     # Of a dataclass that may be None it lists all that is allowed; the first error is the user's.
     if nested := re.match(
         r'(?:Parser key "(.+?)": )?Does not validate against any of .*? Errors: - '
@@ -81,9 +89,7 @@ def _sentence(text: str, config: type[Any]) -> str:
         if value := re.fullmatch("Expected a dot import path string: (.*)", text):
             return f"{nested[1]}={value[1]} must be {ALLOWED['Mapping']}"
     if wrong := re.fullmatch(r'Parser key "(.+?)": Expected a (.+)\. Got value: (.*)', text):
-        kind = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", wrong[2])
-        kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)
-        return f"{path}{wrong[1]}={wrong[3]} must be {ALLOWED.get(kind, kind)}"
+        return f"{path}{wrong[1]}={wrong[3]} must be {_allowed(wrong[2])}"
     if inner := re.fullmatch("Group '(.+?)' does not accept option '(.+?)'", text):
         path, text = f"{inner[1]}.", f"Option '{inner[2]}' is not accepted"
     if unknown := re.match(r"unrecognized arguments: --([\w.]+)|Option '(.+?)' is not acc", text):
@@ -93,6 +99,14 @@ def _sentence(text: str, config: type[Any]) -> str:
         near = get_close_matches(name, list(_option_paths(config)), 1, cutoff=0.75)
         return f"{name} is no option" + (f"; did you mean {near[0]}?" if near else "")
     return text.removeprefix('Parser key "config": ')
+
+
+def _allowed(kind: str) -> str:
+    """What a value must be, from jsonargparse's name of its type."""
+    kind = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", kind.strip())
+    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
+        return choices[1] if "," not in choices[1] else f"one of {choices[1]}"
+    return ALLOWED.get(kind, kind)
 
 
 def write_config(text: str, folder: Path) -> None:

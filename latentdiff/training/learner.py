@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from latentdiff.training.accelerator import ComputeConfig, Sharding
+from latentdiff.training.accelerator import ComputeConfig, Sharding, computes_bf16
 from latentdiff.training.blocks import (
     as_dtensor,
     checkpoint_activations,
@@ -21,6 +21,7 @@ from latentdiff.training.blocks import (
 )
 from latentdiff.training.deepspeed import Zero
 from latentdiff.training.ema import EMAConfig, WeightAverages
+from latentdiff.training.muon import Muon, hidden_matrices
 from latentdiff.training.optimizer import OptimizerConfig
 from latentdiff.training.randomness import MicroBatch
 
@@ -46,18 +47,29 @@ class Learner:
     ) -> None:
         """Without `ema` no average is tracked, and the attribute `ema` is the network itself.
 
-        Raises ValueError for a network that cannot be sharded.
+        Raises ValueError for a network or an optimizer that cannot be sharded so.
         """
+        if sharding in ("zero1", "zero2") and optimizer.optimizer == "muon":
+            raise ValueError(
+                f"optimizer='muon' must be 'adamw' with sharding={sharding!r}: DeepSpeed flattens "
+                "the matrices; sharding='full' does not"
+            )
         self.config, self.max_steps = optimizer, max_steps
         self.accelerator = accelerator
-        self.model = model = model.to(accelerator.device)
+        if accelerator.num_processes == 1:
+            sharding = "none"
+        model = model.to(accelerator.device)
+        compiled = compute is not None and compute.compile is True
+        if compiled and sharding == "none":
+            # Which FSDP2 refuses; and norms that are not compiled are slower in it.
+            # torch's overloads leave this one out.
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model = model
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
             checkpoint_activations(model)
-        if compute is not None and compute.compile:
+        if compiled:
             compile_blocks(model)
-        if accelerator.num_processes == 1:
-            sharding = "none"
         if sharding != "none" and accelerator.scaler is not None:
             raise ValueError(
                 f"mixed_precision='fp16' must be 'bf16' or 'no' with sharding={sharding!r}"
@@ -75,27 +87,44 @@ class Learner:
     def _make_optimizer(self, sharding: Sharding) -> None:
         # Only fused kernels take `found_inf`, and so skip an update without the host waiting.
         self._fused = self.accelerator.device.type in ("cuda", "cpu")
-        self._adamw = torch.optim.AdamW(
+        self._bare_optimizer = self._muon() if self.config.optimizer == "muon" else self._adamw()
+        # evaluation_mode: a sharded model is wrapped in autocast, but not in DDP.
+        self.forward_model: Any = self.accelerator.prepare_model(
+            self.model, evaluation_mode=sharding != "none"
+        )
+        self.optimizer = self.accelerator.prepare_optimizer(self._bare_optimizer)
+        self._zero = None
+        if sharding in ("zero1", "zero2"):
+            assert isinstance(self._bare_optimizer, torch.optim.AdamW)
+            self._zero = Zero(
+                self.model,
+                self._bare_optimizer,
+                stage=1 if sharding == "zero1" else 2,
+                max_grad_norm=self.config.max_grad_norm,
+            )
+            self.forward_model = self._zero.model
+
+    def _adamw(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=self.config.learning_rate,
             betas=(0.9, self.config.beta2),
             weight_decay=self.config.weight_decay,
             fused=self._fused,
         )
-        # evaluation_mode: a sharded model is wrapped in autocast, but not in DDP.
-        self.forward_model: Any = self.accelerator.prepare_model(
-            self.model, evaluation_mode=sharding != "none"
+
+    def _muon(self) -> Muon:
+        matrices = hidden_matrices(self.model)
+        chosen = set(matrices)
+        return Muon(
+            matrices,
+            [p for p in self.model.parameters() if p.requires_grad and p not in chosen],
+            lr=self.config.learning_rate,
+            betas=(0.9, self.config.beta2),
+            weight_decay=self.config.weight_decay,
+            dtype=torch.bfloat16 if computes_bf16(self.accelerator.device) else torch.float32,
+            fused=self._fused,
         )
-        self.optimizer = self.accelerator.prepare_optimizer(self._adamw)
-        self._zero = None
-        if sharding in ("zero1", "zero2"):
-            self._zero = Zero(
-                self.model,
-                self._adamw,
-                stage=1 if sharding == "zero1" else 2,
-                max_grad_norm=self.config.max_grad_norm,
-            )
-            self.forward_model = self._zero.model
 
     def _local_ema(self) -> list[Tensor]:
         """This process's rows of the average's parameters, in the order of the parameters."""
@@ -109,11 +138,8 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the last update."""
-        return self._learning_rate_at(self.num_updates - 1)
-
-    def _learning_rate_at(self, step: int) -> float:
-        return self.config.learning_rate_at(step, max_steps=self.max_steps)
+        """AdamW's learning rate of the last update."""
+        return self.config.learning_rate_at(self.num_updates - 1, max_steps=self.max_steps)
 
     def update(self, loss: Tensor, micro_batch: MicroBatch | None = None) -> Tensor:
         """Take an optimizer step for `loss` (); returns the norm () of the unclipped gradient.
@@ -133,7 +159,9 @@ class Learner:
         if not last:
             return torch.zeros((), device=loss.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate_at(self.num_updates)
+            group["lr"] = self.config.learning_rate_at(
+                self.num_updates, max_steps=self.max_steps, muon=group.get("muon", False)
+            )
         grad_norm = self._step() if self._zero is None else self._zero.step()
         finite = grad_norm.isfinite()
         self.num_updates += 1
@@ -159,16 +187,18 @@ class Learner:
         if scaled:  # the scaler skips what is not finite
             self.optimizer.step()
         elif self._fused:
-            self._adamw.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-            self._adamw.step()
+            self._bare_optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self._bare_optimizer.step()
         elif bool(finite):
-            self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+            self._bare_optimizer.step()
+        self._bare_optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
     def _trainable(self) -> list[str]:
         """Names of the parameters that are not frozen, in the optimizer's order."""
-        return [name for name, p in self.model.named_parameters() if p.requires_grad]
+        names = {p: name for name, p in self.model.named_parameters()}
+        groups = self._bare_optimizer.param_groups
+        return [names[p] for group in groups for p in group["params"]]
 
     def gather(self) -> None:
         """All-gather `ema` if the network is sharded; every process must call it."""
@@ -199,7 +229,7 @@ class Learner:
         return {} if self._averages is None else self._averages.tensors
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that resuming needs, by name: weights, averages, AdamW's moments, the loss scale.
+        """All that resuming needs, by name: weights, averages, moments, the loss scale.
 
         Of a sharded network each process returns its local rows, and the main process alone
         returns what is not sharded. Every process must call it.
@@ -245,14 +275,15 @@ class Learner:
         for name, (tensor, like) in current.items():
             local(tensor).copy_(local_rows(state[name], like))
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, like in named.items():
-            if f"optimizer.{name}.step" in state:
-                moments[name] = {"step": state[f"optimizer.{name}.step"]}
-                for key in ("exp_avg", "exp_avg_sq"):
-                    rows = local_rows(state[f"optimizer.{name}.{key}"], like).clone()
-                    moments[name][key] = (
-                        as_dtensor(rows, like) if isinstance(like, DTensor) else rows
-                    )
+        for saved_name in state:
+            if saved_name.startswith("optimizer."):
+                name, _, key = saved_name.removeprefix("optimizer.").rpartition(".")
+                value, like = state[saved_name], named[name]
+                if key != "step":
+                    # In the weight's memory format, which fused kernels take for granted.
+                    value = torch.empty_like(local(like)).copy_(local_rows(value, like))
+                    value = as_dtensor(value, like) if isinstance(like, DTensor) else value
+                moments.setdefault(name, {})[key] = value
         if self._zero is None:
             # The optimizer knows which device each of them belongs on.
             trainable = enumerate(self._trainable())

@@ -1,15 +1,22 @@
-"""OptimizerConfig: AdamW and its learning rate, a function of the step alone."""
+"""OptimizerConfig: the optimizer and its learning rate, a function of the step alone."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from latentdiff.options import option
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with a warm-up and a cooldown of the learning rate."""
+    """AdamW, or Muon, with a warm-up and a cooldown of the learning rate."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: Loshchilov & Hutter 2019. muon: the updates of the matrices in the network's blocks,
+    convolutions among them, are orthogonalised (Jordan et al. 2024); AdamW steps the rest."""
     learning_rate: float = 1e-4
+    """Of AdamW."""
+    muon_learning_rate: float = 6e-3
+    """Of the matrices, with the same warm-up and cooldown; optimizer muon alone has it."""
     warmup_steps: int = 100
     """Steps in which the learning rate climbs from 0."""
     cooldown_steps: int = option(0, may_change=True)
@@ -20,7 +27,9 @@ class OptimizerConfig:
     """The gradient is scaled down to this norm when it is longer."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm"):
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer={self.optimizer!r} must be one of adamw, muon")
+        for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("warmup_steps", "cooldown_steps", "weight_decay"):
@@ -28,9 +37,19 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2={self.beta2} must be in [0, 1)")
+        default = type(self).muon_learning_rate
+        if self.optimizer != "muon" and self.muon_learning_rate != default:
+            raise ValueError(
+                f"muon_learning_rate={self.muon_learning_rate} must be left out unless "
+                "optimizer=muon; learning_rate is AdamW's"
+            )
 
-    def learning_rate_at(self, step: int, *, max_steps: int) -> float:
-        """The rate of update number `step`, counted from 0, in a run of `max_steps`."""
+    def learning_rate_at(self, step: int, *, max_steps: int, muon: bool = False) -> float:
+        """The rate of update number `step`, counted from 0, in a run of `max_steps`.
+
+        `muon`: that of the matrices, else AdamW's.
+        """
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         cooldown = min(1.0, (max_steps - step) / max(1, self.cooldown_steps))
-        return self.learning_rate * warmup * cooldown
+        peak = self.muon_learning_rate if muon else self.learning_rate
+        return peak * warmup * cooldown

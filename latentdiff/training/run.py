@@ -1,7 +1,7 @@
 """Run: an open training run, that is its configuration, processes, accelerator and folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from latentdiff.training.accelerator import (
     ComputeConfig,
     ParallelConfig,
     check_divisible,
+    decide_compile,
     make_accelerator,
 )
 from latentdiff.training.ema import EMAConfig
@@ -98,6 +99,10 @@ class Run:
         loop = config.loop
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
         self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
+        precision = self.accelerator.mixed_precision
+        self.compiled = decide_compile(
+            config.compute, config.parallel, precision=precision, max_steps=loop.max_steps
+        )
         self.device = self.accelerator.device
         self.processes = Processes(self.accelerator, timeout=config.parallel.timeout)
         check_divisible(loop.batch_size, config.parallel, self.processes.count)
@@ -107,6 +112,9 @@ class Run:
             self.processes,
             may_change=changeable(type(config)),
         )
+        if "auto" in (config.compute.mixed_precision, config.compute.compile):
+            compiled = str(self.compiled).lower()
+            self.accelerator.print(f"chosen: --mixed_precision {precision} --compile {compiled}")
 
     def learner(self, model: nn.Module, **changes: Any) -> Learner:
         """A learner with this run's options; `changes` replace some of them (see `Learner`)."""
@@ -115,7 +123,7 @@ class Run:
             "optimizer": config.optimizer,
             "max_steps": config.loop.max_steps,
             "ema": config.ema,
-            "compute": config.compute,
+            "compute": replace(config.compute, compile=self.compiled),
             "sharding": config.parallel.sharding,
         }
         return Learner(model, self.accelerator, **(options | changes))

@@ -56,6 +56,12 @@ class TrainVAE:
             self.vae.check_folds()
         if self.decoder_only and self.init is None:
             raise ValueError("decoder_only=True needs init, the VAE whose latents are kept")
+        probability = self.loss.equivariance_probability
+        if self.decoder_only and probability > 0:
+            raise ValueError(
+                f"equivariance_probability={probability} must be 0 with decoder_only: it is the "
+                "encoder that learns from it"
+            )
         sharding = self.parallel.sharding
         if self.decoder_only and sharding in ("zero1", "zero2"):
             raise ValueError(

@@ -34,11 +34,18 @@ class VAELossConfig:
     last layer, relative to that of the other terms."""
     disc_start: int = 0
     """Steps before the adversarial loss begins: an untrained decoder could only lose."""
+    equivariance_probability: float = 0.0
+    """Of a step in which the latents are scaled down and turned, and the images that the decoder
+    is to give likewise (Kouzelis et al. 2025, EQ-VAE: 0.5)."""
 
     def __post_init__(self) -> None:
         for name in ("perceptual_weight", "disc_weight", "disc_start"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.equivariance_probability <= 1:
+            raise ValueError(
+                f"equivariance_probability={self.equivariance_probability} must be in [0, 1]"
+            )
         if self.perceptual_weight > 0 and self.perceptual_weights is None:
             raise ValueError(
                 f"perceptual_weight={self.perceptual_weight} needs perceptual_weights, a "
@@ -54,19 +61,21 @@ def vae_loss(
     norm: Reconstruction,
     kl_weight: float,
     logvar: Tensor | None = None,
+    num_encoded: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a VAE up to scale (Kingma & Welling 2014, eq. 7): loss, distance, KL.
 
     Distance and KL are means over the batch and per pixel value (3·H·W of them), in nats for the
     KL, so that `kl_weight` means the same at every image size. All three are scalars.
     With `logvar` () the distance counts by its `pixel_nats`, and at a kl_weight of 1 the loss is
-    the negative ELBO itself, in nats per pixel value.
+    the negative ELBO itself, in nats per pixel value. `num_encoded` is the number of pixel values
+    of an image that was encoded, where `images` have another size.
     """
     # In float32: under autocast both are bfloat16, which is too coarse for sums of thousands.
     difference = reconstruction.float() - images
     posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
     distance = difference.abs().mean() if norm == "l1" else difference.square().mean()
-    kl = posterior.kl().mean() / images[0].numel()
+    kl = posterior.kl().mean() / (images[0].numel() if num_encoded is None else num_encoded)
     error = distance if logvar is None else pixel_nats(distance, logvar, norm=norm)
     return error + kl_weight * kl, distance, kl
 

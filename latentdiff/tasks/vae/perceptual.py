@@ -46,6 +46,7 @@ class Perceptual(nn.Module):
                 raise ValueError(
                     f"image_size={image_size} must be at least {SMALLEST[backbone]} for {path}"
                 )
+            self.smallest = SMALLEST[backbone]
             self.network = _load(path, backbone)
         except ValueError as error:
             raise ValueError(f"perceptual_weights: {error}") from error

@@ -17,10 +17,15 @@ from latentdiff.data.summary import images_summary
 from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import save_json
 from latentdiff.images import image_grid, to_floats, to_pil
-from latentdiff.models.discriminator import Discriminator
+from latentdiff.models.discriminator import SMALLEST, Discriminator
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.vae import VAE
 from latentdiff.tasks.vae.config import SMALL, TrainVAE
+from latentdiff.tasks.vae.equivariance import (
+    Transformation,
+    check_equivariance,
+    draw_transformation,
+)
 from latentdiff.tasks.vae.evaluation import discriminator_scores, initial_vae, latent_statistics
 from latentdiff.tasks.vae.losses import OutputScale, adversarial_weight, hinge_loss, vae_loss
 from latentdiff.tasks.vae.perceptual import Perceptual
@@ -41,7 +46,9 @@ class VAETask:
         dataset: ImageDataset,
         perceptual: Perceptual | None = None,
     ) -> None:
-        """Raises ValueError where `init` cannot be read, or `vae` asks for another network."""
+        """Raises ValueError where `init` cannot be read, or `vae` asks for another network, and for
+        an equivariance_probability that the network or the loss cannot have.
+        """
         self.config, self.run, self.dataset = config, run, dataset
         self.perceptual = None if perceptual is None else perceptual.to(run.device)
         torch.manual_seed(config.loop.seed)
@@ -73,14 +80,35 @@ class VAETask:
             self.learners["discriminator"] = self.discriminator
         # The KL of a frozen encoder is constant, and a deterministic encoder has none.
         self.has_kl = not config.decoder_only and network.config.encoder == "kl"
+        if loss.equivariance_probability > 0:
+            self._check_equivariance(loss.equivariance_probability)
         examples = [example["image"] for example in dataset.some_examples(16)]
         self.preview_images = torch.stack([examples[i % len(examples)] for i in range(16)])
+
+    def _check_equivariance(self, probability: float) -> None:
+        """Raise ValueError where nothing learns from it, or scaled images are too small."""
+        if not self.has_kl:
+            raise ValueError(
+                f"equivariance_probability={probability} must be 0 with vae.encoder=downsample: "
+                "nothing of the encoder is learned"
+            )
+        smallest = [1]
+        if self.perceptual is not None:
+            smallest.append(self.perceptual.smallest)
+        if self.discriminator is not None:
+            smallest.append(SMALLEST)
+        size, factor = self.config.data.image_size, self.vae.config.factor
+        check_equivariance(size, factor, needed=max(smallest))
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
         """One micro-batch of images (b, 3, S, S) uint8."""
         loss_config = self.config.loss
         images, noise = self._images_and_noise(batch, step, micro_batch)
-        reconstruction, posterior = self.learner.forward_model(images, noise)
+        num_encoded = images[0].numel()
+        transformation = self._transformation(step, noise)
+        reconstruction, posterior = self.learner.forward_model(images, noise, transformation)
+        if transformation is not None:
+            images = transformation(images, factor=self.vae.config.factor)
         loss, distance, kl = vae_loss(
             reconstruction,
             images,
@@ -88,6 +116,7 @@ class VAETask:
             norm=loss_config.reconstruction,
             kl_weight=loss_config.kl_weight if self.has_kl else 0.0,
             logvar=None if self.logvar is None else self.output_scale.logvar.detach().clone(),
+            num_encoded=num_encoded,
         )
         metrics = {loss_config.reconstruction: distance}
         if self.has_kl:
@@ -120,6 +149,14 @@ class VAETask:
         shape = (batch_size, C, images.shape[2] // f, images.shape[3] // f)
         noise = torch.randn(shape, generator=generator(seed, step, "posterior"))
         return images, micro_batch.rows(noise).to(images)
+
+    def _transformation(self, step: int, latents: Tensor) -> Transformation | None:
+        """What is done to the latents (b, C, H, W) of a step, in all processes alike."""
+        probability, seed = self.config.loss.equivariance_probability, self.config.loop.seed
+        if probability == 0:
+            return None
+        height, width = latents.shape[-2:]
+        return draw_transformation(height, width, probability=probability, seed=seed, step=step)
 
     def _update_logvar(self, logvar: Learner, distance: Tensor, micro_batch: MicroBatch) -> Metrics:
         """Step the output scale down the reconstruction's nats; the VAE gets no gradient."""
