@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -61,7 +64,7 @@ def main() -> None:
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=scheduler,  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType] # which may be left out
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
