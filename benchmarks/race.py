@@ -120,8 +120,9 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for name, value in changes.items():
         inner = result.get(name)
-        nested = isinstance(value, dict) and isinstance(inner, dict)
-        result[name] = merged(inner, value) if nested else value
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = merged(inner, value)
+        result[name] = value
     return result
 
 
