@@ -56,39 +56,43 @@ def main() -> None:
     print(f"ceiling in bf16: products {products:.0f}, convolutions {convolutions:.0f} GFLOP/s")
     flop = count_flop(UNet(config), batch)
     print(f"{flop / arguments.batch_size / 1e9:.2f} GFLOP an image, forward and backward")
-    steps = {name: step_of(make, batch, **changes) for name, (make, changes) in {
-        "diffusers": (lambda: theirs(config), {}),
-        "diffusers, compiled": (lambda: theirs(config), {"whole": True}),
-        "eager": (lambda: UNet(config), {}),
-        "compiled, channels_last": (lambda: UNet(config), {"compile": True}),
-        "compiled, channels_last, Muon": (
-            lambda: UNet(config), {"compile": True, "optimizer": "muon"}
-        ),
-    }.items()}  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    table = [
+        "| | ms a step | images/s | GFLOP/s | of the ceiling of products |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, median in medians(config, batch, rounds=arguments.rounds).items():
+        rate, gflop = arguments.batch_size / median, flop / median / 1e9
+        table.append(
+            f"| {name} | {1e3 * median:.0f} | {rate:.1f} | {gflop:.0f} | {gflop / products:.0%} |"
+        )
+    print("\n".join(table))
+
+
+def medians(config: UNetConfig, batch: tuple[Tensor, ...], *, rounds: int) -> dict[str, float]:
+    """The median seconds of a step of each variant."""
+    steps = {
+        "diffusers": step_of(theirs(config), batch),
+        "diffusers, compiled": step_of(theirs(config), batch, whole=True),
+        "ours": step_of(UNet(config), batch),
+        "ours, compiled": step_of(UNet(config), batch, compiled=True),
+        "ours, compiled, Muon": step_of(UNet(config), batch, compiled=True, optimizer="muon"),
+    }
     for name, step in steps.items():
         start = time.perf_counter()
         step()
         print(f"{name}: first step {time.perf_counter() - start:.1f} s")
         step()
-    for _ in range(arguments.rounds):
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
-    print(
-        "| | ms a step | images/s | GFLOP/s | of the products' ceiling |\n|---|---:|---:|---:|---:|"
-    )
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rate, share = arguments.batch_size / median, flop / median / 1e9 / products
-        print(
-            f"| {name} | {1e3 * median:.0f} | {rate:.1f} | {flop / median / 1e9:.0f} | {share:.0%} |"
-        )
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def ceiling() -> tuple[float, float]:
-    """The best rates of large bf16 products and of 3×3 convolutions in channels_last, in GFLOP/s."""
+    """The best rates of bf16 products and of 3×3 convolutions in channels_last, in GFLOP/s."""
     a = torch.randn(2048, 2048, dtype=torch.bfloat16)
     x = torch.randn(128, 256, 8, 8).bfloat16().to(memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 3, 3).bfloat16()
@@ -135,21 +139,21 @@ def count_flop(network: nn.Module, batch: tuple[Tensor, ...]) -> int:
 
 
 def step_of(
-    make: Callable[[], nn.Module],
+    network: nn.Module,
     batch: tuple[Tensor, ...],
     *,
     whole: bool = False,
-    compile: bool = False,
+    compiled: bool = False,
     optimizer: Any = "adamw",
 ) -> Callable[[], None]:
-    """A training step; `whole` compiles the network in one piece, `compile` as our scripts do."""
+    """A training step; `whole` compiles the network in one piece, `compiled` as our scripts do."""
     learner = Learner(
-        make(),
+        network,
         Accelerator(cpu=True, mixed_precision="bf16"),
         optimizer=OptimizerConfig(optimizer=optimizer),
         max_steps=1000,
         ema=EMAConfig(),
-        compute=ComputeConfig(compile=compile),
+        compute=ComputeConfig(compile=compiled),
     )
     if whole:
         learner.model.compile(dynamic=False)
