@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from latentdiff.evaluation.drawing import through_vae
 from latentdiff.evaluation.edges import WIDTH, edge_features
 from latentdiff.evaluation.intervals import wilson_interval
 from latentdiff.evaluation.judge import Judge
+from latentdiff.evaluation.kept_features import kept_features
 from latentdiff.evaluation.looks import find_look
 from latentdiff.evaluation.prompts import choose_prompts
 from latentdiff.evaluation.references import References, read_references
@@ -96,6 +97,26 @@ def test_a_true_image_is_right_by_every_judge(name: str, true: References, tmp_p
     others = [true.index[f"c{(int(c[1:]) + 1) % 8}", s] for c, s in true.index]
     rows = list(true.index.values())
     assert not judge([true.image(i) for i in rows], others).concept_right.any()
+
+
+def test_features_that_were_kept_judge_alike_and_are_of_these_references_alone(
+    true: References, tmp_path: Path
+) -> None:
+    named, path = find_look("edges"), tmp_path / "features.safetensors"
+    first = kept_features(path, named, true)
+    read = kept_features(path, named._replace(look=unused), true)
+    assert torch.equal(read, first)
+    drawings, wanted = list(images(true)), list(range(len(true)))[::-1]
+    again = Judge(named.look, true, features=read)(drawings, wanted)
+    assert torch.equal(again.nearest, Judge(named.look, true)(drawings, wanted).nearest)
+    with pytest.raises(ValueError, match=r"references is .*; name another file"):
+        kept_features(path, named, with_twin(true, concept=True))
+    with pytest.raises(ValueError, match=r"look is 'colours.* there and 'other' here"):
+        kept_features(path, named._replace(description="other"), true)
+
+
+def unused(images: Iterable[Image.Image]) -> Tensor:
+    raise AssertionError("looked again")
 
 
 class Identity(nn.Module):

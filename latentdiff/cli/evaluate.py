@@ -28,6 +28,12 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("--judge", default="network", help=f"{', '.join(JUDGES)} or a CLIP's folder")
     add("--concept_column", default="concept")
     add("--style_column", default="style")
+    add(
+        "--reference_features",
+        metavar="FILE",
+        type=Path,
+        help="keeps what takes minutes, the features of the true images, for the next call",
+    )
     add("--vae", metavar="MODEL", help="for the ceiling; default: that of the drawings' model")
     drawing = parser.add_argument_group("how to draw, where DRAWN is a model")
     add = drawing.add_argument

@@ -20,6 +20,7 @@ from latentdiff.evaluation.drawing import draw_prompts, read_settings, side_of, 
 from latentdiff.evaluation.features import images_of
 from latentdiff.evaluation.intervals import Interval, wilson_interval
 from latentdiff.evaluation.judge import Judge, Verdicts
+from latentdiff.evaluation.kept_features import kept_features
 from latentdiff.evaluation.looks import find_look
 from latentdiff.evaluation.prompts import TEMPLATES, choose_prompts
 from latentdiff.evaluation.references import References, read_references
@@ -48,7 +49,9 @@ def judge(arguments: argparse.Namespace) -> None:
     device = find_device(arguments.device)
     vae = load_pipeline(vae_model, dtype="float32", device=device).vae
 
-    judging = Judge(named.look, true)
+    path = arguments.reference_features
+    features = None if path is None else kept_features(path, named, true)
+    judging = Judge(named.look, true, features=features)
     verdicts = judging((drawn.image(i) for i in range(len(drawn))), wanted)
     ceiling = judging(through_vae(vae, true, wanted), wanted)
     splits = [true.splits[i] for i in wanted]

@@ -45,10 +45,14 @@ class Verdicts:
 class Judge:
     """Looks at the references once, and then at any drawings."""
 
-    def __init__(self, look: Look, references: References) -> None:
+    def __init__(
+        self, look: Look, references: References, *, features: Tensor | None = None
+    ) -> None:
+        """`features` (N, D) of the references, if they are known already."""
         self.references = references
         self._look = look
-        features = look(references.image(i) for i in range(len(references))).float()
+        if features is None:
+            features = features_of(references, look)
         self._mean = features.mean(dim=0)
         self._whitening = _whitening(features - self._mean)  # (D, E)
         self.vectors = self._whitened(features)  # (N, E)
@@ -78,6 +82,11 @@ class Judge:
     def _whitened(self, features: Tensor) -> Tensor:
         """Unit vectors (B, E) of features (B, D)."""
         return F.normalize((features - self._mean) @ self._whitening, dim=1)
+
+
+def features_of(references: References, look: Look) -> Tensor:
+    """Look at all references: (N, D) float32."""
+    return look(references.image(i) for i in range(len(references))).float()
 
 
 def _whitening(centred: Tensor) -> Tensor:
