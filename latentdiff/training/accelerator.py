@@ -31,6 +31,9 @@ class ComputeConfig:
     """Compile the blocks of the network (torch.compile), which are then in channels_last: minutes
     at the start, faster steps. auto: in a run of 4,000 steps or more that computes in bf16, where
     there is a C++ compiler."""
+    in_memory: bool = option(False, may_change=True)
+    """Hold all images, or all latents, on the device that trains, and all captions as tokens in
+    memory: no step reads, decodes or tokenises anything, and num_workers only decode at first."""
 
 
 @dataclass(frozen=True)

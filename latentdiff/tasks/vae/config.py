@@ -6,6 +6,7 @@ from pathlib import Path
 from latentdiff.data.config import DataConfig
 from latentdiff.models.vae import VAEConfig
 from latentdiff.options import group
+from latentdiff.tasks.images import check_in_memory
 from latentdiff.tasks.vae.losses import VAELossConfig
 from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
 from latentdiff.training.ema import EMAConfig
@@ -47,6 +48,7 @@ class TrainVAE:
     parallel: ParallelConfig = group(ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_in_memory(self.compute, self.data)
         if self.ema.ema_lengths:
             raise ValueError(
                 f"ema_lengths={list(self.ema.ema_lengths)} must be empty: a VAE is saved with the "
