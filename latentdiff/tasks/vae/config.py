@@ -77,3 +77,9 @@ class TrainVAE:
                     f"{name}={value!r} must be {alone!r} with a disc_weight: the weight of the "
                     "adversarial loss follows from the whole batch and network"
                 )
+        way = self.compute.compile
+        if self.loss.disc_weight > 0 and way in ("network", "graph"):
+            raise ValueError(
+                f"compile={way!r} must be true or false with a disc_weight: its gradient goes "
+                "through the decoder twice"
+            )
