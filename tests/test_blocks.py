@@ -178,6 +178,7 @@ def test_compiled_blocks_give_the_same_numbers_up_to_rounding(
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by dynamo
 @pytest.mark.parametrize(("way", "precision"), [("network", "bf16"), ("graph", "no")])
 def test_a_network_compiled_as_a_whole_trains_as_it_does_uncompiled(
     way: str, precision: str
