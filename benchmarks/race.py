@@ -15,6 +15,7 @@ is what is compared. `race.json` has the figures; they are printed as a table.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 RATE_STEPS, COOLDOWN = 60, 0.4
+SIZE = ("--image_size", "64")
 PROMPTS = (("{text}, {in_style}", 150), ("{text_zh}，{in_style_zh}", 50))
 
 
@@ -87,32 +89,39 @@ def race(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path, *,
     options = merged(yaml.safe_load(BASE.read_text()), recipe) | {"seed": seed, "compile": True}
     options |= {"validate_every": 10**9, "preview_every": 10**9, "checkpoint_every": 10**9}
     train(options | {"max_steps": RATE_STEPS, "cooldown_steps": 0}, folder / "rate")
-    rate = records(folder / "rate")[-1]["samples_per_second"]
+    rate = records(folder / "rate/log.jsonl")[-1]["samples_per_second"]
     steps = round(arguments.seconds * rate / options["batch_size"])
     start = time.perf_counter()
     train(options | {"max_steps": steps, "cooldown_steps": round(COOLDOWN * steps)}, folder / "run")
     wall = time.perf_counter() - start
-    log = records(folder / "run")
-    trained = [record for record in log if "samples_per_second" in record]
-    seconds = sum(
-        options["batch_size"] * (record["step"] - before) / record["samples_per_second"]
-        for before, record in zip([0, *(r["step"] for r in trained)], trained, strict=False)
-    )
-    drawings = folder / "judge"
+    drawings, distances = folder / "judge", folder / "distance.json"
     prompts = [word for template, count in PROMPTS for word in ("--prompts", template, str(count))]
-    scale = str(arguments.guidance_scale)
-    latentdiff("eval", "judge", folder / "run/model", arguments.data, "--out", drawings, *prompts,
-               "--steps", "25", "--guidance_scale", scale, "--seed", "0")  # fmt: skip
-    distances = folder / "distance.json"
-    latentdiff("eval", "distance", drawings / "images", arguments.data, "--image_size", "64",
-               "--out", distances)  # fmt: skip
-    results = {
-        **json.loads((drawings / "result.json").read_text())["figures"],
-        **json.loads(distances.read_text())["figures"],
+    references = ("--reference_features", arguments.out / "references.safetensors")
+    drawing = ("--steps", "25", "--guidance_scale", arguments.guidance_scale, "--seed", "0")
+    model = folder / "run/model"
+    latentdiff(
+        "eval", "judge", model, arguments.data, "--out", drawings, *references, *prompts, *drawing
+    )
+    true = arguments.out / "true"
+    if not true.exists():
+        copy_true(drawings / "images", arguments.data, true)
+    latentdiff("eval", "distance", drawings / "images", true, *SIZE, "--out", distances)
+    results = [json.loads(path.read_text()) for path in (drawings / "result.json", distances)]
+    figures = {"steps": steps, "images_per_second": rate, "wall": wall}
+    figures["figures"] = results[0]["figures"] | results[1]["figures"]
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def copy_true(drawings: Path, data: Path, out: Path) -> None:
+    """Copy the true image of each drawing, which are the same for every recipe."""
+    rows = {
+        (row["concept"], row["style"]): split / row["file_name"]
+        for split in (data / "train", data / "test")
+        for row in records(split / "metadata.jsonl")
     }
-    figures = {"steps": steps, "images_per_second": rate, "seconds": seconds, "wall": wall}
-    text = json.dumps(figures | {"figures": results}, indent=1)
-    (folder / "figures.json").write_text(text + "\n")
+    out.mkdir(parents=True)
+    for i, row in enumerate(records(drawings / "metadata.jsonl")):
+        shutil.copy(rows[row["concept"], row["style"]], out / f"{i:05}.png")
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +129,9 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for name, value in changes.items():
         inner = result.get(name)
-        nested = isinstance(value, dict) and isinstance(inner, dict)
-        result[name] = merged(inner, value) if nested else value
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = merged(inner, value)
+        result[name] = value
     return result
 
 
@@ -138,9 +148,9 @@ def latentdiff(*arguments: Any) -> None:
     subprocess.run([sys.executable, "-m", "latentdiff.cli", *map(str, arguments)], check=True)
 
 
-def records(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def records(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of one JSON object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -57,6 +57,9 @@ class Pipeline:
         self.diffusion = diffusion
         self.loras = LoRAs(unet, text_encoder.model)
         """LoRAs on the UNet and the text encoder: `pipe.loras.load("style.safetensors")`."""
+        self.batched = False
+        """Whether the CPU, too, denoises all images of a call at once: faster, and what a seed
+        draws then depends, by rounding, on the images beside it."""
 
     def __call__(
         self,
@@ -166,12 +169,14 @@ class Pipeline:
     ) -> Denoise:
         """The guided network for all images, those with equally long contexts in one batch.
 
-        On the CPU each image is a batch of its own: matrix products add up in an order that depends
-        on the batch, and fifty steps make that visible; so "same seed, same image" is exact there.
+        On the CPU each image is a batch of its own unless `batched` is set: matrix products add up
+        in an order that depends on the batch, and fifty steps make that visible; so "same seed,
+        same image" is exact there.
         """
+        alone = self.device.type == "cpu" and not self.batched
         batches: dict[int, list[int]] = {}
         for i, context in enumerate(contexts[0]):
-            batches.setdefault(i if self.device.type == "cpu" else context.shape[1], []).append(i)
+            batches.setdefault(i if alone else context.shape[1], []).append(i)
         denoisers: list[Denoise] = []
         for rows in batches.values():
             context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)

@@ -18,7 +18,9 @@ from transformers import CLIPImageProcessor, CLIPModel
 from latentdiff.cli import main
 from latentdiff.evaluation.features import Features, images_of
 from latentdiff.evaluation.frechet import Moments, frechet_distance
-from latentdiff.evaluation.kernel import kernel_distance
+from latentdiff.evaluation.kernel import kernel_distance, kernel_interval
+from latentdiff.evaluation.manifold import covered
+from latentdiff.evaluation.results import compare_results, read_result
 
 
 def gaussian(size: int, *, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -137,6 +139,57 @@ def test_few_images_bias_the_frechet_distance_and_not_the_kernel_distance() -> N
     assert abs(float(values.mean())) < 3 * float(values.std()) / math.sqrt(20)
 
 
+def test_the_kernel_interval_is_about_the_distance_and_narrows_with_more_drawings() -> None:
+    """And its middle is not shifted by images that a sample has twice."""
+    a, b = torch.randn(400, 6).double(), torch.randn(300, 6).double() + 0.5
+    few, many = kernel_interval(a[:40], b), kernel_interval(a, b)
+    assert many.low < kernel_distance(a, b) < many.high
+    assert many.high - many.low < 0.5 * (few.high - few.low)
+    middle = (many.low + many.high) / 2
+    assert middle == pytest.approx(kernel_distance(a, b), abs=0.2 * (many.high - many.low))
+    assert kernel_interval(a, b) == many
+
+
+def test_a_set_covers_itself_and_nothing_of_one_far_away() -> None:
+    a = torch.randn(60, 5)
+    assert covered(a, a).all()
+    assert covered(torch.cat([a, a]), a[:1].repeat(9, 1)).sum() == 2  # of equal images, itself
+    assert not covered(a + 1000, a).any()
+
+
+def test_what_is_covered_lies_within_the_third_neighbour_of_some_centre(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Recall as Kynkäänniemi et al. 2019 define it, one pair at a time."""
+    monkeypatch.setattr("latentdiff.evaluation.manifold.BLOCK", 7)
+    vectors, centres = torch.randn(50, 3).double(), torch.randn(20, 3).double() * 0.7
+
+    def radius(centre: Tensor) -> float:
+        return sorted(float((centre - other).norm()) for other in centres)[3]  # [0] is itself
+
+    expected = [any((v - c).norm() <= radius(c) for c in centres) for v in vectors]
+    assert 0 < sum(expected) < 50
+    assert covered(vectors, centres).tolist() == expected
+    with pytest.raises(ValueError, match="3 images have no 3 neighbours each; at least 4"):
+        covered(vectors, centres[:3])
+
+
+def test_the_result_of_distances_is_written_with_the_true_images_fingerprint(
+    tower: Path, tmp_path: Path
+) -> None:
+    drawn, true = noise(tmp_path / "drawn", 12, seed=1), noise(tmp_path / "true", 12)
+    found = []
+    for name, size in (("a", "16"), ("b", "16"), ("c", "8")):
+        out = ["--out", str(tmp_path / name), "--image_size", size]
+        folders = [str(drawn), str(true), "--features", str(tower)]
+        assert main(["eval", "distance", *folders, *out]) == 0
+        found.append(read_result(tmp_path / name))
+    assert found[0] == found[1]
+    assert set(found[0].figures) == {"kernel", "precision", "recall"}
+    with pytest.raises(ValueError, match="image_size is 16 in the one and 8 in the other"):
+        compare_results(found[0], found[2])
+
+
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP whose images are of 16 x 16 pixels and have 8 features."""
@@ -184,7 +237,7 @@ def test_of_a_image_the_square_in_the_middle_is_seen(tower: Path) -> None:
 
 
 def evaluate(drawn: Path, true: Path, tower: Path) -> int:
-    return main(["eval", str(drawn), str(true), "--features", str(tower)])
+    return main(["eval", "distance", str(drawn), str(true), "--features", str(tower)])
 
 
 def test_the_command_finds_copies_equal_and_other_images_far(
@@ -199,14 +252,17 @@ def test_the_command_finds_copies_equal_and_other_images_far(
         assert evaluate(drawn, true, tower) == 0
         (line,) = capsys.readouterr().out.splitlines()
         match = re.fullmatch(
-            r"Fréchet distance (\S+), kernel distance (\S+) "
-            r"\(40 drawn and 40 true images, 8 features\)",
+            r"Fréchet distance (\S+), kernel distance (\S+) \(95 %: \S+ to \S+\), "
+            r"precision (\S+)%, recall (\S+)% \(40 drawn and 40 true images, 8 features\)",
             line,
         )
         assert match is not None
         distances.append([float(number) for number in match.groups()])
     assert distances[0][0] < 0.01 * distances[1][0]
     assert distances[0][1] < 0 < distances[1][1]  # of the same images, unbiased: below 0
+    assert distances[0][2:] == [100, 100]
+    assert distances[1][2] < 100
+    assert distances[1][3] < 100
 
 
 def test_few_images_are_warned_of_with_what_it_means(
@@ -236,7 +292,7 @@ def broken(folder: Path) -> Path:
         (lambda folder: folder / "nowhere", "nowhere is not a folder of images"),
         (nothing, r"empty holds no images \(.bmp, "),
         (broken, r"zzz\.png: cannot be decoded: none of PNG, "),
-        (lambda folder: noise(folder / "one", 1), "1 images have no covariance; at least 2 are"),
+        (lambda folder: noise(folder / "one", 1), "1 images have no 3 neighbours each; at least 4"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_sentence(
@@ -248,7 +304,7 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(
 ) -> None:
     assert evaluate(make(tmp_path), noise(tmp_path / "true", 12), tower) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("latentdiff eval: ")
+    assert line.startswith("latentdiff eval distance: ")
     assert re.search(sentence, line)
 
 

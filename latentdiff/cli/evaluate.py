@@ -1,41 +1,94 @@
-"""`latentdiff eval`: distances between a folder of drawn images and one of true images."""
+"""`latentdiff eval`: drawings judged by their captions, distances of two folders, two results."""
 
 import argparse
 from pathlib import Path
 
+from latentdiff.cli.generate import DTYPES
+
+JUDGES = ("network", "edges")  # or the folder of a CLIP
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command and its arguments."""
-    parser = commands.add_parser(
-        "eval", help="how far two folders of images are apart", allow_abbrev=False
+    """Add the command, its kinds and their arguments."""
+    evaluate = commands.add_parser("eval", help="how good drawn images are")
+    kinds = evaluate.add_subparsers(metavar="KIND", required=True)
+    _add_judge(kinds.add_parser("judge", help="what drawings show", allow_abbrev=False))
+    _add_distance(
+        kinds.add_parser("distance", help="how far two folders are apart", allow_abbrev=False)
     )
-    parser.set_defaults(run=_evaluate, parser=parser)
+    _add_compare(kinds.add_parser("compare", help="two results", allow_abbrev=False))
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_judge, parser=parser)
+    add = parser.add_argument
+    add("drawn", metavar="DRAWN", help="a model, or a folder of drawings with metadata.jsonl")
+    add("data", metavar="DATA", type=Path, help="true images with the columns concept and style")
+    add("--out", type=Path, required=True, help="a new folder for result.json and sheet.png")
+    add("--judge", default="network", help=f"{', '.join(JUDGES)} or a CLIP's folder")
+    add("--concept_column", default="concept")
+    add("--style_column", default="style")
+    add(
+        "--reference_features",
+        metavar="FILE",
+        type=Path,
+        help="keeps what takes minutes, the features of the true images, for the next call",
+    )
+    add("--vae", metavar="MODEL", help="for the ceiling; default: that of the drawings' model")
+    drawing = parser.add_argument_group("how to draw, where DRAWN is a model")
+    add = drawing.add_argument
+    add(
+        "--prompts",
+        action="append",
+        nargs=2,
+        metavar=("TEMPLATE", "COUNT"),
+        help='such as "{text}, {in_style}" 300, of each split; may be given several times',
+    )
+    add("--steps", type=int, default=50)
+    add("--sampler", default="ddim")
+    add("--guidance_scale", type=float, default=7.5)
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"))
+    add("--seed", type=int, default=0, help="of the choice and of the first image")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", help="such as cpu or cuda; default: an accelerator if any")
+    add("--batch_size", type=int, default=32, help="images drawn at once")
+
+
+def _add_distance(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_distance, parser=parser)
     add = parser.add_argument
     add("drawn", metavar="DRAWN", type=Path, help="a folder of images")
     add("true", metavar="TRUE", type=Path, help="a folder of images as they should be")
-    add(
-        "--features",
-        metavar="FOLDER",
-        type=Path,
-        required=True,
-        help="of a CLIP whose image tower compares them: RUN/model of train_clip",
-    )
+    add("--features", default="network", help="network, or the folder of a CLIP: RUN/model")
+    add("--image_size", type=int, help="side to which both are brought; default: as they are")
+    add("--out", metavar="JSON", type=Path, help="a file for the result")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    import torch
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_compare, parser=parser)
+    for name in ("first", "second"):
+        parser.add_argument(name, metavar="JSON", type=Path, help="of eval judge or distance")
 
-    from latentdiff.evaluation.features import Features, compare, images_of
 
-    # The folders first, so that their errors come before a network is loaded.
-    sets = [images_of(folder) for folder in (arguments.drawn, arguments.true)]
-    features = Features.from_pretrained(arguments.features)
-    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        features.clip.to(device)
-    drawn, true = (features(images) for images in sets)
-    comparison = compare(drawn, true)
-    print(
-        f"Fréchet distance {comparison.frechet:.4g}, kernel distance {comparison.kernel:.4g} "
-        f"({comparison.num_drawn} drawn and {comparison.num_true} true images, "
-        f"{features.width} features)"
-    )
+def _judge(arguments: argparse.Namespace) -> None:
+    from latentdiff.cli.judging import judge
+
+    judge(arguments)
+
+
+def _distance(arguments: argparse.Namespace) -> None:
+    from latentdiff.cli.judging import distance
+
+    distance(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from latentdiff.evaluation.results import compare_results, read_result
+
+    first, second = (read_result(path) for path in (arguments.first, arguments.second))
+    for name, a, b, (low, high) in compare_results(first, second):
+        chance = "within chance" if low <= 0 <= high else "more than chance"
+        print(
+            f"{name:28} {a.value:.4g} -> {b.value:.4g}  ({b.value - a.value:+.3g}, 95 %: "
+            f"{low:+.3g} to {high:+.3g}, {chance})"
+        )

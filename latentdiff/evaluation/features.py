@@ -1,4 +1,4 @@
-"""CLIP features of images, and distances between two sets of images.
+"""CLIP features of images.
 
 N images, D features each: the image tower's projected state, not normalised, as in "FID with CLIP
 features" (Kynkäänniemi et al. 2023, arXiv:2203.06026), which agrees better with people than
@@ -6,9 +6,7 @@ features of an Inception trained on ImageNet classes. Distances by different tow
 compared.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -20,8 +18,6 @@ from transformers import CLIPModel
 
 from latentdiff.data.crop_flip import crop_to
 from latentdiff.data.decode import SUFFIXES, BadSample, Decoding, decode
-from latentdiff.evaluation.frechet import Moments, frechet_distance
-from latentdiff.evaluation.kernel import kernel_distance
 from latentdiff.images import from_pil
 from latentdiff.models.clip_start import Pixels, load_clip
 
@@ -40,12 +36,17 @@ class Features:
     def from_pretrained(cls, folder: Path | str) -> Self:
         """Read a folder of transformers' CLIPModel, or `model/` of a train_clip.py run.
 
+        The tower is put on an accelerator if there is one.
+
         Raises ValueError as `load_clip` does.
         """
         folder = Path(folder)
         inner = folder / "clip"
         towers = load_clip(inner if (inner / "config.json").is_file() else folder)
-        return cls(towers.model, towers.pixels)
+        features = cls(towers.model, towers.pixels)
+        if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+            features.clip.to(device)
+        return features
 
     @property
     def width(self) -> int:
@@ -67,44 +68,6 @@ class Features:
             values = self.pixels(pixels.to(self.clip.device))
             features.append(self.clip.get_image_features(pixel_values=values).pooler_output.cpu())
         return torch.cat(features)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Distances of a set of drawn images from a set of true ones."""
-
-    frechet: float
-    """As FID: 0 for equal Gaussians; biased upwards for few images."""
-    kernel: float
-    """As KID: unbiased, so its mean is 0 for equal distributions, however few the images are."""
-    num_drawn: int
-    num_true: int
-
-
-def compare(drawn: Tensor, true: Tensor) -> Comparison:
-    """Both distances between features (N, D) and (M, D).
-
-    Warns when N or M is not above D. Raises ValueError for a set of one image.
-    """
-    least, width = min(len(drawn), len(true)), drawn.shape[1]
-    if 1 < least <= width:
-        warnings.warn(
-            f"{least} images are too few for the Fréchet distance of {width} features: their "
-            f"covariance has {width - least + 1} directions in which it is 0, and the distance is "
-            "mostly that; read the kernel distance",
-            stacklevel=2,
-        )
-    moments = []
-    for features in (drawn, true):
-        moments.append(Moments())
-        moments[-1].add(features)
-    (a, b) = moments
-    return Comparison(
-        frechet=frechet_distance(a.mean, a.covariance, b.mean, b.covariance),
-        kernel=kernel_distance(drawn, true),
-        num_drawn=len(drawn),
-        num_true=len(true),
-    )
 
 
 def images_of(folder: Path) -> Iterator[Image.Image]:

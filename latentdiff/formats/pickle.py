@@ -2,7 +2,8 @@
 
 torch's restricted unpickler (`weights_only=True`) builds tensors and plain containers and refuses
 the rest. It has had holes (CVE-2025-32434 before torch 2.6, CVE-2026-24747 before 2.10), so that
-only an option that says so by its name, `--unsafe-pickle`, leads here.
+only an option that says so by its name, `--unsafe-pickle`, leads here, and the weights of a judge,
+whose SHA-256 is compared first (evaluation/network.py).
 """
 
 import shutil
