@@ -120,7 +120,8 @@ def pinned(value: Any, device: torch.device) -> Any:
     What is no tensor, or on the device already, is returned as it is, and so is all for a CPU.
     """
     if device.type == "cuda" and isinstance(value, Tensor) and not value.is_cuda:
-        return value.pin_memory()
+        with torch.cuda.device(device):  # every thread has a current device of its own
+            return value.pin_memory()
     return value
 
 
