@@ -27,10 +27,14 @@ class ComputeConfig:
     """auto: bf16 where the processor computes in it, else no."""
     gradient_checkpointing: bool = option(False, may_change=True)
     """Recompute each block's activations in the backward pass instead of storing them."""
-    compile: bool | Literal["auto"] = option("auto", may_change=True)
-    """Compile the blocks of the network (torch.compile), which are then in channels_last: minutes
-    at the start, faster steps. auto: in a run of 4,000 steps or more that computes in bf16, where
-    there is a C++ compiler."""
+    compile: bool | Literal["auto", "network", "graph"] = option("auto", may_change=True)
+    """true: compile the blocks of the network, each by itself (torch.compile), which are then in
+    channels_last: minutes at the start, faster steps. network: compile it as a whole. graph: the
+    same, and on a CUDA device its kernels are launched as one graph. auto: true in a run of 4,000
+    steps or more that computes in bf16, where there is a C++ compiler."""
+    in_memory: bool = option(False, may_change=True)
+    """Hold all images, or all latents, on the device that trains, and all captions as tokens in
+    memory: no step reads, decodes or tokenises anything, and num_workers only decode at first."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def make_accelerator(
 
 def decide_compile(
     compute: ComputeConfig, parallel: ParallelConfig, *, precision: str, max_steps: int
-) -> bool:
-    """Whether a run that computes in `precision` is compiled."""
+) -> bool | Literal["network", "graph"]:
+    """Whether a run that computes in `precision` is compiled, and how."""
     if compute.compile == "auto":
         return (
             precision == "bf16"
@@ -96,6 +100,21 @@ def check_divisible(batch_size: int, parallel: ParallelConfig, num_processes: in
         raise ValueError(
             f"batch_size={batch_size} must be divisible by {count}: {num_processes} processes with "
             f"gradient_accumulation_steps={parallel.gradient_accumulation_steps}"
+        )
+
+
+def check_compile(compute: ComputeConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError for ways of compiling that do not go with a sharding or micro-batches."""
+    way = compute.compile
+    if way in ("network", "graph") and parallel.sharding != "none":
+        raise ValueError(
+            f"compile={way!r} must be true or false with sharding={parallel.sharding!r}, which "
+            "gathers weights block by block"
+        )
+    if way == "graph" and parallel.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "compile='graph' must be 'network', true or false with gradient_accumulation_steps="
+            f"{parallel.gradient_accumulation_steps}: the next micro-batch overwrites its gradients"
         )
 
 

@@ -11,6 +11,7 @@ from latentdiff.options import changeable, option
 from latentdiff.training.accelerator import (
     ComputeConfig,
     ParallelConfig,
+    check_compile,
     check_divisible,
     decide_compile,
     make_accelerator,
@@ -89,14 +90,16 @@ class RunConfig(Protocol):
 class Run:
     """A run whose folder is locked and whose process group is initialised.
 
-    Raises ValueError for a tracker that is not installed, for a batch that cannot be
-    split evenly over the processes, and for a folder that cannot be used (see `RunFolder`).
+    Raises ValueError for a tracker that is not installed, for options of computing that exclude
+    each other, for a batch that cannot be split evenly over the processes, and for a folder that
+    cannot be used (see `RunFolder`).
     """
 
     def __init__(self, config: RunConfig, settings: str) -> None:
         """`settings` is the full configuration as YAML."""
         self.config = config
         loop = config.loop
+        check_compile(config.compute, config.parallel)
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
         self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
         precision = self.accelerator.mixed_precision
