@@ -179,17 +179,14 @@ def test_compiled_blocks_give_the_same_numbers_up_to_rounding(
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by dynamo
-@pytest.mark.parametrize(("way", "precision"), [("network", "bf16"), ("graph", "no")])
-def test_a_network_compiled_as_a_whole_trains_as_it_does_uncompiled(
-    way: str, precision: str
-) -> None:
-    """Under accelerate's autocast, which wraps what is compiled; on a CPU a graph is the same."""
+def test_a_network_compiled_as_a_whole_trains_as_it_does_uncompiled() -> None:
+    """Under accelerate's autocast, which wraps what is compiled."""
     network = unet().train()
     randomise(network)
     torch.use_deterministic_algorithms(False)  # which fill new memory, and compiled code with it
 
     def losses(**changes: Any) -> list[float]:
-        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         changes |= {"learning_rate": 1e-3, "warmup_steps": 0}
         learner = make_learner(copy.deepcopy(network), accelerator, **changes)
         found = []
@@ -201,9 +198,9 @@ def test_a_network_compiled_as_a_whole_trains_as_it_does_uncompiled(
             found.append(loss.item())
         return found
 
-    plain, compiled = losses(), losses(compile=way)
+    plain, compiled = losses(), losses(compile="network")
     assert plain[2] < plain[0]
-    assert compiled == pytest.approx(plain, rel=1e-4 if precision == "no" else 2e-2)
+    assert compiled == pytest.approx(plain, rel=2e-2)
 
 
 @pytest.mark.parametrize(

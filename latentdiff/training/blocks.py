@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from latentdiff.models.dit import CrossBlock, JointBlock
+from latentdiff.models.group_norm import GroupNorm
 from latentdiff.models.layers import ResnetBlock, SpatialAttention, SpatialTransformer
 
 KINDS = (ResnetBlock, SpatialAttention, SpatialTransformer, CrossBlock, JointBlock)
@@ -39,14 +40,18 @@ def checkpoint_activations(network: nn.Module) -> None:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile each block on its own: equal blocks are compiled once. It needs a C++ compiler.
+    """Compile each block, and each norm that is in none, on its own: equal ones are compiled once.
 
+    It needs a C++ compiler on a CPU.
     A class of blocks is compiled for each shape that occurs: code for any shape is slower, and in
     channels_last cannot always be made. torch keeps the compiled code on disk for later runs.
     """
     _allow_many_shapes()
-    for block in blocks(network):
-        block.compile(dynamic=False)
+    compiled = blocks(network)
+    inside = {module for block in compiled for module in block.modules()}
+    norms = [m for m in network.modules() if isinstance(m, GroupNorm) and m not in inside]
+    for module in (*compiled, *norms):
+        module.compile(dynamic=False)
 
 
 def compile_network(network: nn.Module, *, graph: bool) -> None:

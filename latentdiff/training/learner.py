@@ -62,8 +62,8 @@ class Learner:
         model = model.to(accelerator.device)
         way = False if compute is None or compute.compile == "auto" else compute.compile
         if way and sharding == "none":
-            # Which FSDP2 refuses; and norms that are not compiled are slower in it.
-            # torch's overloads leave this one out.
+            # FSDP2 refuses it, and norms that are not compiled are slower in it. torch's overloads
+            # leave it out.
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model = model
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()

@@ -63,7 +63,7 @@ class CLIPTask:
             facts = {"scaling": asdict(self.scaling), "tokens": self.tokenizer.get_vocab()}
             self.fingerprints["init"] = fingerprint(start.clip, facts)
         self.data_summary = images_summary(dataset, num_val=num_val)
-        self.learner = run.learner(start.clip)
+        self.learner = run.learner(start.clip, compute=run.compiled())
         self.learners = {"clip": self.learner}
         self.clip: Any = self.learner.model
         self.ema: Any = self.learner.ema  # Any: transformers types its methods loosely

@@ -56,7 +56,7 @@ class DenoiserTask:
         self.channels = vae.config.latent_channels
         network = new_denoiser(config, cache=cache, vae=vae, text_encoder=text_encoder)
         check_sizes(cache, vae, network)
-        self.learner = run.learner(network)
+        self.learner = run.learner(network, compute=run.compiled(num_sizes=len(cache.sizes)))
         self.learners = {"unet" if isinstance(network, UNet) else "dit": self.learner}
         self.uncertainty = None
         if config.loss.weighting == "uncertainty":

@@ -59,7 +59,8 @@ class VAETask:
         if perceptual is not None:
             self.fingerprints["perceptual_weights"] = fingerprint(perceptual, {})
         self.data_summary = images_summary(dataset)
-        self.learner = run.learner(network)
+        num_sizes = 2 if config.loss.equivariance_probability else 1  # at least
+        self.learner = run.learner(network, compute=run.compiled(num_sizes=num_sizes))
         self.vae: Any = self.learner.model
         self.ema: Any = self.learner.ema
         self.learners = {"vae": self.learner}
