@@ -92,13 +92,17 @@ def race(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path, *,
     rate = records(folder / "rate/log.jsonl")[-1]["samples_per_second"]
     steps = round(arguments.seconds * rate / options["batch_size"])
     start = time.perf_counter()
-    train(options | {"max_steps": steps, "cooldown_steps": round(COOLDOWN * steps)}, folder / "run")
-    wall = time.perf_counter() - start
+    if not (folder / "wall").exists():  # of a run in one piece; one that was stopped is begun anew
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        cooldown = round(COOLDOWN * steps)
+        train(options | {"max_steps": steps, "cooldown_steps": cooldown}, folder / "run")
+        (folder / "wall").write_text(str(time.perf_counter() - start))
     drawings, distances = folder / "judge", folder / "distance.json"
     prompts = [word for template, count in PROMPTS for word in ("--prompts", template, str(count))]
     references = ("--reference_features", arguments.out / "references.safetensors")
     drawing = ("--steps", "25", "--guidance_scale", arguments.guidance_scale, "--seed", "0")
     model = folder / "run/model"
+    shutil.rmtree(drawings, ignore_errors=True)
     latentdiff(
         "eval", "judge", model, arguments.data, "--out", drawings, *references, *prompts, *drawing
     )
@@ -107,7 +111,8 @@ def race(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path, *,
         copy_true(drawings / "images", arguments.data, true)
     latentdiff("eval", "distance", drawings / "images", true, *SIZE, "--out", distances)
     results = [json.loads(path.read_text()) for path in (drawings / "result.json", distances)]
-    figures = {"steps": steps, "images_per_second": rate, "wall": wall}
+    figures = {"steps": steps, "images_per_second": rate}
+    figures["wall"] = float((folder / "wall").read_text())
     figures["figures"] = results[0]["figures"] | results[1]["figures"]
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -119,9 +124,12 @@ def copy_true(drawings: Path, data: Path, out: Path) -> None:
         for split in (data / "train", data / "test")
         for row in records(split / "metadata.jsonl")
     }
-    out.mkdir(parents=True)
+    staging = out.with_suffix(".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     for i, row in enumerate(records(drawings / "metadata.jsonl")):
-        shutil.copy(rows[row["concept"], row["style"]], out / f"{i:05}.png")
+        shutil.copy(rows[row["concept"], row["style"]], staging / f"{i:05}.png")
+    staging.rename(out)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Loop, loss, optimizer and average are that script's (diffusers 0.42.1, examples/
 the flags that help: `--use_ema --mixed_precision bf16 --snr_gamma 5`. Its modules begin as ours do,
 at random and in the same shape; VAE, text encoder, images and captions are the same. Images and
 prompts are encoded in every step, as there; `--cached` gives it latents that were encoded before,
-which the script cannot do. OUT is a pipeline folder, which `latentdiff eval judge` draws with.
+which the script cannot do. Captions are never dropped there, so that drawing without guidance (a
+scale of 1) must be tried too. OUT is a pipeline folder, which `latentdiff eval judge` draws with.
 
     python benchmarks/race_diffusers.py --config configs/drawings/unet.yaml \\
         --data configs/drawings/cache.yaml --out runs/race/diffusers --seconds 1800
@@ -81,7 +82,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--warmup_steps", type=int, default=500)
     parser.add_argument("--cached", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -120,8 +120,6 @@ def train(
     progress = tqdm(total=round(arguments.seconds), unit="s")
     while (seconds := time.perf_counter() - start) < arguments.seconds:
         progress.update(round(seconds) - progress.n)
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * min(1.0, (steps + 1) / arguments.warmup_steps)
         if len(order) < batch_size:
             order = torch.randperm(len(rows)).tolist()
         batch, order = order[:batch_size], order[batch_size:]
@@ -171,7 +169,8 @@ def denoising_loss(
     noise = torch.randn_like(latents)
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
     noisy = scheduler.add_noise(latents, noise, t)
-    prediction = unet(noisy, t, context, return_dict=False)[0]
+    labels = context.mean(dim=1) if unet.config.class_embed_type else None
+    prediction = unet(noisy, t, context, class_labels=labels, return_dict=False)[0]
     snr = compute_snr(scheduler, t)
     weights = snr.clamp(max=SNR_GAMMA) / snr
     error = F.mse_loss(prediction.float(), noise, reduction="none")
