@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -226,19 +227,41 @@ def test_controls_keep_what_they_claim_to_keep(true: References) -> None:
     assert made["mean"][0].tobytes() == made["mean"][1].tobytes()  # there is no column `group`
 
 
-def test_prompts_fill_each_row_of_each_split_once_and_are_the_same_again(true: References) -> None:
+def test_each_pair_of_each_split_is_asked_for_once_at_most(true: References) -> None:
+    """A split with too few had its pairs drawn twice, which an interval counts as independent."""
     templates = {"{text}, {style}": 10, "{text_zh}，{style}": 12}
     prompts = choose_prompts(true, templates, seed=3)
     assert prompts == choose_prompts(true, templates, seed=3)
     assert prompts != choose_prompts(true, templates, seed=4)
     train = [p for p in prompts if true.splits[p.wanted] == "train"]
     assert len(train) == len({p.wanted for p in train}) == 22
-    assert len(prompts) == 44  # of the two rows of `test` again and again
-    assert [p.seed for p in prompts] == list(range(3, 47))
+    test = [p for p in prompts if true.splits[p.wanted] == "test"]
+    assert len(test) == len({p.wanted for p in test}) == 2
+    assert [p.column for p in test] == ["text", "text_zh"]  # 2 · 10 / 22 and 2 · 12 / 22
+    assert [p.seed for p in prompts] == list(range(3, 27))
     for prompt in prompts:
         row = true.rows[prompt.wanted]
         comma = ", " if prompt.column == "text" else "，"
         assert prompt.text == row[prompt.column] + comma + row["style"]
+
+
+def test_a_pair_that_has_several_images_is_asked_for_once(true: References) -> None:
+    again = replace(
+        true,
+        pixels=true.pixels.repeat(2, 1, 1, 1),
+        concepts=2 * true.concepts,
+        styles=2 * true.styles,
+        splits=2 * true.splits,
+        rows=[*true.rows, *true.rows],
+    )
+    assert choose_prompts(again, {"{text}": 99}) == choose_prompts(true, {"{text}": 99})
+
+
+@pytest.mark.parametrize("value", [["kitty", "pet"], 3])
+def test_a_column_that_holds_no_texts_fills_no_template(true: References, value: object) -> None:
+    rows = [*true.rows[:-1], {**true.rows[-1], "text": value}]
+    with pytest.raises(ValueError, match=r"the column 'text', which holds .*; it must hold a text"):
+        choose_prompts(replace(true, rows=rows), {"{text}": 1})
 
 
 @pytest.mark.parametrize(
@@ -320,6 +343,7 @@ def test_the_command_draws_judges_and_compares(
     prompts = ["--prompts", "{text}", "2", "--prompts", "{text_zh}，{style}", "1"]
     first, again, other = (tmp_path / name for name in ("first", "again", "other"))
     assert judge_command(model, data, first, *prompts, "--steps", "1") == 0
+    assert "split 'test' has 2 prompts instead of 3: each pair" in capsys.readouterr().out
     assert judge_command(str(first / "images"), data, again) == 0
     assert figures(first) == figures(again)
     assert figures(first)["concept, train, text"]["of"] == 2
@@ -351,6 +375,7 @@ def test_true_images_in_a_folder_are_all_right(
     ("more", "sentence"),
     [
         (["--prompts", "{text}", "many"], "COUNT must be a whole number"),
+        (["--prompts", "{text}", "1"] * 2, "'{text}' is given twice; give it once"),
         (["--judge", "nobody"], "nobody"),
         (["--style_column", "kind"], "has no column 'kind'"),
     ],

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from latentdiff.evaluation.intervals import Interval, wilson_interval
 from latentdiff.evaluation.judge import Judge, Verdicts
 from latentdiff.evaluation.kept_features import kept_features
 from latentdiff.evaluation.looks import find_look
-from latentdiff.evaluation.prompts import TEMPLATES, choose_prompts
+from latentdiff.evaluation.prompts import TEMPLATES, Prompt, choose_prompts
 from latentdiff.evaluation.references import References, read_references
 from latentdiff.evaluation.results import Figure, Result, write_result
 from latentdiff.evaluation.shares import shares
@@ -120,6 +121,7 @@ def _draw(arguments: argparse.Namespace, folder: Path) -> References:
     references = _references(arguments, arguments.data, side_of(pipe))
     templates = _templates(arguments.prompts)
     prompts = choose_prompts(references, templates, seed=arguments.seed)
+    _tell_fewer(prompts, references, sum(templates.values()))
     names = ("steps", "sampler", "guidance_scale", "guidance_interval")
     options = {name: getattr(arguments, name) for name in names}
     recorded = {"seed": arguments.seed, "dtype": arguments.dtype, "templates": templates}
@@ -147,7 +149,22 @@ def _templates(pairs: Sequence[Sequence[str]] | None) -> dict[str, int]:
     for template, count in pairs:
         if not count.isdecimal():
             raise ValueError(f"--prompts {template!r} {count}: COUNT must be a whole number")
-    return {template: int(count) for template, count in pairs}
+    templates = {template: int(count) for template, count in pairs}
+    if len(templates) < len(pairs):
+        twice = next(t for t in templates if sum(t == other for other, _ in pairs) > 1)
+        raise ValueError(f"--prompts {twice!r} is given twice; give it once, with the whole COUNT")
+    return templates
+
+
+def _tell_fewer(prompts: Sequence[Prompt], references: References, asked: int) -> None:
+    """Print how many prompts a split has, where they are fewer than were asked for."""
+    splits = Counter(references.splits[prompt.wanted] for prompt in prompts)
+    for split, count in splits.items():
+        if count < asked:
+            print(
+                f"split {split!r} has {count} prompts instead of {asked}: each pair of a concept "
+                "and a style is drawn once"
+            )
 
 
 def _references(arguments: argparse.Namespace, data: Path, side: int) -> References:
