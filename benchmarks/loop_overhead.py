@@ -140,7 +140,7 @@ def bare_step(learner: Any, config: Any, batch: dict[str, Any]) -> Callable[[], 
     )
     text_encoder = TextEncoder.from_pretrained(find_component("emoji", "text_encoder"))
     posterior = Posterior.from_moments(batch["moments"])
-    words = [options[0] for options in batch["captions"]]
+    ids = batch["input_ids"]
     bf16 = learner.accelerator.mixed_precision == "bf16"
     draw = torch.Generator().manual_seed(0)
 
@@ -149,7 +149,7 @@ def bare_step(learner: Any, config: Any, batch: dict[str, Any]) -> Callable[[], 
         noise = torch.randn(x0.shape, generator=draw)
         t = config.loss.sample_t(config.diffusion, len(x0), generator=draw)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            context = text_encoder(words)
+            context = text_encoder.states(ids)
             loss = config.diffusion.loss(network, x0, context, noise=noise, t=t).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.optimizer.max_grad_norm)

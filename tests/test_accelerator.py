@@ -20,9 +20,12 @@ def compiles(
     precision: str = "bf16",
     max_steps: int = MIN_COMPILED_STEPS,
     sharding: Sharding = "none",
-) -> bool:
+    num_sizes: int = 1,
+) -> bool | str:
     compute, parallel = ComputeConfig(compile=compiled), ParallelConfig(sharding=sharding)
-    return decide_compile(compute, parallel, precision=precision, max_steps=max_steps)
+    return decide_compile(
+        compute, parallel, precision=precision, max_steps=max_steps, num_sizes=num_sizes
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,10 @@ def test_long_runs_in_bf16_are_compiled_where_there_is_a_compiler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert compiles("auto")
+    monkeypatch.setenv("CXX", "sh -c")
+    assert compiles("auto")
     assert not compiles("auto", max_steps=MIN_COMPILED_STEPS - 1)
+    assert not compiles("auto", num_sizes=2)
     assert not compiles("auto", sharding="full")
     assert not compiles("auto", precision="no")
     monkeypatch.setenv("CXX", str(Path("no") / "such" / "compiler"))

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from support.runs import make_learner
+from support.runs import options as compose_options
 from support.tiny import UNET, randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -15,6 +17,7 @@ from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.planning.footprint import Workload, footprint
+from latentdiff.training.accelerator import check_compile
 from latentdiff.training.blocks import blocks, checkpoint_activations, compile_blocks
 from latentdiff.training.learner import Learner
 
@@ -171,3 +174,48 @@ def test_compiled_blocks_give_the_same_numbers_up_to_rounding(
     found.backward()
     for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by dynamo
+def test_a_network_compiled_as_a_whole_trains_as_it_does_uncompiled() -> None:
+    """Under accelerate's autocast, which wraps what is compiled."""
+    network = unet().train()
+    randomise(network)
+    torch.use_deterministic_algorithms(False)  # which fill new memory, and compiled code with it
+
+    def losses(**changes: Any) -> list[float]:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        changes |= {"learning_rate": 1e-3, "warmup_steps": 0}
+        learner = make_learner(copy.deepcopy(network), accelerator, **changes)
+        found = []
+        for _ in range(3):
+            x, context = torch.full((2, 4, 8, 8), 0.5), torch.full((2, 5, 16), 0.1)
+            output = learner.forward_model(x, torch.arange(2), context)
+            loss = (output.float() - 1).square().mean()
+            learner.update(loss)
+            found.append(loss.item())
+        return found
+
+    plain, compiled = losses(), losses(compile="network")
+    assert plain[2] < plain[0]
+    assert compiled == pytest.approx(plain, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "network", "sharding": "full"}, "compile='network' must be true or false"),
+        (
+            {"compile": "graph", "gradient_accumulation_steps": 2},
+            "compile='graph' must be 'network', true or false with gradient_accumulation_steps=2",
+        ),
+    ],
+)
+def test_a_way_of_compiling_that_does_not_go_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    config = compose_options(**options)
+    with pytest.raises(ValueError, match=message):
+        check_compile(config.compute, config.parallel)

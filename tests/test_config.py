@@ -272,7 +272,11 @@ def test_every_config_parses_with_its_script(path: Path) -> None:
         ("train_unet", ["--dit.patch_size", "0"], "^patch_size=0 must be from 1 to 64$"),
         ("train_unet", ["--dit.patch_size", "a"], "^dit.patch_size=a must be a whole number$"),
         ("train_unet", ["--dit.patch_sze", "2"], "^dit.patch_sze.*did you mean dit.patch_size[?]$"),
-        ("train_vae", ["--compile", "maybe"], "^compile=maybe must be true or false or 'auto'$"),
+        (
+            "train_vae",
+            ["--compile", "maybe"],
+            "^compile=maybe must be true or false or one of 'auto', 'network', 'graph'$",
+        ),
         ("train_clip", ["--batch_size", "0"], "batch_size=0 must be at least 1"),
         ("train_clip", ["--image_size", "0"], "image_size=0 must be at least 1"),
         ("train_clip", ["--max_steps", "0"], "max_steps=0 must be at least 1"),

@@ -27,13 +27,14 @@ def gradients(norm: GroupNorm, x: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor
     return torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize(("groups", "channels", "height", "width"), CASES)
 def test_channels_last_is_torchs_group_norm(
-    groups: int, channels: int, height: int, width: int, *, silu: bool
+    groups: int, channels: int, height: int, width: int, dtype: torch.dtype, *, silu: bool
 ) -> None:
-    norm = layer(groups, channels, silu=silu, dtype=torch.float64)
-    x = (3 + torch.randn(2, channels, height, width, dtype=torch.float64)).to(
+    norm = layer(groups, channels, silu=silu, dtype=dtype)
+    x = (3 + torch.randn(2, channels, height, width, dtype=dtype)).to(
         memory_format=torch.channels_last
     )
     x.requires_grad_()
@@ -46,6 +47,16 @@ def test_channels_last_is_torchs_group_norm(
     ):
         torch.testing.assert_close(found, wanted)
     assert gradients(norm, x, norm(x), dy)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_mean_far_from_zero_costs_no_more_than_torchs() -> None:
+    """The mean of squares less the square of the mean would have no right digit left."""
+    norm = layer(2, 8, silu=False, dtype=torch.float32)
+    x = (3000 + torch.randn(2, 8, 16, 16)).to(memory_format=torch.channels_last)
+    exact = expected(norm.double(), x.double())
+    norm.float()
+    own, torchs = ((y - exact).abs().max() for y in (norm(x), expected(norm, x.contiguous())))
+    assert own <= 1.5 * torchs
 
 
 def test_contiguous_memory_has_torchs_bits() -> None:

@@ -53,7 +53,7 @@ MAY_CHANGE = {
     "max_nonfinite_steps",
     # Who does the work and how: the numbers are the same up to rounding.
     *("gradient_accumulation_steps", "sharding", "gradient_checkpointing", "compile"),
-    *("num_workers", "timeout"),
+    *("num_workers", "in_memory", "timeout"),
 }
 
 

@@ -33,7 +33,7 @@ def test_a_blur_spreads_a_point_by_its_own_deviation_and_loses_nothing() -> None
     sigma = torch.tensor([0.0, 0.7, 1.5], dtype=torch.float64)
     points = torch.zeros(3, 1, 33, 33, dtype=torch.float64)
     points[:, :, 16, 16] = 1
-    blurred = blur(points, sigma)
+    blurred = blur(points, sigma, longest=1.5)
     assert torch.equal(blurred[0], points[0])
     away = torch.arange(-16, 17, dtype=torch.float64) ** 2
     for axis in (2, 3):
@@ -45,7 +45,7 @@ def test_a_blur_spreads_a_point_by_its_own_deviation_and_loses_nothing() -> None
 
 def test_a_blur_leaves_what_is_of_one_colour_and_mixes_no_channels_or_images() -> None:
     colours = torch.rand(2, 3, 1, 1).expand(-1, -1, 8, 8)
-    blurred = blur(colours, torch.tensor([1.0, 2.0]))
+    blurred = blur(colours, torch.tensor([1.0, 2.0]), longest=2.0)
     torch.testing.assert_close(blurred, colours, rtol=0, atol=1e-6)
 
 

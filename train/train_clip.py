@@ -7,13 +7,15 @@ from transformers.utils import logging
 from latentdiff.data.batches import check_batch
 from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.opening import open_images
+from latentdiff.tasks.ahead import ahead
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.retrieval import validation_pool
 from latentdiff.tasks.clip.task import CLIPTask
+from latentdiff.tasks.images import hold_in_memory, image_batches
 from latentdiff.training.command_line import parse_config, run_script
 from latentdiff.training.loop import fit
 from latentdiff.training.run import Run
-from latentdiff.training.validation import Subset, val_indices
+from latentdiff.training.validation import val_indices
 
 
 def main() -> None:
@@ -22,28 +24,22 @@ def main() -> None:
     run = Run(config, settings)
     processes, loop = run.processes, config.loop
     dataset = processes.main_first(lambda: open_images(config.data))
-    pool, train, num_val = None, None, 0
+    pool, val, num_val = None, None, 0
     if isinstance(dataset, CaptionedImages):
-        val = val_indices(len(dataset), config.val_fraction, seed=loop.seed)
-        num_val = len(val) if len(val) > 1 else 0
+        chosen = val_indices(len(dataset), config.val_fraction, seed=loop.seed)
+        num_val = len(chosen) if len(chosen) > 1 else 0
         check_batch(loop.batch_size, len(dataset) - num_val)  # a stream tells when it ends
         if num_val:
-            train = Subset(dataset, val)
+            val = chosen
             dataset.validation = frozenset(val.tolist())
             pool = processes.on_all(lambda: validation_pool(dataset, seed=loop.seed))
     elif config.val_fraction > 0:
         run.accelerator.print("a stream has no validation split: no retrieval is reported")
-    task = CLIPTask(config, run, dataset=dataset, pool=pool, num_val=num_val)
-    loader = partial(
-        dataset.batches,
-        batch_size=loop.batch_size,
-        seed=loop.seed,
-        stop=loop.max_steps,
-        rank=processes.rank,
-        world_size=processes.count,
-        examples=train,
-    )
-    fit(task, loader, run)
+    resident = hold_in_memory(dataset, run) if config.compute.in_memory else None
+    captions = None if resident is None else resident.captions
+    task = CLIPTask(config, run, dataset=dataset, pool=pool, num_val=num_val, captions=captions)
+    loader = partial(image_batches, dataset=dataset, resident=resident, run=run, val=val)
+    fit(task, ahead(loader, task.prepare, run.device), run)
 
 
 if __name__ == "__main__":

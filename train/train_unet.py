@@ -8,6 +8,7 @@ from transformers.utils import logging
 from latentdiff.data.batches import check_batch
 from latentdiff.formats.diffusers import find_component
 from latentdiff.models.text import TextEncoder
+from latentdiff.tasks.ahead import ahead
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.denoiser.latents import latent_batches, open_cache
 from latentdiff.tasks.denoiser.task import DenoiserTask
@@ -29,7 +30,7 @@ def main() -> None:
     text_encoder = TextEncoder.from_pretrained(find_component(config.text_encoder, "text_encoder"))
     task = DenoiserTask(config, run, cache=cache, val=val, vae=vae, text_encoder=text_encoder)
     loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
-    fit(task, loader, run)
+    fit(task, ahead(loader, task.prepare, run.device), run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from functools import partial
 
 from latentdiff.data.batches import check_batch
 from latentdiff.data.opening import open_images
+from latentdiff.tasks.ahead import ahead
+from latentdiff.tasks.images import hold_in_memory, image_batches
 from latentdiff.tasks.vae.config import TrainVAE
 from latentdiff.tasks.vae.perceptual import Perceptual
 from latentdiff.tasks.vae.task import VAETask
@@ -23,15 +25,9 @@ def main() -> None:
     if dataset.num_samples is not None:  # a stream tells when its first epoch ends
         check_batch(loop.batch_size, dataset.num_samples)
     task = VAETask(config, run, dataset=dataset, perceptual=perceptual)
-    loader = partial(
-        dataset.batches,
-        batch_size=loop.batch_size,
-        seed=loop.seed,
-        stop=loop.max_steps,
-        rank=run.processes.rank,
-        world_size=run.processes.count,
-    )
-    fit(task, loader, run)
+    resident = hold_in_memory(dataset, run) if config.compute.in_memory else None
+    loader = partial(image_batches, dataset=dataset, resident=resident, run=run)
+    fit(task, ahead(loader, task.prepare, run.device), run)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import signal
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,10 @@ class SampleOrder:
         number = self._batches(epoch)[bucket] + np.count_nonzero(labels[:batch] == bucket)
         count = len(self.members[bucket])
         first = int(number) * self.batch_size
-        return [
-            int(self._order(bucket, position // count)[position % count])
-            for position in range(first, first + self.batch_size)
-        ]
+        last = first + self.batch_size - 1
+        epochs = [self._order(bucket, e) for e in range(first // count, last // count + 1)]
+        start = first % count
+        return np.concatenate(epochs)[start : start + self.batch_size].tolist()
 
     def _batches(self, epoch: int) -> list[int]:
         """Count the batches that each bucket has had before an epoch begins."""
@@ -78,6 +78,35 @@ def check_batch(batch_size: int, num_samples: int) -> None:
         )
 
 
+def step_ids(
+    start: int,
+    *,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    stop: int,
+    rank: int = 0,
+    world_size: int = 1,
+    buckets: np.ndarray | None = None,
+    variants: Callable[[int], Sequence[int]] | None = None,
+) -> Iterator[list[Any]]:
+    """Yield the indices of this process's rows of steps `start` … `stop - 1`.
+
+    `buckets` (N,) holds the bucket index of each example, where their sizes differ.
+    `variants(step)` gives the variant (crop and flip) of each example of a step; with it an index
+    is a pair (example, variant).
+    """
+    if buckets is None:
+        buckets = np.zeros(num_samples, dtype=np.int8)
+    assert len(buckets) == num_samples
+    order = SampleOrder(buckets, batch_size=batch_size, seed=seed)
+    for step in range(start, stop):
+        indices: list[Any] = order(step)
+        if variants is not None:
+            indices = list(zip(indices, variants(step), strict=True))
+        yield local_rows(indices, rank, world_size)
+
+
 def batches(
     dataset: Dataset[Any],
     start: int,
@@ -95,22 +124,21 @@ def batches(
 ) -> Iterator[Any]:
     """Yield this process's rows of the batches of steps `start` … `stop - 1`.
 
-    Worker processes prefetch them. `buckets` (N,) holds the bucket index of each example, where
-    their sizes differ. `variants(step)` gives the variant (crop and flip) of each example of a
-    step; with it the data set is indexed by pairs (example, variant).
+    Worker processes prefetch them. `buckets` and `variants` are those of `step_ids`; with
+    `variants` the data set is indexed by pairs (example, variant).
     """
-    if buckets is None:
-        buckets = np.zeros(num_samples, dtype=np.int8)
-    assert len(buckets) == num_samples
-    order = SampleOrder(buckets, batch_size=batch_size, seed=seed)
-
-    def ids() -> Iterator[list[Any]]:
-        for step in range(start, stop):
-            indices: list[Any] = order(step)
-            if variants is not None:
-                indices = list(zip(indices, variants(step), strict=True))
-            yield local_rows(indices, rank, world_size)
-
+    ids = partial(
+        step_ids,
+        start,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        stop=stop,
+        rank=rank,
+        world_size=world_size,
+        buckets=buckets,
+        variants=variants,
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=_Batches(ids),  # pyright: ignore[reportArgumentType] # any iterable will do

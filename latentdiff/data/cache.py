@@ -93,6 +93,22 @@ class LatentCache(Dataset[dict[str, Any]]):
         moments = torch.from_numpy(self._moments(chunk, bucket, row, variant).astype(np.float32))
         return {"moments": moments, "captions": self.captions[number]}
 
+    def bucket_moments(self, bucket: int) -> np.ndarray:
+        """Read the moments of all examples of a bucket, in order, (n, V, 2C, h, w) float16.
+
+        Raises ValueError for a file that is missing or damaged.
+        """
+        members = np.flatnonzero(self.buckets == bucket)
+        parts = []
+        for chunk in np.unique(self._index[members, 1]).tolist():
+            path = moments_path(self.folder, chunk, self.sizes[bucket])
+            rows = self._index[members[self._index[members, 1] == chunk], 2]
+            try:
+                parts.append(np.load(path)[rows])
+            except (OSError, ValueError, IndexError) as error:
+                raise _damaged(path, error) from error
+        return np.concatenate(parts)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "header": self.header}
 
@@ -140,9 +156,13 @@ class LatentCache(Dataset[dict[str, Any]]):
                     raise ValueError("it is cut short")
                 return moments
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{path} is missing or damaged ({error}); delete the folder and encode it anew"
-            ) from error
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path | str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is missing or damaged ({error}); delete the folder and encode it anew"
+    )
 
 
 def collate_moments(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class GroupNorm(nn.GroupNorm):
             return self._channels_last(input)
 
     def _channels_last(self, x: Tensor) -> Tensor:
-        """GroupNorm in operations that a compiler makes two passes over the pixels of.
+        """GroupNorm in plain operations, which a compiler makes three passes over the pixels of.
 
         The statistics, in float32 at least, are means over the pixels of each channel. A matrix
         product averages them over a group's channels: a sum over the channels themselves would not
@@ -36,9 +36,9 @@ class GroupNorm(nn.GroupNorm):
         )
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2).to(dtype)  # (B, HW, C)
         mean = pixels.mean(1) @ averaging  # (B, C)
-        variance = (pixels.square().mean(1) @ averaging - mean.square()).clamp(min=0)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        y = pixels * scale[:, None] + (self.bias - mean * scale)[:, None]
+        centred = pixels - mean[:, None]
+        variance = centred.square().mean(1) @ averaging
+        y = centred * (self.weight * (variance + self.eps).rsqrt())[:, None] + self.bias
         y = (F.silu(y) if self.silu else y).to(x.dtype)
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 

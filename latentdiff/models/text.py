@@ -46,14 +46,7 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, L), padded to L; a prompt that is too long is truncated, with a warning."""
         length = self.tokenizer.model_max_length
-        ids = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-            split_special_tokens=self._pads_with_word,
-        ).input_ids  # (B, L)
+        ids = self.token_ids(prompts)
         untruncated = self.tokenizer(
             list(prompts), verbose=False, split_special_tokens=self._pads_with_word
         ).input_ids
@@ -67,10 +60,21 @@ class TextEncoder(nn.Module):
                 )
         return ids
 
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (B, L) as `tokenize` has them, truncated without a warning: for training."""
+        return self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+            split_special_tokens=self._pads_with_word,
+        ).input_ids
+
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts (B strings) -> context (B, L, D); a long one is truncated, with a warning."""
-        return self._states(self.tokenize(prompts))
+        return self.states(self.tokenize(prompts))
 
     def count_chunks(self, prompt: str, *, weighting: bool = False) -> int:
         """The number of chunks of L tokens in which `encode` reads the full prompt; 1 or more.
@@ -97,13 +101,13 @@ class TextEncoder(nn.Module):
             )
         states = []
         for tokens, weights in contents:
-            chunk = self._states(self._padded(tokens))
+            chunk = self.states(self._padded(tokens))
             if any(weight != 1 for weight in weights):
                 rest = self.tokenizer.model_max_length - 1 - len(weights)
-                empty = self._states(self._padded([]))
+                empty = self.states(self._padded([]))
                 chunk = weigh(chunk, empty, [1.0, *weights, *[1.0] * rest])
             states.append(chunk)
-        padding = [self._states(self._padded([]))] * (chunks - len(contents))
+        padding = [self.states(self._padded([]))] * (chunks - len(contents))
         return torch.cat([*states, *padding], dim=1)  # (1, chunks * L, D)
 
     def _chunks(self, prompt: str, *, weighting: bool) -> list[tuple[list[int], list[float]]]:
@@ -133,7 +137,9 @@ class TextEncoder(nn.Module):
         rest = tokenizer.model_max_length - len(ids)
         return torch.tensor([[*ids, *[tokenizer.pad_token_id] * rest]])
 
-    def _states(self, ids: Tensor) -> Tensor:
+    @torch.no_grad()
+    def states(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> context (B, L, D)."""
         return self.model(input_ids=ids.to(self.model.device)).last_hidden_state
 
     @classmethod

@@ -1,10 +1,13 @@
 """How a run computes: the options of precision, memory and processes, and the accelerator."""
 
 import os
+import shlex
 import shutil
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,10 +30,15 @@ class ComputeConfig:
     """auto: bf16 where the processor computes in it, else no."""
     gradient_checkpointing: bool = option(False, may_change=True)
     """Recompute each block's activations in the backward pass instead of storing them."""
-    compile: bool | Literal["auto"] = option("auto", may_change=True)
-    """Compile the blocks of the network (torch.compile), which are then in channels_last: minutes
-    at the start, faster steps. auto: in a run of 4,000 steps or more that computes in bf16, where
-    there is a C++ compiler."""
+    compile: bool | Literal["auto", "network", "graph"] = option("auto", may_change=True)
+    """true: compile the blocks of the network, each by itself (torch.compile), which are then in
+    channels_last: minutes at the start, faster steps. network: compile it as a whole. graph: the
+    same, and on a CUDA device its kernels are launched as one graph. auto: true in a run of 4,000
+    steps or more that computes in bf16, on images of one size, where there are a C++ compiler and
+    Python's headers."""
+    in_memory: bool = option(False, may_change=True)
+    """Hold all images, or all latents, on the device that trains, and all captions as tokens in
+    memory: no step reads, decodes or tokenises anything, and num_workers only decode at first."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +84,26 @@ def make_accelerator(
 
 
 def decide_compile(
-    compute: ComputeConfig, parallel: ParallelConfig, *, precision: str, max_steps: int
-) -> bool:
-    """Whether a run that computes in `precision` is compiled."""
-    if compute.compile == "auto":
-        return (
-            precision == "bf16"
-            and max_steps >= MIN_COMPILED_STEPS
-            and parallel.sharding == "none"
-            and shutil.which(os.environ.get("CXX", "g++")) is not None
-        )
-    return compute.compile
+    compute: ComputeConfig,
+    parallel: ParallelConfig,
+    *,
+    precision: str,
+    max_steps: int,
+    num_sizes: int,
+) -> bool | Literal["network", "graph"]:
+    """Whether a run that computes in `precision`, on images of so many sizes, is compiled, how."""
+    if compute.compile != "auto":
+        return compute.compile
+    compiler, *_ = shlex.split(os.environ.get("CXX", "g++"))
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return (
+        precision == "bf16"
+        and max_steps >= MIN_COMPILED_STEPS
+        and num_sizes == 1
+        and parallel.sharding == "none"
+        and shutil.which(compiler) is not None
+        and headers.exists()
+    )
 
 
 def check_divisible(batch_size: int, parallel: ParallelConfig, num_processes: int) -> None:
@@ -96,6 +113,21 @@ def check_divisible(batch_size: int, parallel: ParallelConfig, num_processes: in
         raise ValueError(
             f"batch_size={batch_size} must be divisible by {count}: {num_processes} processes with "
             f"gradient_accumulation_steps={parallel.gradient_accumulation_steps}"
+        )
+
+
+def check_compile(compute: ComputeConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError for ways of compiling that do not go with a sharding or micro-batches."""
+    way = compute.compile
+    if way in ("network", "graph") and parallel.sharding != "none":
+        raise ValueError(
+            f"compile={way!r} must be true or false with sharding={parallel.sharding!r}, which "
+            "gathers weights block by block"
+        )
+    if way == "graph" and parallel.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "compile='graph' must be 'network', true or false with gradient_accumulation_steps="
+            f"{parallel.gradient_accumulation_steps}: the next micro-batch overwrites its gradients"
         )
 
 

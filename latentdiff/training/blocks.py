@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from latentdiff.models.dit import CrossBlock, JointBlock
+from latentdiff.models.group_norm import GroupNorm
 from latentdiff.models.layers import ResnetBlock, SpatialAttention, SpatialTransformer
 
 KINDS = (ResnetBlock, SpatialAttention, SpatialTransformer, CrossBlock, JointBlock)
@@ -38,16 +40,36 @@ def checkpoint_activations(network: nn.Module) -> None:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile each block on its own: equal blocks are compiled once. It needs a C++ compiler.
+    """Compile each block, and each norm that is in none, on its own: equal ones are compiled once.
 
+    It needs a C++ compiler on a CPU.
     A class of blocks is compiled for each shape that occurs: code for any shape is slower, and in
     channels_last cannot always be made. torch keeps the compiled code on disk for later runs.
     """
+    _allow_many_shapes()
+    compiled = blocks(network)
+    inside = {module for block in compiled for module in block.modules()}
+    norms = [m for m in network.modules() if isinstance(m, GroupNorm) and m not in inside]
+    for module in (*compiled, *norms):
+        module.compile(dynamic=False)
+
+
+def compile_network(network: nn.Module, *, graph: bool) -> None:
+    """Compile the whole forward pass, and with it the backward pass.
+
+    `graph`: on a CUDA device the kernels of each are recorded and launched at once (CUDA graphs),
+    so that the host has next to nothing to do. What the network returns is then overwritten when it
+    is called again. On a CPU there is no difference.
+    """
+    _allow_many_shapes()
+    mode = "reduce-overhead" if graph else None
+    network.forward = torch.compile(network.forward, dynamic=False, mode=mode)
+
+
+def _allow_many_shapes() -> None:
     from torch._dynamo import config  # importing it takes seconds
 
     config.recompile_limit = max(MAX_SHAPES, config.recompile_limit)
-    for block in blocks(network):
-        block.compile(dynamic=False)
 
 
 def shard(network: nn.Module, device_type: str, processes: int) -> None:

@@ -14,6 +14,7 @@ from latentdiff.training.blocks import (
     as_dtensor,
     checkpoint_activations,
     compile_blocks,
+    compile_network,
     gathered,
     local,
     local_rows,
@@ -59,16 +60,18 @@ class Learner:
         if accelerator.num_processes == 1:
             sharding = "none"
         model = model.to(accelerator.device)
-        compiled = compute is not None and compute.compile is True
-        if compiled and sharding == "none":
-            # Which FSDP2 refuses; and norms that are not compiled are slower in it.
-            # torch's overloads leave this one out.
+        way = False if compute is None or compute.compile == "auto" else compute.compile
+        if way and sharding == "none":
+            # FSDP2 refuses it, and norms that are not compiled are slower in it. torch's overloads
+            # leave it out.
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model = model
         self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
             checkpoint_activations(model)
-        if compiled:
+        if way in ("network", "graph"):
+            compile_network(model, graph=way == "graph")
+        elif way is True:
             compile_blocks(model)
         if sharding != "none" and accelerator.scaler is not None:
             raise ValueError(

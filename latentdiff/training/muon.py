@@ -91,28 +91,32 @@ class Muon(torch.optim.Optimizer):
         if found_inf is None:
             found_inf = torch.zeros((), device=stack[0].device)
         finite, skip = 1 - found_inf, found_inf.bool()
-        momentum = group["momentum"]
-        updates: list[Tensor] = []
+        momentum, weights = group["momentum"], [local(p) for p in stack]
         for p in stack:
-            assert p.grad is not None
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            moment = local(state["momentum_buffer"])
-            update = local(p.grad).masked_fill(skip, 0.0)  # 0 · nan would be nan below
-            moment.lerp_(update, ((1 - momentum) * finite).to(moment))
-            update.lerp_(moment, momentum)  # Nesterov
-            matrix = gathered(update.to(group["dtype"]), p).flatten(1)
-            updates.append(matrix.mT if len(matrix) > matrix.shape[1] else matrix)
-        rows, columns = updates[0].shape
-        orthogonal = orthogonalised(torch.stack(updates))
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        moments = [local(self.state[p]["momentum_buffer"]) for p in stack]
+        # 0 · nan would be nan below.
+        updates = [local(p.grad).masked_fill(skip, 0.0) for p in stack if p.grad is not None]
+        # Lists in place of loops: a step has a hundred matrices, and each call its price.
+        share = ((1 - momentum) * finite).to(moments[0])
+        torch._foreach_lerp_(moments, updates, [share] * len(stack))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(updates, moments, momentum)  # pyright: ignore[reportPrivateImportUsage] # Nesterov
+        matrices = [
+            gathered(update.to(group["dtype"]), p).flatten(1)
+            for update, p in zip(updates, stack, strict=True)
+        ]
+        wide = [m.mT if len(m) > m.shape[1] else m for m in matrices]
+        rows, columns = wide[0].shape
+        orthogonal = orthogonalised(torch.stack(wide)).to(weights[0].dtype)
         step = -group["lr"] * 0.2 * max(rows, columns) ** 0.5 * finite
         decay = 1 - group["lr"] * group["weight_decay"] * finite
-        for p, update in zip(stack, orthogonal, strict=True):
-            weight = local(p)
-            matrix = update.mT if len(p) > rows else update
-            change = local_rows(matrix.reshape(p.shape), p)
-            weight.mul_(decay.to(weight)).addcmul_(change.to(weight), step.to(weight))
+        changes = [
+            local_rows((one.mT if len(p) > rows else one).reshape(p.shape), p)
+            for one, p in zip((orthogonal * step).unbind(), stack, strict=True)
+        ]
+        torch._foreach_mul_(weights, decay.to(weights[0]))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(weights, changes)  # pyright: ignore[reportPrivateImportUsage]
 
     def _step_adamw(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:

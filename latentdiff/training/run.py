@@ -11,6 +11,7 @@ from latentdiff.options import changeable, option
 from latentdiff.training.accelerator import (
     ComputeConfig,
     ParallelConfig,
+    check_compile,
     check_divisible,
     decide_compile,
     make_accelerator,
@@ -89,20 +90,18 @@ class RunConfig(Protocol):
 class Run:
     """A run whose folder is locked and whose process group is initialised.
 
-    Raises ValueError for a tracker that is not installed, for a batch that cannot be
-    split evenly over the processes, and for a folder that cannot be used (see `RunFolder`).
+    Raises ValueError for a tracker that is not installed, for options of computing that exclude
+    each other, for a batch that cannot be split evenly over the processes, and for a folder that
+    cannot be used (see `RunFolder`).
     """
 
     def __init__(self, config: RunConfig, settings: str) -> None:
         """`settings` is the full configuration as YAML."""
         self.config = config
         loop = config.loop
+        check_compile(config.compute, config.parallel)
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
         self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
-        precision = self.accelerator.mixed_precision
-        self.compiled = decide_compile(
-            config.compute, config.parallel, precision=precision, max_steps=loop.max_steps
-        )
         self.device = self.accelerator.device
         self.processes = Processes(self.accelerator, timeout=config.parallel.timeout)
         check_divisible(loop.batch_size, config.parallel, self.processes.count)
@@ -112,9 +111,25 @@ class Run:
             self.processes,
             may_change=changeable(type(config)),
         )
-        if "auto" in (config.compute.mixed_precision, config.compute.compile):
-            compiled = str(self.compiled).lower()
-            self.accelerator.print(f"chosen: --mixed_precision {precision} --compile {compiled}")
+
+    def compiled(self, *, num_sizes: int = 1) -> ComputeConfig:
+        """The options of computing for a network that gets images of so many sizes.
+
+        What "auto" has come to is printed.
+        """
+        compute, precision = self.config.compute, self.accelerator.mixed_precision
+        way = decide_compile(
+            compute,
+            self.config.parallel,
+            precision=precision,
+            max_steps=self.config.loop.max_steps,
+            num_sizes=num_sizes,
+        )
+        if "auto" in (compute.mixed_precision, compute.compile):
+            self.accelerator.print(
+                f"chosen: --mixed_precision {precision} --compile {str(way).lower()}"
+            )
+        return replace(compute, compile=way)
 
     def learner(self, model: nn.Module, **changes: Any) -> Learner:
         """A learner with this run's options; `changes` replace some of them (see `Learner`)."""
@@ -123,7 +138,6 @@ class Run:
             "optimizer": config.optimizer,
             "max_steps": config.loop.max_steps,
             "ema": config.ema,
-            "compute": replace(config.compute, compile=self.compiled),
             "sharding": config.parallel.sharding,
         }
         return Learner(model, self.accelerator, **(options | changes))

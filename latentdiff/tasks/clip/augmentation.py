@@ -4,7 +4,7 @@ Images are (B, C, H, W) in [-1, 1]; u are random numbers, uniform in [0, 1).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +31,31 @@ class AugmentationConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 8")
 
 
-def augment(images: Tensor, config: AugmentationConfig, draw: Callable[..., Tensor]) -> Tensor:
-    """Crop, blur and add noise to images. `draw(purpose, *shape)` returns u (B, *shape), and
-    `draw(..., of=torch.randn)` N(0, I)."""
-    images = crop(images, draw("crop", 3).to(images), scale=config.crop_scale)
+def draws(
+    config: AugmentationConfig, shape: Sequence[int], draw: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """The random numbers by which images of `shape`, (C, H, W), are augmented, by purpose.
+
+    `draw(purpose, *shape)` returns u (B, *shape), and `draw(..., of=torch.randn)` N(0, I).
+    """
+    drawn = {"crop": draw("crop", 3)}
     if config.blur > 0:
-        images = blur(images, config.blur * draw("blur").to(images))
+        drawn["blur"] = draw("blur")
     if config.noise > 0:
-        strength = config.noise * draw("noise strength", 1, 1, 1).to(images)
-        images = images + strength * draw("noise", *images.shape[1:], of=torch.randn).to(images)
+        drawn["noise strength"] = draw("noise strength", 1, 1, 1)
+        drawn["noise"] = draw("noise", *shape, of=torch.randn)
+    return drawn
+
+
+def augment(images: Tensor, config: AugmentationConfig, drawn: Mapping[str, Tensor]) -> Tensor:
+    """Crop, blur and add noise to images, by the numbers of `draws`."""
+    images = crop(images, drawn["crop"].to(images), scale=config.crop_scale)
+    if config.blur > 0:
+        sigma = config.blur * drawn["blur"].to(images)
+        images = blur(images, sigma, longest=config.blur)
+    if config.noise > 0:
+        strength = config.noise * drawn["noise strength"].to(images)
+        images = images + strength * drawn["noise"].to(images)
     return images
 
 
@@ -57,9 +73,13 @@ def crop(images: Tensor, u: Tensor, *, scale: float) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image (B, C, H, W) by a Gaussian of its own sigma, (B,) in pixels."""
-    radius = max(1, math.ceil(3 * float(sigma.max())))
+def blur(images: Tensor, sigma: Tensor, *, longest: float) -> Tensor:
+    """Blur each image (B, C, H, W) by a Gaussian of its own sigma, (B,) in pixels.
+
+    All are cut at three deviations of the `longest` that there may be, which is no sigma's of the
+    batch: it would differ between processes, and the host would wait for it.
+    """
+    radius = max(1, math.ceil(3 * longest))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernels = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)  # (B, K)
     kernels = kernels / kernels.sum(dim=1, keepdim=True)

@@ -8,6 +8,7 @@ from latentdiff.data.config import DataConfig
 from latentdiff.models.clip import CLIPSize
 from latentdiff.options import group, option
 from latentdiff.tasks.clip.augmentation import AugmentationConfig
+from latentdiff.tasks.images import check_in_memory
 from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
 from latentdiff.training.ema import EMAConfig
 from latentdiff.training.optimizer import OptimizerConfig
@@ -46,6 +47,7 @@ class TrainCLIP:
     parallel: ParallelConfig = group(ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_in_memory(self.compute, self.data)
         if self.parallel.sharding != "none":
             raise ValueError(
                 f"sharding={self.parallel.sharding!r} must be 'none': CLIP's temperature is one "

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
 
+from latentdiff.data.caption_table import CaptionTable, CaptionTokens
 from latentdiff.data.opening import ImageDataset
 from latentdiff.data.summary import images_summary
 from latentdiff.images import image_grid, to_floats, to_pil
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.text import TextEncoder, save_tokenizer
-from latentdiff.tasks.clip.augmentation import augment
+from latentdiff.tasks.clip.augmentation import augment, draws
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.loss import contrastive_loss
 from latentdiff.tasks.clip.retrieval import Pool
@@ -42,8 +43,10 @@ class CLIPTask:
         dataset: ImageDataset,
         pool: Pool | None,
         num_val: int = 0,
+        captions: CaptionTable | None = None,
     ) -> None:
-        """`pool` is of the validation split, which has `num_val` images.
+        """`pool` is of the validation split, which has `num_val` images; `captions` is the table
+        of images that are in memory.
 
         Raises ValueError where `init` is no CLIP or has other shapes than the configuration asks
         for.
@@ -51,12 +54,16 @@ class CLIPTask:
         self.config, self.run, self.dataset, self.pool = config, run, dataset, pool
         start = make_start(config, dataset)
         self.tokenizer, self.scaling = start.tokenizer, start.scaling
+        self.tokens = None
+        if captions is not None:
+            self.tokens = CaptionTokens(captions, self._token_ids)
+            run.accelerator.print(f"in memory: {self.tokens.summary()}")
         self.fingerprints = {"data": dataset.fingerprint}
         if config.init is not None:  # a resumed run reads it again
             facts = {"scaling": asdict(self.scaling), "tokens": self.tokenizer.get_vocab()}
             self.fingerprints["init"] = fingerprint(start.clip, facts)
         self.data_summary = images_summary(dataset, num_val=num_val)
-        self.learner = run.learner(start.clip)
+        self.learner = run.learner(start.clip, compute=run.compiled())
         self.learners = {"clip": self.learner}
         self.clip: Any = self.learner.model
         self.ema: Any = self.learner.ema  # Any: transformers types its methods loosely
@@ -67,20 +74,32 @@ class CLIPTask:
             config.contrastive, rank=run.processes.rank, world_size=run.processes.count
         )
 
-    def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
-        """The local batch of images (b, 3, S, S) uint8, each with all its captions."""
-        loop = self.config.loop
+    def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """A process's images (b, 3, S, S) uint8 with token ids (b, L) and their step's random
+        numbers.
+
+        `batch` has all captions of each image, or rows of the tokens in memory.
+        """
+        loop, processes = self.config.loop, self.run.processes
 
         def draw(purpose: str, *shape: int, of: Callable[..., Tensor] = torch.rand) -> Tensor:
             """The local rows (b, *shape) of random numbers that are drawn for the global batch."""
-            rng = generator(loop.seed, step, purpose)
-            return micro_batch.rows(of(loop.batch_size, *shape, generator=rng))
+            drawn = of(loop.batch_size, *shape, generator=generator(loop.seed, step, purpose))
+            return MicroBatch(processes.rank, processes.count).rows(drawn)
 
-        images = to_floats(batch["images"].to(self.run.device))
-        images = augment(images, self.config.augmentation, draw)
-        captions = choose(batch["captions"], draw("caption").tolist())
+        u, images = draw("caption"), batch["images"]
+        if self.tokens is None:
+            ids = self._token_ids(choose(batch["captions"], u.tolist()))
+        else:
+            ids = self.tokens(batch["rows"], u)
+        drawn = draws(self.config.augmentation, images.shape[1:], draw)
+        return {"images": images, "input_ids": ids, **drawn}
+
+    def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
+        """The local batch of what `prepare` made, on the device."""
+        images = augment(to_floats(batch["images"]), self.config.augmentation, batch)
         output = self.learner.forward_model(
-            input_ids=self._tokenize(captions), pixel_values=self.scaling(images)
+            input_ids=batch["input_ids"], pixel_values=self.scaling(images)
         )
         image, text = output.image_embeds, output.text_embeds  # (b, D), unit length
         loss = self.loss(image, text, self.clip)
@@ -99,16 +118,18 @@ class CLIPTask:
         return (image @ all_texts.T).argmax(dim=1).eq(targets).float().mean()
 
     def _tokenize(self, prompts: list[str]) -> Tensor:
+        return self._token_ids(prompts).to(self.run.device)
+
+    def _token_ids(self, prompts: list[str]) -> Tensor:
         """(b, L) token ids; training captions may be truncated, so here without a warning."""
-        encoded = self.tokenizer(
+        return self.tokenizer(
             prompts,
             padding="max_length",
             truncation=True,
             return_tensors="pt",
             # The padding token may be a word too, such as "!": see models/text.py.
             split_special_tokens=self.tokenizer.pad_token_id != self.tokenizer.eos_token_id,
-        )
-        return encoded.input_ids.to(self.run.device)
+        ).input_ids
 
     def validate(self) -> Metrics:
         """Recall on the validation split; one process computes it, so that any run has the same."""

@@ -12,6 +12,7 @@ from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
+from latentdiff.data.resident import ResidentLatents
 from latentdiff.formats.diffusers import find_component
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
@@ -75,7 +76,8 @@ def latent_batches(
 ) -> Iterator[dict[str, Any]]:
     """This process's batches of moments and captions from step `start` on, see `collate_moments`.
 
-    `val` (n,) are the indices of the validation split.
+    `val` (n,) are the indices of the validation split. With `in_memory` they are those of
+    `ResidentLatents`, which have rows in place of captions.
     """
     loop, train = config.loop, Subset(cache, val)
 
@@ -84,17 +86,25 @@ def latent_batches(
         u = torch.rand(loop.batch_size, generator=generator(loop.seed, step, "view"))
         return choose([range(cache.crop_flip.num_variants)] * loop.batch_size, u.tolist())
 
+    options: dict[str, Any] = {
+        "batch_size": loop.batch_size,
+        "seed": loop.seed,
+        "stop": loop.max_steps,
+        "rank": run.processes.rank,
+        "world_size": run.processes.count,
+        "variants": variants,
+    }
+    if config.compute.in_memory:
+        resident = ResidentLatents(cache, run.device)
+        run.accelerator.print(f"in memory: {resident.summary()}")
+        examples = np.delete(np.arange(len(cache)), val)
+        return resident.batches(start, examples=examples, **options)
     return batches(
         train,
         start,
         num_samples=len(train),
-        batch_size=loop.batch_size,
-        seed=loop.seed,
-        stop=loop.max_steps,
-        rank=run.processes.rank,
-        world_size=run.processes.count,
         num_workers=config.data.num_workers,
         collate=collate_moments,
         buckets=np.delete(cache.buckets, val),
-        variants=variants,
+        **options,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.caption_table import CaptionTable, CaptionTokens
 from latentdiff.data.summary import cache_summary
 from latentdiff.images import image_grid
 from latentdiff.models.dit import DiT
@@ -43,14 +44,19 @@ class DenoiserTask:
         vae: VAE,
         text_encoder: TextEncoder,
     ) -> None:
-        """`val` (n,): the indices of the validation split. Raises ValueError for a cache with a
-        size that the network cannot take."""
+        """`val` (n,): the indices of the validation split. With `in_memory` the captions of the
+        cache are tokenised here. Raises ValueError for a cache with a size that the network cannot
+        take."""
         self.config, self.run, self.cache, self.val = config, run, cache, val
         self.text_encoder = text_encoder.to(run.device)
+        self.tokens = None
+        if config.compute.in_memory:
+            self.tokens = CaptionTokens(CaptionTable(cache.captions), text_encoder.token_ids)
+            run.accelerator.print(f"in memory: {self.tokens.summary()}")
         self.channels = vae.config.latent_channels
         network = new_denoiser(config, cache=cache, vae=vae, text_encoder=text_encoder)
         check_sizes(cache, vae, network)
-        self.learner = run.learner(network)
+        self.learner = run.learner(network, compute=run.compiled(num_sizes=len(cache.sizes)))
         self.learners = {"unet" if isinstance(network, UNet) else "dit": self.learner}
         self.uncertainty = None
         if config.loss.weighting == "uncertainty":
@@ -69,26 +75,46 @@ class DenoiserTask:
         data = config.data.location() if config.cache is None else str(config.cache)
         self.data_summary = cache_summary(cache, data, num_val=len(val))
 
-    def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
-        """One micro-batch of moments (b, 2C, H, W) and captions."""
-        diffusion, loss_config = self.config.diffusion, self.config.loss
-        batch_size, seed = self.config.loop.batch_size, self.config.loop.seed
+    def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """A process's batch with all that its step needs of the host.
+
+        `batch` has moments (b, 2C, H, W) and captions, or rows of the tokens in memory. Added are
+        token ids, timesteps and noise, which are drawn for the global batch.
+        """
+        config, batch_size = self.config, self.config.loop.batch_size
+        processes = self.run.processes
+        rows = MicroBatch(processes.rank, processes.count).rows
         shape = (batch_size, self.channels, *batch["moments"].shape[2:])
 
         def rng(purpose: str) -> torch.Generator:
             """A generator of random numbers for the global batch, the same in every process."""
-            return generator(seed, step, purpose)
+            return generator(config.loop.seed, step, purpose)
 
-        def local(global_batch: Tensor) -> Tensor:
-            """The rows of this micro-batch."""
-            return micro_batch.rows(global_batch).to(self.run.device)
+        loss, u = config.loss, rows(torch.rand(batch_size, 2, generator=rng("caption")))
+        return {
+            "moments": batch["moments"],
+            "input_ids": self._token_ids(batch, u),
+            "posterior": rows(torch.randn(shape, generator=rng("posterior"))),
+            "t": rows(loss.sample_t(config.diffusion, batch_size, generator=rng("t"))),
+            "noise": rows(loss.noise(shape, generator=rng("noise"))),
+        }
 
-        posterior = Posterior.from_moments(batch["moments"].to(self.run.device))
-        x0 = posterior.sample(local(torch.randn(shape, generator=rng("posterior"))))
+    def _token_ids(self, batch: dict[str, Any], u: Tensor) -> Tensor:
+        """(b, L): one caption of each example, or "" with probability `caption_dropout`, by u."""
+        dropped = u[:, 1].double().numpy() < self.config.caption_dropout
+        if self.tokens is not None:
+            return self.tokens(batch["rows"], u[:, 0], empty=dropped)
+        chosen = choose(batch["captions"], u[:, 0].tolist())
+        captions = zip(chosen, dropped.tolist(), strict=True)
+        return self.text_encoder.token_ids(["" if drop else caption for caption, drop in captions])
+
+    def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
+        """One micro-batch of what `prepare` made, on the device; the host reads none of it."""
+        diffusion, loss_config = self.config.diffusion, self.config.loss
+        x0 = Posterior.from_moments(batch["moments"]).sample(batch["posterior"])
         with self.run.accelerator.autocast():
-            context = self.text_encoder(self._captions(batch, step, micro_batch))
-        t = local(loss_config.sample_t(diffusion, batch_size, generator=rng("t")))
-        noise = local(loss_config.noise(shape, generator=rng("noise")))
+            context = self.text_encoder.states(batch["input_ids"])
+        t, noise = batch["t"], batch["noise"]
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
         errors, vlb = diffusion.losses(self.learner.forward_model, x0, context, noise=noise, t=t)
         metrics = {"loss": errors.mean()}
@@ -104,14 +130,6 @@ class DenoiserTask:
             metrics["bound"] = vlb.mean()
             total = total + loss_config.vlb_weight * metrics["bound"]
         return metrics | {"grad_norm": self.learner.update(total, micro_batch)}
-
-    def _captions(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> list[str]:
-        """One caption of each example, or "" with probability `caption_dropout`."""
-        source = generator(self.config.loop.seed, step, "caption")
-        u = micro_batch.rows(torch.rand(self.config.loop.batch_size, 2, generator=source))
-        u_choice, u_dropout = u.T.tolist()
-        captions = zip(choose(batch["captions"], u_choice), u_dropout, strict=True)
-        return ["" if x < self.config.caption_dropout else caption for caption, x in captions]
 
     def validate(self) -> Metrics:
         """The EMA network's loss on the validation split, in bins of t."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from latentdiff.data.config import DataConfig
 from latentdiff.models.vae import VAEConfig
 from latentdiff.options import group
+from latentdiff.tasks.images import check_in_memory
 from latentdiff.tasks.vae.losses import VAELossConfig
 from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
 from latentdiff.training.ema import EMAConfig
@@ -47,6 +48,7 @@ class TrainVAE:
     parallel: ParallelConfig = group(ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_in_memory(self.compute, self.data)
         if self.ema.ema_lengths:
             raise ValueError(
                 f"ema_lengths={list(self.ema.ema_lengths)} must be empty: a VAE is saved with the "
@@ -75,3 +77,9 @@ class TrainVAE:
                     f"{name}={value!r} must be {alone!r} with a disc_weight: the weight of the "
                     "adversarial loss follows from the whole batch and network"
                 )
+        way = self.compute.compile
+        if self.loss.disc_weight > 0 and way in ("network", "graph"):
+            raise ValueError(
+                f"compile={way!r} must be true or false with a disc_weight: its gradient goes "
+                "through the decoder twice"
+            )

@@ -59,7 +59,8 @@ class VAETask:
         if perceptual is not None:
             self.fingerprints["perceptual_weights"] = fingerprint(perceptual, {})
         self.data_summary = images_summary(dataset)
-        self.learner = run.learner(network)
+        num_sizes = 2 if config.loss.equivariance_probability else 1  # at least
+        self.learner = run.learner(network, compute=run.compiled(num_sizes=num_sizes))
         self.vae: Any = self.learner.model
         self.ema: Any = self.learner.ema
         self.learners = {"vae": self.learner}
@@ -100,10 +101,31 @@ class VAETask:
         size, factor = self.config.data.image_size, self.vae.config.factor
         check_equivariance(size, factor, needed=max(smallest))
 
+    def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """A process's images (b, 3, S, S) uint8 with the random numbers of their step."""
+        batch_size, processes = self.config.loop.batch_size, self.run.processes
+        rows = MicroBatch(processes.rank, processes.count).rows
+        C, f = self.vae.config.latent_channels, self.vae.config.factor
+        images = batch["images"]
+        shape = (batch_size, C, images.shape[2] // f, images.shape[3] // f)
+
+        def rng(purpose: str) -> torch.Generator:
+            return generator(self.config.loop.seed, step, purpose)
+
+        prepared = {
+            "images": images,
+            "posterior": rows(torch.randn(shape, generator=rng("posterior"))),
+        }
+        if self.config.random_flip:
+            prepared["flip"] = rows(torch.rand(batch_size, generator=rng("flip")))
+        return prepared
+
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
-        """One micro-batch of images (b, 3, S, S) uint8."""
+        """One micro-batch of what `prepare` made, on the device."""
         loss_config = self.config.loss
-        images, noise = self._images_and_noise(batch, step, micro_batch)
+        images, noise = to_floats(batch["images"]), batch["posterior"]
+        if self.config.random_flip:
+            images = mirror(images, batch["flip"])
         num_encoded = images[0].numel()
         transformation = self._transformation(step, noise)
         reconstruction, posterior = self.learner.forward_model(images, noise, transformation)
@@ -135,20 +157,6 @@ class VAETask:
         metrics["grad_norm"] = self.learner.update(total, micro_batch)
         fakes = reconstruction.detach().to(images)
         return metrics | self._update_discriminator(self.discriminator, images, fakes, micro_batch)
-
-    def _images_and_noise(
-        self, batch: dict[str, Any], step: int, micro_batch: MicroBatch
-    ) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1], (b, 3, S, S), mirrored at random if asked for, and latent noise."""
-        seed, batch_size = self.config.loop.seed, self.config.loop.batch_size
-        images = to_floats(batch["images"].to(self.run.device))
-        if self.config.random_flip:
-            u = torch.rand(batch_size, generator=generator(seed, step, "flip"))
-            images = mirror(images, micro_batch.rows(u).to(images))
-        C, f = self.vae.config.latent_channels, self.vae.config.factor
-        shape = (batch_size, C, images.shape[2] // f, images.shape[3] // f)
-        noise = torch.randn(shape, generator=generator(seed, step, "posterior"))
-        return images, micro_batch.rows(noise).to(images)
 
     def _transformation(self, step: int, latents: Tensor) -> Transformation | None:
         """What is done to the latents (b, C, H, W) of a step, in all processes alike."""
