@@ -2,8 +2,8 @@
 
     python benchmarks/judges.py --data data/drawings --judge network --judge edges --out DIR
 
-`--vae MODEL` adds the images as that model's VAE gives them back. "Other style" is no change: a
-true image is looked up among the images of all styles but its own.
+`--vae MODEL` names the model, or the VAE alone, through which the images go once. "Other style" is
+no change: a true image is looked up among the images of all styles but its own.
 """
 
 import argparse
@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.evaluation.controls import controls
-from latentdiff.evaluation.drawing import through_vae
+from latentdiff.evaluation.ceiling import mean_psnr, through_vae
+from latentdiff.evaluation.controls import blurred, controls
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.looks import find_look
 from latentdiff.evaluation.references import References, as_image, read_references
+from latentdiff.formats.diffusers import find_component
 from latentdiff.images import to_floats, to_pixels
-from latentdiff.pipeline import Pipeline
+from latentdiff.models.vae import VAE
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     true = read_references(arguments.data, image_size=arguments.image_size)
     wanted = np.random.default_rng(0).permutation(len(true))[: arguments.count].tolist()
-    vae = Pipeline.from_pretrained(arguments.vae).vae
+    vae = VAE.from_pretrained(find_component(arguments.vae, "vae"))
     drawings = {"VAE": list(through_vae(vae, true, wanted))}
     drawings |= {name: changed(true, wanted, change) for name, change in CHANGES.items()}
     drawings |= {f"control, {name}": made for name, made in controls(true, wanted).items()}
@@ -49,7 +50,7 @@ def main() -> None:
         for change, images in drawings.items():
             verdicts = judge(images, wanted)
             right = [verdicts.concept_right, verdicts.style_right]
-            rows[change] = [psnr(true, wanted, images), *(share(r) for r in right)]
+            rows[change] = [mean_psnr(images, true, wanted).value, *(share(r) for r in right)]
         rows["other style"] = [share(other_style(judge, true, wanted))]
         for change, values in rows.items():
             print(f"{name:10} {change:18}", *(f"{value:8.3f}" for value in values), flush=True)
@@ -60,14 +61,6 @@ def main() -> None:
 
 def share(right: Tensor) -> float:
     return float(right.float().mean())
-
-
-def psnr(true: References, wanted: list[int], images: list[Image.Image]) -> float:
-    """The mean over the images, in dB; of equal images 60."""
-    drawn = np.stack([np.asarray(image, dtype=np.float64) for image in images])
-    pixels = true.pixels[wanted].permute(0, 2, 3, 1).double().numpy()
-    errors = np.square(drawn - pixels).mean(axis=(1, 2, 3)) / 255**2
-    return float((-10 * np.log10(np.maximum(errors, 1e-6))).mean())
 
 
 def other_style(judge: Judge, true: References, wanted: list[int]) -> Tensor:
@@ -94,14 +87,6 @@ def warped(images: Tensor, matrix: list[list[float]], bend: float = 0.0) -> Tens
     shifts = F.interpolate(shifts, size=size[2:], mode="bicubic", align_corners=False)
     grid = grid + shifts.permute(0, 2, 3, 1)
     return F.grid_sample(images - 1, grid, align_corners=False) + 1
-
-
-def blurred(images: Tensor, deviation: float) -> Tensor:
-    reach = int(3 * deviation + 1)
-    kernel = torch.exp(-torch.arange(-reach, reach + 1).float().square() / (2 * deviation**2))
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-    images = F.pad(images, (reach,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(images, kernel, groups=3), kernel.mT, groups=3)
 
 
 def recoloured(images: Tensor) -> Tensor:

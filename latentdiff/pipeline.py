@@ -211,9 +211,7 @@ class Pipeline:
     def _latent_size(self, request: Request) -> tuple[int, int]:
         """Height and width of the latents; by default those of the init image or of training."""
         f, multiple = self.vae.config.factor, self.vae.config.factor * self.unet.multiple
-        trained = self.unet.config.sample_size
-        side = self.vae.config.sample_size if trained is None else trained * f
-        default = request.images[0].size[::-1] if request.images else (side, side)
+        default = request.images[0].size[::-1] if request.images else (self.side, self.side)
         size = []
         for field, pixels in zip(("height", "width"), default, strict=True):
             requested = getattr(request, field)
@@ -272,6 +270,12 @@ class Pipeline:
     def inpaints(self) -> bool:
         """Whether the UNet sees the mask and the masked image beside the noisy latents."""
         return self.unet.config.in_channels != self.vae.config.latent_channels
+
+    @property
+    def side(self) -> int:
+        """The side in pixels of the images that it was trained on, and draws by default."""
+        trained, config = self.unet.config.sample_size, self.vae.config
+        return config.sample_size if trained is None else trained * config.factor
 
     @property
     def components(self) -> Components:

@@ -23,6 +23,7 @@ from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.drawings import packages
 from latentdiff.data.drawings.articles import with_article
 from latentdiff.data.drawings.build import build_drawings, splits_of
+from latentdiff.data.drawings.names import ancestors
 from latentdiff.data.drawings.sets import SETS
 
 STYLES = [one.styles["en"].word for one in SETS.values()]
@@ -100,6 +101,22 @@ def test_captions_are_of_the_languages_asked_for(tarballs: Path, tmp_path: Path)
     keycap = found["0023-20E3", "blob"]
     assert (keycap["text"], keycap["with_article"]) == ("keycap: #", "keycap: #")
     assert (keycap["text_zh"], keycap["keywords_zh"]) == (None, [])
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        ["en-GB", "en-001", "en"],
+        ["en-CA", "en"],
+        ["es-MX", "es-419", "es"],
+        ["hi-Latn", "en-IN", "en-001", "en"],
+        ["nn", "no"],
+        ["pt-PT", "pt"],
+        ["zh-Hant-HK", "zh-Hant"],
+    ],
+)
+def test_a_locale_has_the_ancestors_that_cldr_gives_it(chain: list[str]) -> None:
+    assert list(ancestors(chain[0])) == chain
 
 
 @pytest.mark.parametrize(

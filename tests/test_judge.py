@@ -1,9 +1,9 @@
 """The judge of captioned drawings: what is right by definition, its intervals and its command."""
 
 import importlib.util
-import json
-import sys
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +18,16 @@ from support.small_drawings import SIDE, STYLES, drawing, write_drawings
 from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 
-from latentdiff.cli import main
+from latentdiff.evaluation.ceiling import mean_psnr, through_vae
 from latentdiff.evaluation.contact_sheet import Cell, contact_sheet
 from latentdiff.evaluation.controls import controls
-from latentdiff.evaluation.drawing import through_vae
 from latentdiff.evaluation.edges import WIDTH, edge_features
 from latentdiff.evaluation.intervals import wilson_interval
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.kept_features import kept_features
 from latentdiff.evaluation.looks import find_look
 from latentdiff.evaluation.prompts import choose_prompts
-from latentdiff.evaluation.references import References, read_references
+from latentdiff.evaluation.references import References, as_image, read_references
 from latentdiff.evaluation.results import Figure, Result, compare_results, read_result, write_result
 from latentdiff.evaluation.shares import shares
 
@@ -144,6 +143,18 @@ def test_the_ceiling_of_the_identity_is_everything(true: References) -> None:
     assert all(figure.value == figure.ceiling == figure.high == 1 for figure in figures.values())
 
 
+def test_psnr_is_of_the_mean_squared_error_of_each_image(true: References) -> None:
+    """A difference of d in every value has 20 log10(255 / d) dB."""
+    wanted = [0, 5, 9]
+    bright = true.pixels[wanted].clamp(max=200)
+    brighter = replace(true, pixels=true.pixels.clamp(max=200))
+    made = [as_image(pixels + 5) for pixels in bright]
+    psnr = mean_psnr(made, brighter, wanted)
+    assert [psnr.value, psnr.low, psnr.high] == pytest.approx(3 * [20 * math.log10(255 / 5)])
+    assert psnr.of == 3
+    assert mean_psnr([true.image(0)], true, [0]).value == pytest.approx(60)
+
+
 def with_twin(true: References, *, concept: bool) -> References:
     """Add an image with the pixels of the first, and another concept or another style."""
     return References(
@@ -164,6 +175,27 @@ def test_images_that_are_drawn_alike_show_each_others_concepts_and_styles(
     verdicts = judge([true.image(0)] * 2, [0, len(twins) - 1])
     assert verdicts.concept_right.all()
     assert verdicts.style_right.all()
+
+
+def test_images_alike_are_found_in_any_parts(
+    true: References, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All images of a style were compared at once, in float64: gigabytes for thousands."""
+    twins = with_twin(true, concept=True)
+    expected = Judge(edge_features, twins).shows
+    assert expected.sum() == len(twins) + 2
+    monkeypatch.setattr("latentdiff.evaluation.judge.COMPARED", 1)
+    assert torch.equal(Judge(edge_features, twins).shows, expected)
+
+
+def test_controls_are_the_same_in_any_batches(
+    true: References, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [7, 3, 5, 11]
+    expected = controls(true, wanted)
+    monkeypatch.setattr("latentdiff.evaluation.controls.BATCH_SIZE", 3)
+    for name, made in controls(true, wanted).items():
+        assert [image.tobytes() for image in made] == [x.tobytes() for x in expected[name]]
 
 
 def test_the_style_is_judged_apart_from_the_concept(true: References) -> None:
@@ -195,19 +227,6 @@ def test_the_network_sees_an_image_alike_in_any_batch(
         torch.testing.assert_close(look(few), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_without_the_network_one_sentence_says_what_to_install(
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setitem(sys.modules, PACKAGES[1], None)
-    assert main(["eval", "judge", "emoji", str(data), "--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"latentdiff eval judge needs the package {PACKAGES[1]}: ")
-    assert line.endswith("pip install 'latentdiff[judge]'")
-
-
 @pytest.mark.parametrize(("count", "total"), [(0, 20), (7, 20), (20, 20), (953, 1000)])
 def test_the_interval_is_scipys_wilson_interval(count: int, total: int) -> None:
     expected = binomtest(count, total).proportion_ci(method="wilson")
@@ -226,19 +245,41 @@ def test_controls_keep_what_they_claim_to_keep(true: References) -> None:
     assert made["mean"][0].tobytes() == made["mean"][1].tobytes()  # there is no column `group`
 
 
-def test_prompts_fill_each_row_of_each_split_once_and_are_the_same_again(true: References) -> None:
+def test_each_pair_of_each_split_is_asked_for_once_at_most(true: References) -> None:
+    """A split with too few had its pairs drawn twice, which an interval counts as independent."""
     templates = {"{text}, {style}": 10, "{text_zh}，{style}": 12}
     prompts = choose_prompts(true, templates, seed=3)
     assert prompts == choose_prompts(true, templates, seed=3)
     assert prompts != choose_prompts(true, templates, seed=4)
     train = [p for p in prompts if true.splits[p.wanted] == "train"]
     assert len(train) == len({p.wanted for p in train}) == 22
-    assert len(prompts) == 44  # of the two rows of `test` again and again
-    assert [p.seed for p in prompts] == list(range(3, 47))
+    test = [p for p in prompts if true.splits[p.wanted] == "test"]
+    assert len(test) == len({p.wanted for p in test}) == 2
+    assert [p.column for p in test] == ["text", "text_zh"]  # 2 · 10 / 22 and 2 · 12 / 22
+    assert [p.seed for p in prompts] == list(range(3, 27))
     for prompt in prompts:
         row = true.rows[prompt.wanted]
         comma = ", " if prompt.column == "text" else "，"
         assert prompt.text == row[prompt.column] + comma + row["style"]
+
+
+def test_a_pair_that_has_several_images_is_asked_for_once(true: References) -> None:
+    again = replace(
+        true,
+        pixels=true.pixels.repeat(2, 1, 1, 1),
+        concepts=2 * true.concepts,
+        styles=2 * true.styles,
+        splits=2 * true.splits,
+        rows=[*true.rows, *true.rows],
+    )
+    assert choose_prompts(again, {"{text}": 99}) == choose_prompts(true, {"{text}": 99})
+
+
+@pytest.mark.parametrize("value", [["kitty", "pet"], 3])
+def test_a_column_that_holds_no_texts_fills_no_template(true: References, value: object) -> None:
+    rows = [*true.rows[:-1], {**true.rows[-1], "text": value}]
+    with pytest.raises(ValueError, match=r"the column 'text', which holds .*; it must hold a text"):
+        choose_prompts(replace(true, rows=rows), {"{text}": 1})
 
 
 @pytest.mark.parametrize(
@@ -288,6 +329,12 @@ def test_a_wrong_drawing_has_a_red_frame_and_a_right_one_none() -> None:
         assert ((255, 0, 0) in colours(sheet)) != right
 
 
+def test_of_a_prompt_of_several_lines_the_first_is_shown() -> None:
+    image = Image.new("RGB", (SIDE, SIDE))
+    one, several = (contact_sheet([Cell(image, image, t, True)]) for t in ("a cat", "a cat\nb"))
+    assert one.tobytes() == several.tobytes()
+
+
 def test_images_drawn_in_a_batch_are_those_drawn_alone_up_to_rounding(tmp_path: Path) -> None:
     pipe = tiny_pipeline(tmp_path)
     options: Any = {"seed": [5, 6, 7], "steps": 3, "progress": False}
@@ -296,74 +343,3 @@ def test_images_drawn_in_a_batch_are_those_drawn_alone_up_to_rounding(tmp_path: 
     for one, other in zip(alone, pipe(["a", "b", "c"], **options).images, strict=True):
         apart = [abs(a - b) for a, b in zip(one.tobytes(), other.tobytes(), strict=True)]
         assert max(apart) <= 1
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline(folder / "tokens").save_pretrained(folder)
-    return str(folder)
-
-
-def judge_command(drawn: str, data: Path, out: Path, *more: str) -> int:
-    return main(["eval", "judge", drawn, str(data), "--out", str(out), "--judge", "edges", *more])
-
-
-def figures(out: Path) -> dict[str, Any]:
-    return json.loads((out / "result.json").read_text())["figures"]
-
-
-def test_the_command_draws_judges_and_compares(
-    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A model is drawn with; what it drew is judged again as a folder, with the same figures."""
-    prompts = ["--prompts", "{text}", "2", "--prompts", "{text_zh}，{style}", "1"]
-    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
-    assert judge_command(model, data, first, *prompts, "--steps", "1") == 0
-    assert judge_command(str(first / "images"), data, again) == 0
-    assert figures(first) == figures(again)
-    assert figures(first)["concept, train, text"]["of"] == 2
-    assert (first / "sheet.png").is_file()
-    capsys.readouterr()
-    assert compare(first, again) == 0
-    assert "within chance" in capsys.readouterr().out
-    assert judge_command(model, data, other, *prompts, "--steps", "2") == 0
-    assert compare(first, other) == 2
-    assert "steps is 1 in the one and 2 in the other" in capsys.readouterr().err
-
-
-def compare(first: Path, second: Path) -> int:
-    return main(["eval", "compare", *(str(out / "result.json") for out in (first, second))])
-
-
-def test_true_images_in_a_folder_are_all_right(
-    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [str(data), data, tmp_path / "out"]
-    assert judge_command(*arguments) == 2  # pyright: ignore[reportArgumentType]
-    assert "does not say what drew it: name a model as --vae" in capsys.readouterr().err
-    assert judge_command(*arguments, "--vae", model) == 0  # pyright: ignore[reportArgumentType]
-    found = figures(tmp_path / "out")
-    assert found["concept"]["value"] == found["style"]["value"] == 1
-
-
-@pytest.mark.parametrize(
-    ("more", "sentence"),
-    [
-        (["--prompts", "{text}", "many"], "COUNT must be a whole number"),
-        (["--judge", "nobody"], "nobody"),
-        (["--style_column", "kind"], "has no column 'kind'"),
-    ],
-)
-def test_what_cannot_be_judged_is_said_in_one_sentence(
-    model: str,
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    more: Sequence[str],
-    sentence: str,
-) -> None:
-    assert judge_command(model, data, tmp_path / "out", *more) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("latentdiff eval judge: ")
-    assert sentence in line

@@ -1,4 +1,4 @@
-"""`latentdiff eval`: drawings judged by their captions, distances of two folders, two results."""
+"""`latentdiff eval`: drawings judged by their captions, a VAE, two folders, two results."""
 
 import argparse
 from pathlib import Path
@@ -13,6 +13,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     evaluate = commands.add_parser("eval", help="how good drawn images are")
     kinds = evaluate.add_subparsers(metavar="KIND", required=True)
     _add_judge(kinds.add_parser("judge", help="what drawings show", allow_abbrev=False))
+    _add_vae(kinds.add_parser("vae", help="what a VAE gives back", allow_abbrev=False))
     _add_distance(
         kinds.add_parser("distance", help="how far two folders are apart", allow_abbrev=False)
     )
@@ -25,15 +26,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("drawn", metavar="DRAWN", help="a model, or a folder of drawings with metadata.jsonl")
     add("data", metavar="DATA", type=Path, help="true images with the columns concept and style")
     add("--out", type=Path, required=True, help="a new folder for result.json and sheet.png")
-    add("--judge", default="network", help=f"{', '.join(JUDGES)} or a CLIP's folder")
-    add("--concept_column", default="concept")
-    add("--style_column", default="style")
-    add(
-        "--reference_features",
-        metavar="FILE",
-        type=Path,
-        help="keeps what takes minutes, the features of the true images, for the next call",
-    )
+    _add_looking(parser)
     add("--vae", metavar="MODEL", help="for the ceiling; default: that of the drawings' model")
     drawing = parser.add_argument_group("how to draw, where DRAWN is a model")
     add = drawing.add_argument
@@ -50,8 +43,32 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"))
     add("--seed", type=int, default=0, help="of the choice and of the first image")
     add("--dtype", choices=DTYPES, default="float32")
-    add("--device", help="such as cpu or cuda; default: an accelerator if any")
     add("--batch_size", type=int, default=32, help="images drawn at once")
+
+
+def _add_looking(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--judge", default="network", help=f"{', '.join(JUDGES)} or a CLIP's folder")
+    add("--concept_column", default="concept")
+    add("--style_column", default="style")
+    add(
+        "--reference_features",
+        metavar="FILE",
+        type=Path,
+        help="keeps what takes minutes, the features of the true images, for the next call",
+    )
+    add("--device", help="such as cpu or cuda; default: an accelerator if any")
+
+
+def _add_vae(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_vae, parser=parser)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a model, or a VAE alone: RUN/model of train_vae.py")
+    add("data", metavar="DATA", type=Path, help="true images with the columns concept and style")
+    add("--count", type=int, default=600, help="of the images, chosen at random")
+    add("--image_size", type=int, help="default: the size that the VAE was trained on")
+    add("--out", metavar="JSON", type=Path, help="a file for the result")
+    _add_looking(parser)
 
 
 def _add_distance(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +84,7 @@ def _add_distance(parser: argparse.ArgumentParser) -> None:
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_compare, parser=parser)
     for name in ("first", "second"):
-        parser.add_argument(name, metavar="JSON", type=Path, help="of eval judge or distance")
+        parser.add_argument(name, metavar="JSON", type=Path, help="of eval judge, vae or distance")
 
 
 def _judge(arguments: argparse.Namespace) -> None:
@@ -76,8 +93,14 @@ def _judge(arguments: argparse.Namespace) -> None:
     judge(arguments)
 
 
+def _vae(arguments: argparse.Namespace) -> None:
+    from latentdiff.cli.ceiling import judge_vae
+
+    judge_vae(arguments)
+
+
 def _distance(arguments: argparse.Namespace) -> None:
-    from latentdiff.cli.judging import distance
+    from latentdiff.cli.distance import distance
 
     distance(arguments)
 

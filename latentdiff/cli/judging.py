@@ -1,125 +1,113 @@
-"""The work of `latentdiff eval judge` and `distance`: draw, judge, write, print."""
+"""The work of `latentdiff eval judge`: draw, judge, write, print."""
 
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 from PIL import Image
-from torch import Tensor
 
+from latentdiff.cli.ceiling import load_vae, psnr_words
 from latentdiff.cli.drawing import find_device, load_pipeline
-from latentdiff.data.crop_flip import crop_to
 from latentdiff.data.folder import check_free
+from latentdiff.evaluation.ceiling import mean_psnr, through_vae
 from latentdiff.evaluation.contact_sheet import Cell, contact_sheet
 from latentdiff.evaluation.controls import controls
-from latentdiff.evaluation.distances import Comparison, compare
-from latentdiff.evaluation.drawing import draw_prompts, read_settings, side_of, through_vae
+from latentdiff.evaluation.drawing import SETTINGS, draw_prompts, read_settings
 from latentdiff.evaluation.features import images_of
-from latentdiff.evaluation.intervals import Interval, wilson_interval
 from latentdiff.evaluation.judge import Judge, Verdicts
 from latentdiff.evaluation.kept_features import kept_features
 from latentdiff.evaluation.looks import find_look
-from latentdiff.evaluation.prompts import TEMPLATES, choose_prompts
+from latentdiff.evaluation.prompts import TEMPLATES, Prompt, choose_prompts
 from latentdiff.evaluation.references import References, read_references
 from latentdiff.evaluation.results import Figure, Result, write_result
-from latentdiff.evaluation.shares import shares
+from latentdiff.evaluation.shares import share, shares
+from latentdiff.models.vae import VAE
 
 SHEET = 128  # drawings on the contact sheet, at most
 
 
 def judge(arguments: argparse.Namespace) -> None:
     """Draw if there is a model, and say what share of the drawings is right; see its --help."""
-    check_free(arguments.out)
-    named = find_look(arguments.judge)  # first, as it may be missing
-    folder = Path(arguments.drawn)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        true = _references(arguments, arguments.data, min(next(images_of(folder)).size))
-    else:
+    folder, vae = Path(arguments.drawn), None
+    draws = not folder.is_dir() or (folder / "model_index.json").is_file()
+    if not (draws and _is_begun(arguments.out)):
+        check_free(arguments.out)
+    device = find_device(arguments.device)
+    named = find_look(arguments.judge, device=device)  # first, as it may be missing
+    if draws:
         folder = arguments.out / "images"
-        true = _draw(arguments, folder)
-    drawn = _references(arguments, folder, true.pixels.shape[-1])
-    wanted = _wanted(drawn, true, arguments)
+        true, vae = _draw(arguments, folder, device)
+    else:
+        true = _references(arguments, arguments.data, min(next(images_of(folder)).size))
     drawing = read_settings(folder)
+    side = true.pixels.shape[-1]
+    drawn = _drawings(arguments, folder, side)
+    wanted = _wanted(drawn, true, arguments)
     vae_model = arguments.vae or drawing.get("model")
     if vae_model is None:
         raise ValueError(f"{folder} does not say what drew it: name a model as --vae")
-    device = find_device(arguments.device)
-    vae = load_pipeline(vae_model, dtype="float32", device=device).vae
+    if vae is None or arguments.vae is not None:
+        vae = load_vae(vae_model, device)
 
     path = arguments.reference_features
     features = None if path is None else kept_features(path, named, true)
     judging = Judge(named.look, true, features=features)
     verdicts = judging((drawn.image(i) for i in range(len(drawn))), wanted)
-    ceiling = judging(through_vae(vae, true, wanted), wanted)
+    given_back = list(through_vae(vae, true, wanted))
+    psnr = mean_psnr(given_back, true, wanted)
     splits = [true.splits[i] for i in wanted]
     columns = [str(row.get("column", "all")) for row in drawn.rows]
-    figures = shares(verdicts, ceiling, splits, columns)
+    figures = shares(verdicts, judging(given_back, wanted), splits, columns)
     for name, images in controls(true, wanted).items():
         control = judging(images, wanted)
-        figures[f"concept, control {name}"] = _share(control.concept_right)
-        figures[f"style, control {name}"] = _share(control.style_right)
-    words = json.dumps([drawn.rows[i].get("text") for i in range(len(drawn))], ensure_ascii=False)
+        figures[f"concept, control {name}"] = share(control.concept_right)
+        figures[f"style, control {name}"] = share(control.style_right)
     result = Result(
         settings={
             "judge": named.description,
             "data": true.fingerprint,
-            "image_size": true.pixels.shape[-1],
+            "image_size": side,
             "num_images": len(drawn),
-            "wanted": hashlib.sha256(f"{wanted} {words}".encode()).hexdigest(),
+            "wanted": _digest(drawn, wanted),
             **drawing.get("options", {}),
         },
         subject={"drawn": arguments.drawn, "vae": vae_model, **drawing},
-        figures=figures,
+        figures={**figures, "PSNR of the VAE": psnr},
     )
-    write_result(result, arguments.out / "result.json")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     _sheet(drawn, true, wanted, verdicts).save(arguments.out / "sheet.png")
+    write_result(result, arguments.out / "result.json")
     print(f"{named.description}: {len(drawn)} drawings among {len(true)} true images")
     _print(figures)
+    print(f"The ceiling is that of the VAE, {psnr_words(psnr)}.")
     print(f"{arguments.out}/result.json, sheet.png")
 
 
-def distance(arguments: argparse.Namespace) -> None:
-    """Say how far two folders are apart; see `latentdiff eval distance --help`."""
-    # The folders first, so that their errors come before a network is loaded.
-    sets = [images_of(folder) for folder in (arguments.drawn, arguments.true)]
-    named = find_look(arguments.features, whole=True)
-    side, digests = arguments.image_size, [hashlib.sha256(), hashlib.sha256()]
-    drawn, true = (
-        named.look(_sized(images, side, digest))
-        for images, digest in zip(sets, digests, strict=True)
-    )
-    comparison = compare(drawn, true)
-    print(
-        f"Fréchet distance {comparison.frechet:.4g}, "
-        f"kernel distance {comparison.kernel:.4g} ({_ends(comparison.kernel_interval)}), "
-        f"precision {comparison.precision:.1%}, recall {comparison.recall:.1%} "
-        f"({comparison.num_drawn} drawn and {comparison.num_true} true images, "
-        f"{drawn.shape[1]} features)"
-    )
-    if arguments.out is not None:
-        result = Result(
-            settings={
-                "features": named.description,
-                "true": digests[1].hexdigest(),
-                "image_size": side,
-                "num_drawn": len(drawn),
-            },
-            subject={"drawn": str(arguments.drawn), "sha256": digests[0].hexdigest()},
-            figures=_distances(comparison),
-        )
-        write_result(result, arguments.out)
+def _is_begun(out: Path) -> bool:
+    """Whether drawing was interrupted there, or what follows it."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return names <= {"images", "sheet.png"} and (out / "images" / SETTINGS).is_file()
 
 
-def _draw(arguments: argparse.Namespace, folder: Path) -> References:
-    """Draw the prompts, and return the true images in the size of the drawings."""
-    device = find_device(arguments.device)
+def _digest(drawn: References, wanted: list[int]) -> str:
+    """SHA-256 of what the drawings should show, and of the words that asked for it."""
+    words = json.dumps([row.get("text") for row in drawn.rows], ensure_ascii=False)
+    return hashlib.sha256(f"{wanted} {words}".encode()).hexdigest()
+
+
+def _draw(
+    arguments: argparse.Namespace, folder: Path, device: torch.device
+) -> tuple[References, VAE]:
+    """Draw the prompts; return the true images in the size of the drawings, and the VAE."""
     pipe = load_pipeline(arguments.drawn, dtype=arguments.dtype, device=device)
-    references = _references(arguments, arguments.data, side_of(pipe))
+    references = _references(arguments, arguments.data, pipe.side)
     templates = _templates(arguments.prompts)
     prompts = choose_prompts(references, templates, seed=arguments.seed)
+    _tell_fewer(prompts, references, sum(templates.values()))
     names = ("steps", "sampler", "guidance_scale", "guidance_interval")
     options = {name: getattr(arguments, name) for name in names}
     recorded = {"seed": arguments.seed, "dtype": arguments.dtype, "templates": templates}
@@ -138,7 +126,7 @@ def _draw(arguments: argparse.Namespace, folder: Path) -> References:
         },
         batch_size=arguments.batch_size,
     )
-    return references
+    return references, pipe.vae.float()
 
 
 def _templates(pairs: Sequence[Sequence[str]] | None) -> dict[str, int]:
@@ -147,7 +135,22 @@ def _templates(pairs: Sequence[Sequence[str]] | None) -> dict[str, int]:
     for template, count in pairs:
         if not count.isdecimal():
             raise ValueError(f"--prompts {template!r} {count}: COUNT must be a whole number")
-    return {template: int(count) for template, count in pairs}
+    templates = {template: int(count) for template, count in pairs}
+    if len(templates) < len(pairs):
+        twice = next(t for t in templates if sum(t == other for other, _ in pairs) > 1)
+        raise ValueError(f"--prompts {twice!r} is given twice; give it once, with the whole COUNT")
+    return templates
+
+
+def _tell_fewer(prompts: Sequence[Prompt], references: References, asked: int) -> None:
+    """Print how many prompts a split has, where they are fewer than were asked for."""
+    splits = Counter(references.splits[prompt.wanted] for prompt in prompts)
+    for split, count in splits.items():
+        if count < asked:
+            print(
+                f"split {split!r} has {count} prompts instead of {asked}: each pair of a concept "
+                "and a style is drawn once"
+            )
 
 
 def _references(arguments: argparse.Namespace, data: Path, side: int) -> References:
@@ -157,6 +160,13 @@ def _references(arguments: argparse.Namespace, data: Path, side: int) -> Referen
         concept=arguments.concept_column,
         style=arguments.style_column,
     )
+
+
+def _drawings(arguments: argparse.Namespace, folder: Path, side: int) -> References:
+    """Read drawings. What was drawn here has columns of its own, whatever those of DATA are."""
+    if (folder / SETTINGS).is_file():
+        return read_references(folder, image_size=side)
+    return _references(arguments, folder, side)
 
 
 def _wanted(drawn: References, true: References, arguments: argparse.Namespace) -> list[int]:
@@ -169,28 +179,6 @@ def _wanted(drawn: References, true: References, arguments: argparse.Namespace) 
             f"{arguments.style_column}={missing[1]!r}, which a drawing should show"
         )
     return [true.index[pair] for pair in pairs]
-
-
-def _share(right: Tensor) -> Figure:
-    count, total = int(right.sum()), len(right)
-    return Figure(count / total, *wilson_interval(count, total), of=total)
-
-
-def _distances(comparison: Comparison) -> dict[str, Figure]:
-    c = comparison
-    return {
-        "kernel": Figure(c.kernel, *c.kernel_interval, of=c.num_drawn),
-        "precision": Figure(c.precision, *c.precision_interval, of=c.num_drawn),
-        "recall": Figure(c.recall, *c.recall_interval, of=c.num_true),
-    }
-
-
-def _sized(images: Iterator[Image.Image], side: int | None, digest: Any) -> Iterator[Image.Image]:
-    """The images, brought to one size where it is given; their pixels go into the digest."""
-    for image in images:
-        sized = image if side is None else crop_to(image, (side, side))
-        digest.update(f"{sized.size}".encode() + sized.tobytes())
-        yield sized
 
 
 def _sheet(
@@ -217,7 +205,3 @@ def _print(figures: dict[str, Figure]) -> None:
         ceiling = "" if figure.ceiling is None else f"  ceiling {figure.ceiling:6.1%}"
         interval = f"{figure.low:.1%} to {figure.high:.1%}"
         print(f"{name:{width}}  {figure.value:6.1%}  ({interval:16}) of {figure.of:5}{ceiling}")
-
-
-def _ends(interval: Interval) -> str:
-    return f"95 %: {interval.low:.4g} to {interval.high:.4g}"

@@ -17,8 +17,9 @@ from latentdiff.data.decode import BadSample
 
 MAX_REPEATED = 100  # largest length that is tried for a row's list of repeated captions
 WEIGHT_ERROR = 1e-3  # a longer list must come nearer to the weights by this much
-FEW = 20  # captions; more have a list of `LONG_REPEATED`, and no length is tried
+FEW = 20  # captions; more have a list of `LONG_REPEATED` or more, and no length is tried
 LONG_REPEATED = 1000
+TAKEN = 1e-3  # share of a long list that may be taken from others for captions of less than a place
 
 _TEXTS = (pa.types.is_string, pa.types.is_large_string)
 _NAMED = re.compile(r"\{([^{}]+)\}")  # a template's {column}; its {} is the caption
@@ -192,14 +193,19 @@ def _counts(weights: tuple[float, ...]) -> list[int]:
 
 
 def _many_counts(fractions: Sequence[float]) -> list[int]:
-    """Share `LONG_REPEATED` out so that neighbours together have their share to one, whatever few.
+    """Share a long list out so that neighbours together have their share to one, whatever few.
 
     Each has the difference of two rounded sums: rounded by themselves, the fifty captions of a
-    column with 1.4 each would lose 20 of their 70.
+    column with 1.4 each would lose 20 of their 70. Each has a place at least, so the list doubles
+    until those places are hardly more than their captions' share: of 1,000, two hundred with 0.6
+    each would take 75 from others.
     """
     if len(set(fractions)) == 1:
         return [1] * len(fractions)
-    ends = [round(LONG_REPEATED * end) for end in accumulate(fractions)]
+    length = LONG_REPEATED
+    while sum(1 / length - x for x in fractions if 0 < x < 1 / length) > TAKEN:
+        length *= 2
+    ends = [round(length * end) for end in accumulate(fractions)]
     counts = [end - start for start, end in pairwise([0, *ends])]
     return [max(1, n) if x > 0 else 0 for n, x in zip(counts, fractions, strict=True)]
 

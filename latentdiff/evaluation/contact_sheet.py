@@ -22,7 +22,8 @@ class Cell(NamedTuple):
 def contact_sheet(cells: Sequence[Cell]) -> Image.Image:
     """Lay the cells out, eight a row; a drawing that is wrong has a red frame.
 
-    A prompt for which no font of this machine has the characters is left out.
+    Of a prompt the first line is shown, and none for which no font of this machine has the
+    characters.
     """
     width, height = 2 * SIDE + 3 * GAP, SIDE + LABEL + 2 * GAP
     sheet = Image.new("RGB", (COLUMNS * width, -(-len(cells) // COLUMNS) * height), "white")
@@ -33,7 +34,8 @@ def contact_sheet(cells: Sequence[Cell]) -> Image.Image:
             sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left, y))
         if not cell.right:
             draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1), outline="red", width=2)
-        font, label = font_for(cell.prompt, FONT_SIZE), cell.prompt
+        label = cell.prompt.partition("\n")[0]
+        font = font_for(label, FONT_SIZE)
         if font is not None:
             while draw.textlength(label, font) > width - GAP:
                 label = label[:-2] + "…"

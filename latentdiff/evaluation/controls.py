@@ -1,5 +1,8 @@
 """Controls: drawings that nobody would recognise, of which a judge should call few right."""
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -9,34 +12,47 @@ from latentdiff.evaluation.references import References, as_image
 
 BLOT = 0.125  # deviation of the blur, as a fraction of the image's side
 CELLS = 8  # a side, of the mosaic and of the shuffled pieces
+BATCH_SIZE = 64  # images that are made, or added up, at once
 
 
-def controls(references: References, wanted: list[int]) -> dict[str, list[Image.Image]]:
+def controls(references: References, wanted: Sequence[int]) -> dict[str, list[Image.Image]]:
     """Images that have something of each wanted reference, but not what it shows.
 
     "blot": blurred by an eighth of its side, its colours in their places. "mosaic": the mean colour
     of each of 8 x 8 cells. "shuffled": the same cells in another order. "mean": the mean of all
     images of its concept's group, or of all where there is no column `group`. "noise": uniform.
     """
-    pixels = references.pixels[wanted].float()  # (B, 3, S, S)
+    side = references.pixels.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    cell = pixels.shape[-1] // CELLS
-    made = {
-        "blot": _blurred(pixels, BLOT * pixels.shape[-1]),
-        "mosaic": F.interpolate(F.adaptive_avg_pool2d(pixels, CELLS), size=pixels.shape[-2:]),
-        "shuffled": torch.stack([_shuffled(image, cell, generator) for image in pixels]),
-        "mean": _group_means(references)[wanted],
-        "noise": 255 * torch.rand(pixels.shape, generator=generator),
+    means = _group_means(references, {_group(references, i) for i in wanted})
+
+    def pixels(rows: Sequence[int]) -> Tensor:
+        return references.pixels[list(rows)].float()  # (B, 3, S, S)
+
+    changes: dict[str, Callable[[Sequence[int]], Tensor]] = {
+        "blot": lambda rows: blurred(pixels(rows), BLOT * side),
+        "mosaic": lambda rows: F.interpolate(
+            F.adaptive_avg_pool2d(pixels(rows), CELLS), size=(side, side)
+        ),
+        "shuffled": lambda rows: torch.stack(
+            [_shuffled(image, side // CELLS, generator) for image in pixels(rows)]
+        ),
+        "mean": lambda rows: torch.stack([means[_group(references, i)] for i in rows]),
+        "noise": lambda rows: 255 * torch.rand(len(rows), 3, side, side, generator=generator),
     }
     return {
-        name: [as_image(image.round().clamp(0, 255).to(torch.uint8)) for image in images]
-        for name, images in made.items()
+        name: [
+            as_image(image.round().clamp(0, 255).to(torch.uint8))
+            for rows in _parts(wanted)
+            for image in change(rows)
+        ]
+        for name, change in changes.items()
     }
 
 
-def _blurred(pixels: Tensor, deviation: float) -> Tensor:
-    """Gaussian blur of (B, 3, S, S); beyond the edges is what is at the edges."""
-    reach = min(int(3 * deviation), pixels.shape[-1] - 1)
+def blurred(pixels: Tensor, deviation: float) -> Tensor:
+    """Gaussian blur of (B, 3, S, S) by so many pixels; beyond the edges is what is at the edges."""
+    reach = min(math.ceil(3 * deviation), pixels.shape[-1] - 1)
     kernel = torch.exp(-torch.arange(-reach, reach + 1).float().square() / (2 * deviation**2))
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
     for turned in (kernel, kernel.mT):
@@ -56,11 +72,22 @@ def _shuffled(image: Tensor, cell: int, generator: torch.Generator) -> Tensor:
     )[0]
 
 
-def _group_means(references: References) -> Tensor:
-    """The mean of each image's group (N, 3, S, S)."""
-    groups = [str(row.get("group")) for row in references.rows]
-    means = {}
-    for group in set(groups):
-        rows = [i for i, name in enumerate(groups) if name == group]
-        means[group] = references.pixels[rows].float().mean(dim=0)
-    return torch.stack([means[group] for group in groups])
+def _parts(rows: Sequence[int]) -> list[Sequence[int]]:
+    return [rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)]
+
+
+def _group(references: References, i: int) -> str:
+    return str(references.rows[i].get("group"))
+
+
+def _group_means(references: References, groups: set[str]) -> dict[str, Tensor]:
+    """The mean (3, S, S) of all images of each group."""
+    rows: dict[str, list[int]] = {group: [] for group in groups}
+    for i in range(len(references)):
+        if (group := _group(references, i)) in groups:
+            rows[group].append(i)
+    sums = {
+        group: torch.stack([references.pixels[list(p)].sum(dim=0) for p in _parts(of_group)]).sum(0)
+        for group, of_group in rows.items()
+    }
+    return {group: (total / len(rows[group])).float() for group, total in sums.items()}

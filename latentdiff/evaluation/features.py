@@ -33,10 +33,10 @@ class Features:
         self.batch_size = batch_size
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
+    def from_pretrained(cls, folder: Path | str, *, device: torch.device | None = None) -> Self:
         """Read a folder of transformers' CLIPModel, or `model/` of a train_clip.py run.
 
-        The tower is put on an accelerator if there is one.
+        Without `device` the tower is put on an accelerator, if there is one.
 
         Raises ValueError as `load_clip` does.
         """
@@ -44,8 +44,9 @@ class Features:
         inner = folder / "clip"
         towers = load_clip(inner if (inner / "config.json").is_file() else folder)
         features = cls(towers.model, towers.pixels)
-        if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
-            features.clip.to(device)
+        if device is None:
+            device = torch.accelerator.current_accelerator(check_available=True)
+        features.clip.to(device or "cpu")
         return features
 
     @property

@@ -4,6 +4,7 @@ A drawing's concept is that of the nearest reference image, by the cosine of whi
 N references, B drawings, D features, E of them after whitening, K concepts.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,12 @@ VERSION = 1
 """Counts up with every change by which a judge may say something else."""
 
 ALIKE = 30.0
-"""dB of PSNR: two images of one style that are nearer than this show each other's concepts, and two
-of one concept each other's styles. It is the fidelity that is asked of a VAE."""
+"""Two images are drawn alike if their PSNR is above this, in dB.
+
+Two such images of one style show each other's concepts, and two of one concept each other's styles.
+A VAE is asked for the same PSNR."""
+COMPARED = 2**24
+"""The number of pixels' values that are compared at once, as float64."""
 
 WHITENED = 512
 """The number of principal directions that are kept, E at most."""
@@ -109,12 +114,16 @@ def _shown(pixels: Tensor, labels: Tensor, *, of_one: Tensor) -> Tensor:
     Only images with the same value of `of_one` (N,) are compared.
     """
     shown = F.one_hot(labels).bool()
-    limit = 255**2 * 10 ** (-ALIKE / 10)  # of the mean squared error
+    limit = 255**2 * 10 ** (-ALIKE / 10) * pixels[0].numel()  # of the sum of squared errors
     for value in of_one.unique():
-        rows = (of_one == value).nonzero()[:, 0]
-        flat = pixels[rows].flatten(1).double()
-        squares = flat.square().sum(1)
-        errors = squares[:, None] + squares - 2 * flat @ flat.T
-        for i, j in (errors < limit * flat.shape[1]).nonzero():
-            shown[rows[i], labels[rows[j]]] = True
+        parts = (of_one == value).nonzero()[:, 0].split(max(1, COMPARED // pixels[0].numel()))
+        for rows, others in itertools.product(parts, parts):
+            for i, j in (_squared_errors(pixels[rows], pixels[others]) < limit).nonzero():
+                shown[rows[i], labels[others[j]]] = True
     return shown
+
+
+def _squared_errors(images: Tensor, others: Tensor) -> Tensor:
+    """Sums over the pixels of all pairs of images (A, 3, S, S) and (B, 3, S, S): (A, B), exact."""
+    a, b = images.flatten(1).double(), others.flatten(1).double()
+    return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T

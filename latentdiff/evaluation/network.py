@@ -30,8 +30,8 @@ BATCH_SIZE = 64
 class Network:
     """EfficientNet-Lite0: features of images of any size, and of their places or of the whole."""
 
-    def __init__(self) -> None:
-        """Load the weights.
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Load the weights onto a device; without one onto an accelerator, if there is any.
 
         Raises ModuleNotFoundError without the extra `judge`, and ValueError for other weights.
         """
@@ -45,9 +45,10 @@ class Network:
         network: Any = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(read_pickle(path), strict=True)
         network.requires_grad_(False).eval()
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        if device is None:
+            device = torch.accelerator.current_accelerator(check_available=True)
         # Depthwise convolutions are nearly twice as fast so on the CPU.
-        self._network = network.to(device=device, memory_format=torch.channels_last)
+        self._network = network.to(device=device or "cpu", memory_format=torch.channels_last)
 
     def places(self, images: Iterable[Image.Image]) -> Tensor:
         """What is where: means of two inner maps on a 4 x 4 grid, (N, 3072).

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,13 +72,7 @@ def compare_results(first: Result, second: Result) -> list[Difference]:
 
     Raises ValueError, naming what differs, for results under different settings.
     """
-    names = list(dict.fromkeys((*first.settings, *second.settings)))
-    different = [
-        f"{name} is {_shown(first.settings, name)} in the one and "
-        f"{_shown(second.settings, name)} in the other"
-        for name in names
-        if _shown(first.settings, name) != _shown(second.settings, name)
-    ]
+    different = differences(first.settings, second.settings, "in the one", "in the other")
     if different:
         raise ValueError(f"these figures do not compare: {'; '.join(different)}")
     return [
@@ -87,7 +82,18 @@ def compare_results(first: Result, second: Result) -> list[Difference]:
     ]
 
 
-def _shown(settings: dict[str, Any], name: str) -> str:
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], in_first: str, in_second: str
+) -> list[str]:
+    """Say what differs between two settings: "steps is 50 in the one and 20 in the other"."""
+    return [
+        f"{name} is {_shown(first, name)} {in_first} and {_shown(second, name)} {in_second}"
+        for name in dict.fromkeys((*first, *second))
+        if _shown(first, name) != _shown(second, name)
+    ]
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
     return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not given"
 
 

@@ -34,20 +34,21 @@ def shares(
         if key in seen or not rows.any():
             continue
         seen.add(key)
-        figures[f"concept{name}"] = _share(verdicts.concept_right, ceiling.concept_right, rows)
-        figures[f"style{name}"] = _share(verdicts.style_right, ceiling.style_right, rows)
+        figures[f"concept{name}"] = share(verdicts.concept_right[rows], ceiling.concept_right[rows])
+        figures[f"style{name}"] = share(verdicts.style_right[rows], ceiling.style_right[rows])
     return figures
 
 
-def _where(names: Sequence[str], name: str) -> Tensor:
-    return torch.tensor([other == name for other in names])
-
-
-def _share(right: Tensor, ceiling: Tensor, rows: Tensor) -> Figure:
-    count, total = int(right[rows].sum()), int(rows.sum())
+def share(right: Tensor, ceiling: Tensor | None = None) -> Figure:
+    """The share of drawings that are right (N,), beside that of perfect ones, if it is known."""
+    count, total = int(right.sum()), len(right)
     return Figure(
         value=count / total,
         **wilson_interval(count, total)._asdict(),
         of=total,
-        ceiling=float(ceiling[rows].float().mean()),
+        ceiling=None if ceiling is None else float(ceiling.float().mean()),
     )
+
+
+def _where(names: Sequence[str], name: str) -> Tensor:
+    return torch.tensor([other == name for other in names])

@@ -10,8 +10,17 @@ from latentdiff.data.drawings.packages import read_members
 
 MAX_SHARED = 20  # concepts; "face" and "animal" are keywords of more, and tell none of them apart
 
-# CLDR's parent of a locale, where it is not the locale without its last part.
-_PARENTS = {"es-MX": "es-419", "es-US": "es-419"}
+# CLDR 48.2's parent of a locale of the names' package, where it is not the locale without its last
+# part and there are names of it (supplemental/parentLocales.json). The parent of en-CA is en.
+_PARENTS = {
+    "en-AU": "en-001",
+    "en-GB": "en-001",
+    "en-IN": "en-001",
+    "es-MX": "es-419",
+    "es-US": "es-419",
+    "hi-Latn": "en-IN",
+    "nn": "no",
+}
 
 
 class Name(NamedTuple):
@@ -33,9 +42,15 @@ def ancestors(locale: str) -> Sequence[str]:
     They end at a script: zh-Hant has nothing of zh.
     """
     chain = [locale]
-    while "-" in chain[-1] and not chain[-1].rpartition("-")[2].istitle():
-        chain.append(_PARENTS.get(chain[-1], chain[-1].rpartition("-")[0]))
+    while parent := _PARENTS.get(chain[-1], _without_last(chain[-1])):
+        chain.append(parent)
     return chain
+
+
+def _without_last(locale: str) -> str:
+    """A locale without its last part; nothing of a language alone, nor of one in a script."""
+    rest, _, last = locale.rpartition("-")
+    return "" if last.istitle() else rest
 
 
 def read_names(
