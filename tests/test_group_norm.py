@@ -41,11 +41,12 @@ def test_channels_last_is_torchs_group_norm(
     dy = torch.randn_like(x)
     y = norm(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y, expected(norm, x))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    torch.testing.assert_close(y, expected(norm, x), **tolerance)
     for found, wanted in zip(
         gradients(norm, x, y, dy), gradients(norm, x, expected(norm, x), dy), strict=True
     ):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, wanted, **tolerance)
     assert gradients(norm, x, norm(x), dy)[0].is_contiguous(memory_format=torch.channels_last)
 
 

@@ -1,5 +1,6 @@
 """A network's repeated blocks, the units of activation checkpointing, compilation and sharding."""
 
+import warnings
 from functools import partial
 
 import torch
@@ -50,6 +51,8 @@ def compile_blocks(network: nn.Module) -> None:
     compiled = blocks(network)
     inside = {module for block in compiled for module in block.modules()}
     norms = [m for m in network.modules() if isinstance(m, GroupNorm) and m not in inside]
+    # torch itself looks at the gradient of what a norm gets, and then warns of having looked.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for module in (*compiled, *norms):
         module.compile(dynamic=False)
 
