@@ -59,8 +59,10 @@ class VAETask:
         if perceptual is not None:
             self.fingerprints["perceptual_weights"] = fingerprint(perceptual, {})
         self.data_summary = images_summary(dataset)
-        num_sizes = 2 if config.loss.equivariance_probability else 1  # at least
-        self.learner = run.learner(network, compute=run.compiled(num_sizes=num_sizes))
+        # Two stands for all that "auto" does not compile: the sizes of transformed latents, and the
+        # adversarial weight's second way back through the decoder, which compiled code may refuse.
+        many = config.loss.equivariance_probability > 0 or config.loss.disc_weight > 0
+        self.learner = run.learner(network, compute=run.compiled(num_sizes=2 if many else 1))
         self.vae: Any = self.learner.model
         self.ema: Any = self.learner.ema
         self.learners = {"vae": self.learner}
