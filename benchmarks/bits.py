@@ -5,7 +5,7 @@ latents' KL to what the diffusion model finds probable. The decoder's p(x | z) i
 variance in 8-bit bins, and that variance is fitted to training images. Writes a Markdown table to
 standard output and everything to OUT as JSON.
 
-    python benchmarks/bits.py --data data/emoji --out runs/bits.json
+    python benchmarks/bits.py --data data/drawings --out runs/bits.json
 """
 
 import argparse

@@ -59,7 +59,7 @@ def main() -> None:
         clip_sample=False,
         steps_offset=1,
     )
-    steps = train(arguments, options["batch_size"], unet, vae, encoder, tokenizer, scheduler)
+    steps = train(arguments, arguments.batch_size, unet, vae, encoder, tokenizer, scheduler)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,
@@ -80,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="of train_unet.py")
     parser.add_argument("--data", type=Path, required=True, help="of cache_latents.py")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--cached", action="store_true")
@@ -169,8 +170,7 @@ def denoising_loss(
     noise = torch.randn_like(latents)
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
     noisy = scheduler.add_noise(latents, noise, t)
-    labels = context.mean(dim=1) if unet.config.class_embed_type else None
-    prediction = unet(noisy, t, context, class_labels=labels, return_dict=False)[0]
+    prediction = unet(noisy, t, context, return_dict=False)[0]
     snr = compute_snr(scheduler, t)
     weights = snr.clamp(max=SNR_GAMMA) / snr
     error = F.mse_loss(prediction.float(), noise, reduction="none")

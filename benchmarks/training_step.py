@@ -122,8 +122,7 @@ class Theirs(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W), (B,), (B, L, D) -> (B, C, H, W)."""
-        labels = context.mean(dim=1) if self.unet.config.class_embed_type else None
-        return self.unet(x, timestep, context, class_labels=labels, return_dict=False)[0]
+        return self.unet(x, timestep, context, return_dict=False)[0]
 
 
 def theirs(config: UNetConfig) -> nn.Module:

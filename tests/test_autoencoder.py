@@ -60,8 +60,8 @@ def test_folded_statistics_leave_standard_latents() -> None:
     images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8)
     vae.fold_latent_statistics(*latent_statistics(vae, images))
     mean, std = latent_statistics(vae, images)
-    torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

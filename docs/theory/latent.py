@@ -1,20 +1,21 @@
 """A latent is noised and denoised: the embedded model's three modules, one after the other."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib.axes import Axes
 from plotting import image_panel, panels, save
 from torch import Tensor
 
 from latentdiff import Pipeline
-from latentdiff.data.shapes import shape_scene
 from latentdiff.guidance import guided_denoiser
 from latentdiff.images import from_pil, to_pil
 from latentdiff.samplers import ddim
 
-PROMPT = "red circle"
+DRAWN, PROMPT = "a cat, 3D style", "a cat"
 STEPS = 20
 SHOWN = (20, 14, 8, 4, 0)  # steps that are left: 20 is pure noise
 
@@ -23,8 +24,8 @@ SHOWN = (20, 14, 8, 4, 0)  # steps that are left: 20 is pure noise
 def draw(out: Path) -> dict[str, float]:
     """One figure, and the numbers that the page states."""
     pipe = Pipeline.from_pretrained("emoji")
-    side = pipe.vae.config.sample_size
-    images = from_pil(shape_scene(0, circle(), side).image, (side, side))[None]
+    (drawn,) = pipe(DRAWN, seed=0, progress=False).images
+    images = from_pil(drawn, drawn.size)[None]
     generator = torch.Generator().manual_seed(0)
     posterior = pipe.vae.encode(images)
     latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
@@ -61,12 +62,6 @@ def draw(out: Path) -> dict[str, float]:
     }
 
 
-def circle() -> int:
-    """The first scene that shows one red circle alone."""
-    captions = ("a red circle", "a large red circle")
-    return next(i for i in range(10_000) if shape_scene(0, i, 16).caption in captions)
-
-
 def image_noise(images: Tensor) -> Tensor:
     return torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
 
@@ -77,7 +72,7 @@ def show(panel: Axes, images: Tensor) -> None:
 
 
 def show_latent(panel: Axes, latents: Tensor) -> None:
-    """The four channels as four small grey images."""
+    """The channels, of which there are a square number, as small grey images."""
     image_panel(panel)
-    tiles = torch.cat([torch.cat([*latents[0, :2]], 1), torch.cat([*latents[0, 2:]], 1)])
+    tiles = rearrange(latents[0], "(r c) h w -> (r h) (c w)", r=math.isqrt(latents.shape[1]))
     panel.imshow(tiles.numpy(), cmap="gray", vmin=-3, vmax=3, interpolation="nearest")

@@ -208,7 +208,7 @@ def embedded_model(out: Path) -> dict[str, float]:
     figure = Figure(figsize=(9.6, 1.2), layout="constrained")
     numbers = {}
     with torch.no_grad():
-        context = pipe.encode(["grinning face"]).repeat(len(seeds), 1, 1)
+        context = pipe.encode(["grinning face, flat style"]).repeat(len(seeds), 1, 1)
         null_context = pipe.encode([""])
         shown = ("small", "none", "ddim")
         for part, key in zip(figure.subfigures(1, len(shown)), shown, strict=True):
