@@ -25,14 +25,14 @@ help: ## list the targets
 
 setup: $(VENV)/.installed-dev ## make .venv with everything that development needs
 
-# Pairs of a thing and a style that the embedded model was trained on, and four free wordings.
+# Captions that the embedded model was trained on, in four languages, and four that it was not.
 demo: export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.installed ## draw "a cat" and a grid of sixteen prompts with the embedded model
 	@rm -rf $(DEMO)
 	$(BIN)/latentdiff generate "a cat" --model emoji --steps 50 --seed 0 --out $(DEMO)/a-cat
 	$(BIN)/latentdiff generate "a cat, 3D style" "a rose, black and white" "猫" \
-	    "pizza, flat style" "rocket, blob style" "guitar, bold style" "sunflower, shaded style" \
-	    "un chien" "ein Haus, 3D-Stil" "西瓜，立体风格" "un corazón rojo" "penguin, black and white" \
+	    "pizza, 3D style" "rocket, bold style" "guitar, bold style" "sunflower, shaded style" \
+	    "éléphant" "ein Haus, 3D-Stil" "足球" "un corazón rojo" "penguin, black and white" \
 	    "a happy cat" "two red hearts" "红色的车" "a birthday cake with candles" \
 	    --model emoji --steps 50 --seed 0 --out $(DEMO)/grid --grid
 	@echo
