@@ -18,6 +18,8 @@ from latentdiff.training.blocks import gathered, local, local_rows
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial a x + b x³ + c x⁵: steep at 0, and near 1 from there on."""
 STEPS = 5
+WIDE = 2
+"""Columns of a row from which iterating on (rows, rows) is faster."""
 STACK = 2**22
 """Numbers that are orthogonalised at once, which bounds the memory that a step takes."""
 
@@ -155,12 +157,32 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     Newton-Schulz iterations in the matrices' type. Singular values come out between about 0.7 and
     1.2, but for those that are tiny beside the others.
     """
-    a, b, c = COEFFICIENTS
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    if matrices.shape[2] < WIDE * matrices.shape[1]:
+        a, b, c = COEFFICIENTS
+        for _ in range(STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    # In bfloat16 more than three in a row would blow rounding errors up.
+    return _iterated(_iterated(x, 2), STEPS - 2)
+
+
+def _iterated(x: Tensor, steps: int) -> Tensor:
+    """The same iterations by products of (rows, rows) alone, but for the first and the last.
+
+    An iteration is x <- M x with a polynomial M of G = x x^T, so that G <- M G M.
+    """
+    a, b, c = COEFFICIENTS
+    gram = x @ x.mT
+    product = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
+    for left in reversed(range(steps)):
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # M = a I + rest
+        product = torch.baddbmm(product, rest, product, beta=a)
+        if left:
+            gram = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(gram, gram, rest, beta=a)
+    return product @ x
 
 
 def _stacks(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
