@@ -9,10 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from latentdiff.options import compose, former_names, groups
+from latentdiff.training.processes import leaving
 
 T = TypeVar("T")
 
@@ -117,17 +117,15 @@ def write_config(text: str, folder: Path) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what its user got wrong ends in one sentence and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:  # OSError: a damaged image, a full disk
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on from the newest checkpoint")
-    finally:
-        # Readers of data outlive SIGTERM, with which Python ends its children before it waits.
-        for reader in multiprocessing.active_children():
-            reader.kill()
-        # A process that leaves its group open crashes now and then while Python ends.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    with leaving():
+        try:
+            main()
+        except (ValueError, OSError) as error:  # OSError: a damaged image, a full disk
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit("interrupted; run the same command again to go on from the newest checkpoint")
+        finally:
+            # Readers of data outlive SIGTERM, with which Python ends its children before it waits.
+            for reader in multiprocessing.active_children():
+                reader.kill()

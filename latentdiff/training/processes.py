@@ -1,8 +1,13 @@
-"""Processes of one run: calls that fail in all of them or in none, and a stop after one step."""
+"""Processes of one run: calls that fail in all or in none, a stop after one step, and the end."""
 
+import atexit
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Self, TypeVar
@@ -79,6 +84,39 @@ class Processes:
             dist.broadcast_object_list(box, src=0, group=self.group)
             (result,) = box
         return result  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Ends a process that has had others beside it as soon as the block ends, with its exit code.
+
+    Python's own end is left out, for a group's thread that lets go of a tensor then asks for a lock
+    that is no more, and aborts the process: "terminate called without an active exception".
+    """
+    try:
+        yield
+    except BaseException as error:
+        _leave(error)
+        raise
+    _leave(None)
+
+
+def _leave(error: BaseException | None) -> None:
+    if not _GROUPS:
+        if dist.is_initialized():  # of one process, or by a caller of its own
+            dist.destroy_process_group()
+        return
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    elif error is not None and not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+        time.sleep(0.5)  # torchrun looks ten times a second, and names the one that ended first
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 class StopSignals:
