@@ -282,6 +282,15 @@ def test_a_folder_that_is_no_pipeline_says_what_is_missing(
         Pipeline.from_pretrained(broken)
 
 
+def test_a_folder_in_a_pipeline_or_around_it_names_the_pipeline(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    for given, what in (("model/unet", "one component"), (".", "a run")):
+        with pytest.raises(ValueError, match=f"{what}; the pipeline is {tmp_path / 'model'}$"):
+            Pipeline.from_pretrained(tmp_path / given)
+
+
 @pytest.mark.gpu
 def test_a_gpu_draws_the_cpu_image_up_to_rounding_alone_and_in_a_batch(folder: Path) -> None:
     on_cpu, on_gpu = (Pipeline.from_pretrained(folder, device=name) for name in ("cpu", "cuda"))

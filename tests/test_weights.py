@@ -250,7 +250,7 @@ def test_numbers_too_large_for_the_precision_asked_for_are_refused(path: Path) -
         load_safetensors(path, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\0" * 64, b"<html>not found</html>"])
+@pytest.mark.parametrize("content", [b"", b"abc", b"\0" * 64])
 def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -263,6 +263,28 @@ def test_a_truncated_file_is_refused(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         load_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", r"Git LFS.*`git lfs pull`"),
+        ("\n<!DOCTYPE html><title>Log in</title>" + 90 * " ", "web page.*download it again"),
+        ("<html>", "web page.*download it again"),
+    ],
+)
+def test_what_stands_in_place_of_a_file_is_named(tmp_path: Path, content: str, reason: str) -> None:
+    """Weights of a clone without Git LFS were "not a whole file", 70 bytes and all."""
+    for name, load in (("model.safetensors", load_safetensors), ("config.json", load_json)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name}: is a .*{reason}"):
+            load(tmp_path / name)
+
+
+def test_a_json_file_given_as_weights_names_its_folder(tmp_path: Path) -> None:
+    save_json({"_class_name": "StableDiffusionPipeline"}, tmp_path / "model_index.json")
+    with pytest.raises(ValueError, match=f"give the model's folder, {tmp_path}"):
+        load_safetensors(tmp_path / "model_index.json")
 
 
 def test_a_missing_file_is_named(path: Path) -> None:

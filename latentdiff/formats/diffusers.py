@@ -120,6 +120,10 @@ def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[s
         name = next(name for name in without if files[name])
         raise ValueError(missing_weights_message(folder / name, stems[name], variant, files[name]))
     missing += [f"{name}/{stems[name]}.safetensors" for name in without]
+    if "model_index.json" in missing:
+        for near, what in ((folder / "model", "a run"), (folder.parent, "one component")):
+            if (near / "model_index.json").is_file():
+                raise ValueError(f"{folder} is the folder of {what}; the pipeline is {near}")
     if missing:
         raise ValueError(f"{folder} is not a whole pipeline folder; missing: {', '.join(missing)}")
     _check_classes(folder, denoiser)

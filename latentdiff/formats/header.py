@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from latentdiff.formats.stand_in import stand_in
+
 # A full SD 2.1 has 1,700 tensors in a header of 200 kB; metadata may hold a tokenizer or an image.
 MAX_HEADER_BYTES = 16_000_000
 MAX_TENSORS = 50_000
@@ -62,10 +64,13 @@ def read_header(path: Path) -> Header:
         except ValueError as error:
             # Only now: a safetensors header's length may have the same bytes as a pickle's start.
             file.seek(0)
-            start = file.read(4)
-            if start == b"PK\x03\x04" or start[:1] == b"\x80":
+            start = file.read(100)
+            if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
                 raise ValueError(pickle_message(path)) from error
-            raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
+            wrong = stand_in(start) or f"is not a whole safetensors file ({error})"
+            if path.suffix == ".json":
+                wrong = f"is JSON; give the model's folder, {path.parent}"
+            raise ValueError(f"{path}: {wrong}") from error
 
 
 def pickle_message(path: Path) -> str:

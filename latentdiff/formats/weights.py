@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.formats.header import Header, name_repr, parse_json, read_header
+from latentdiff.formats.stand_in import stand_in
 
 MAX_JSON_BYTES = 16_000_000  # an index of 50,000 tensors, the most that we read, has 5 MB
 
@@ -115,7 +116,8 @@ def load_json(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(text)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: is not valid JSON ({error})") from error
+        wrong = stand_in(text) or f"is not valid JSON ({error})"
+        raise ValueError(f"{path}: {wrong}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
     return content
