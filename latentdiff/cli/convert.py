@@ -1,4 +1,4 @@
-"""`latentdiff convert`: convert a model between a diffusers folder and a single file."""
+"""`latentdiff convert`: a model from a folder to a single file and back, with LoRAs or as one."""
 
 import argparse
 import tempfile
@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentdiff.cli import loras
 from latentdiff.cli.generate import DTYPES
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its arguments."""
     parser = commands.add_parser(
-        "convert", help="a folder to a single file, and back", allow_abbrev=False
+        "convert", help="a folder to a single file and back; LoRAs", allow_abbrev=False
     )
     parser.set_defaults(run=_convert, parser=parser)
     add = parser.add_argument
@@ -32,6 +33,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="open IN even if it is a .ckpt, .pt or .bin file, or a folder of them, which can "
         "attack this machine; only if you trust whoever made it",
     )
+    loras.add_arguments(parser)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -46,10 +48,14 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     source = Path(arguments.source)
+    if loras.writes_lora(arguments) and not arguments.lora_of:
+        loras.rewrite(arguments, dtype)
+        return
     if arguments.unsafe_pickle:
         from latentdiff.formats.pickle import convert_pickle, convert_pickled_folder
 
-        if source.is_file() and out.suffix == ".safetensors":  # any weights, under their own names
+        as_it_is = not (arguments.lora or arguments.lora_of)
+        if source.is_file() and out.suffix == ".safetensors" and as_it_is:  # with its own names
             convert_pickle(source, out, dtype=dtype)
             print(out)
             return
@@ -75,6 +81,11 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
         )
     else:
         pipeline = Pipeline.from_pretrained(source, variant=arguments.variant)
+    if arguments.lora_of:
+        loras.extract(pipeline, arguments, dtype)
+        return
+    if arguments.lora:
+        loras.merge(pipeline, arguments.lora)
     dtype = _stored(source, arguments.variant) if dtype is None else dtype
     out: Path = arguments.out
     if out.suffix == ".safetensors":

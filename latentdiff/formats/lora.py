@@ -29,6 +29,8 @@ KOHYA = ("lora_unet_", "lora_te_", "lora_te1_")
 KOHYA_KINDS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 PEFT_KINDS = {"lora_A.weight": "down", "lora_B.weight": "up"}
 
+_MARK = re.compile(r"[._]lora[._](?:A|B|down|up)\b|\.lora_(?:down|up)\.weight$")
+
 Layer = tuple[str, str]
 """Component and layer, for example ("unet", "conv_in")."""
 
@@ -96,6 +98,15 @@ def read_lora(path: Path, *, layers_per_block: int) -> LoRAFile:
             )
         layers[component][layer] = LoRALayer(down, up, alpha)
     return LoRAFile(unet=layers["unet"], text_encoder=layers["text_encoder"])
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a file holds a LoRA, by the names of its tensors; False if it is not safetensors."""
+    try:
+        names = read_header(path).shapes
+    except ValueError:
+        return False
+    return any(_MARK.search(name) for name in names)
 
 
 def check_without_loras(network: nn.Module) -> None:
