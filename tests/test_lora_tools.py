@@ -83,7 +83,7 @@ def test_diffusers_computes_the_same_with_a_file_of_ours(
     write_lora(random_file(ours), path, names=names, dtype=torch.float32)
     ours.loras.load(path)
     theirs = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float64)
-    theirs.load_lora_weights(path)
+    theirs.load_lora_weights(str(path))
     rng = torch.Generator().manual_seed(0)
     c = ours.unet.config
     x = torch.randn(2, c.in_channels, 8, 8, generator=rng, dtype=torch.float64)
