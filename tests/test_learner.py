@@ -142,6 +142,28 @@ def test_a_learner_restored_before_its_first_update_is_new() -> None:
     assert train(second, 0, 6) == train(straight, 0, 6)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_frozen_is_shared_and_in_no_checkpoint(optimizer: str) -> None:
+    def half_frozen(seed: int) -> Learner:
+        model = network(0)
+        model[0].requires_grad_(False)
+        with torch.no_grad():
+            model[2].weight.add_(seed)
+        return make_learner(model, learning_rate=0.05, max_steps=9, optimizer=optimizer)
+
+    subject, restored = half_frozen(0), half_frozen(1)
+    train(subject, 0, 5)
+    state = {name: tensor.clone() for name, tensor in subject.tensors().items()}
+    assert "model.2.weight" in state
+    assert not [name for name in state if ".0." in name]
+    shared = {id(p) for p in subject.model.parameters()} & {id(p) for p in subject.ema.parameters()}
+    assert shared == {id(p) for p in subject.model[0].parameters()}
+    restored.load_tensors(state, num_updates=5)
+    assert train(subject, 5, 9) == train(restored, 5, 9)
+    for name, tensor in subject.tensors().items():
+        assert torch.equal(restored.tensors()[name], tensor)
+
+
 def test_tensors_of_another_network_are_refused_by_name() -> None:
     wider = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
     shorter = nn.Sequential(nn.Linear(3, 5))

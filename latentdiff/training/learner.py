@@ -1,7 +1,7 @@
 """Learner: a network with its optimizer, its learning rate and the averages of its weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class Learner:
     """`model` is the bare network, `forward_model` what a step calls, `ema` the saved average.
 
     `forward_model` runs `model` in autocast and, in several processes, averages their gradients.
-    Parameters whose `requires_grad` is false from the start are frozen and keep their bits.
+    Parameters whose `requires_grad` is false from the start are frozen: they keep their bits, `ema`
+    has them in common with `model`, and no checkpoint holds them.
     With sharding "full", `ema` is the full average, which is up to date only after `gather`.
     """
 
@@ -66,7 +67,11 @@ class Learner:
             # leave it out.
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model = model
-        self.ema = model if ema is None else copy.deepcopy(model).requires_grad_(False).eval()
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.ema = model
+        if ema is not None:
+            self.ema = copy.deepcopy(model, frozen).requires_grad_(False).eval()
         if compute is not None and compute.gradient_checkpointing:
             checkpoint_activations(model)
         if way in ("network", "graph"):
@@ -80,6 +85,9 @@ class Learner:
         self.sharded = sharding == "full"
         if self.sharded:
             shard(model, accelerator.device.type, accelerator.num_processes)
+        parameters = dict(model.named_parameters())
+        self.trained = {name: parameters[name] for name in names}
+        """The parameters that are not frozen, by name."""
         self.num_updates = 0
         self.skipped = torch.zeros((), device=accelerator.device)
         """1 if the last update was skipped, else 0; a tensor, so that the host need not wait."""
@@ -109,7 +117,7 @@ class Learner:
 
     def _adamw(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
+            list(self.trained.values()),
             lr=self.config.learning_rate,
             betas=(0.9, self.config.beta2),
             weight_decay=self.config.weight_decay,
@@ -121,7 +129,7 @@ class Learner:
         chosen = set(matrices)
         return Muon(
             matrices,
-            [p for p in self.model.parameters() if p.requires_grad and p not in chosen],
+            [p for p in self.trained.values() if p not in chosen],
             lr=self.config.learning_rate,
             betas=(0.9, self.config.beta2),
             weight_decay=self.config.weight_decay,
@@ -130,14 +138,18 @@ class Learner:
         )
 
     def _local_ema(self) -> list[Tensor]:
-        """This process's rows of the average's parameters, in the order of the parameters."""
-        ema = [p.data for p in self.ema.parameters()]
+        """This process's rows of the average's parameters, in the order of `trained`."""
+        ema = [p.data for p in self._full_ema().values()]
         if not self.sharded:
             return ema
         return [
-            local_rows(p, like).clone()
-            for p, like in zip(ema, self.model.parameters(), strict=True)
+            local_rows(p, like).clone() for p, like in zip(ema, self.trained.values(), strict=True)
         ]
+
+    def _full_ema(self) -> dict[str, Tensor]:
+        """The average's parameters that are not frozen, by name."""
+        parameters = dict(self.ema.named_parameters())
+        return {name: parameters[name] for name in self.trained}
 
     @property
     def learning_rate(self) -> float:
@@ -171,7 +183,7 @@ class Learner:
         self.skipped = (~finite).float()
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * self.skipped
         if self._averages is not None:
-            weights = [local(p) for p in self.model.parameters()]
+            weights = [local(p) for p in self.trained.values()]
             self._averages.update(weights, num_updates=self.num_updates, finite=finite)
         return grad_norm
 
@@ -182,7 +194,7 @@ class Learner:
         if scaled:
             self.accelerator.unscale_gradients(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.max_grad_norm
+            self.trained.values(), self.config.max_grad_norm
         ).detach()
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
@@ -198,16 +210,16 @@ class Learner:
         return grad_norm
 
     def _trainable(self) -> list[str]:
-        """Names of the parameters that are not frozen, in the optimizer's order."""
-        names = {p: name for name, p in self.model.named_parameters()}
+        """Names of the trained parameters, in the optimizer's order."""
+        names = {p: name for name, p in self.trained.items()}
         groups = self._bare_optimizer.param_groups
         return [names[p] for group in groups for p in group["params"]]
 
     def gather(self) -> None:
         """All-gather `ema` if the network is sharded; every process must call it."""
         if self.sharded and self._averages is not None:
-            rows = zip(self._averages.tensors["ema"], self.model.parameters(), strict=True)
-            for full, (average, like) in zip(self.ema.parameters(), rows, strict=True):
+            rows = zip(self._averages.tensors["ema"], self.trained.values(), strict=True)
+            for full, (average, like) in zip(self._full_ema().values(), rows, strict=True):
                 full.data.copy_(gathered(average, like))
 
     def snapshots(self) -> dict[str, dict[str, Tensor]]:
@@ -220,7 +232,7 @@ class Learner:
             if key == "ema":
                 continue
             tensors: dict[str, Tensor] = {}
-            pairs = zip(self.model.named_parameters(), average, strict=True)
+            pairs = zip(self.trained.items(), average, strict=True)
             for (name, like), rows in pairs:
                 full = gathered(rows, like)
                 if self.accelerator.is_main_process:
@@ -237,10 +249,9 @@ class Learner:
         Of a sharded network each process returns its local rows, and the main process alone
         returns what is not sharded. Every process must call it.
         """
-        named = dict(self.model.named_parameters())
-        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state = dict(self._state())
         if self._zero is None:
-            moments = {name: self.optimizer.state[named[name]] for name in self._trainable()}
+            moments = {name: self.optimizer.state[self.trained[name]] for name in self._trainable()}
         else:
             moments = self._zero.moments()
         for name, values in moments.items():
@@ -252,8 +263,16 @@ class Learner:
         if self.sharded and not self.accelerator.is_main_process:
             state = {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor)}
         for prefix, average in self._named_averages().items():
-            state |= {f"{prefix}.{name}": rows for name, rows in zip(named, average, strict=True)}
+            rows = zip(self.trained, average, strict=True)
+            state |= {f"{prefix}.{name}": tensor for name, tensor in rows}
         return {name: local(tensor) for name, tensor in state.items()}
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained parameters and the buffers, by their names in a checkpoint."""
+        frozen = dict(self.model.named_parameters()).keys() - self.trained.keys()
+        for name, tensor in self.model.state_dict().items():
+            if name not in frozen:
+                yield f"model.{name}", tensor
 
     def load_tensors(self, state: Mapping[str, Tensor], *, num_updates: int) -> None:
         """Restore, bit for bit, what `tensors` returned after so many updates; `state` has it in
@@ -261,11 +280,10 @@ class Learner:
 
         `gather` then brings `ema` up to date. Raises ValueError for tensors of another network.
         """
-        named = dict(self.model.named_parameters())
         # Each with the tensor that it is sharded like.
-        current = {f"model.{name}": (t, t) for name, t in self.model.state_dict().items()}
+        current = {name: (tensor, tensor) for name, tensor in self._state()}
         for prefix, average in self._named_averages().items():
-            for (name, like), rows in zip(named.items(), average, strict=True):
+            for (name, like), rows in zip(self.trained.items(), average, strict=True):
                 current[f"{prefix}.{name}"] = (rows, like)
         saved = {name for name in state if not name.startswith(("optimizer.", "scaler."))}
         for name in (*current, *sorted(saved - current.keys())):
@@ -281,7 +299,7 @@ class Learner:
         for saved_name in state:
             if saved_name.startswith("optimizer."):
                 name, _, key = saved_name.removeprefix("optimizer.").rpartition(".")
-                value, like = state[saved_name], named[name]
+                value, like = state[saved_name], self.trained[name]
                 if key != "step":
                     # In the weight's memory format, which fused kernels take for granted.
                     value = torch.empty_like(local(like)).copy_(local_rows(value, like))

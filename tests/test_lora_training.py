@@ -1,0 +1,109 @@
+"""A new LoRA in a network: the layers by the trainers' rules, and what training it changes."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import make_learner
+from support.tiny import tiny_pipeline
+from torch import nn
+
+from latentdiff.formats.lora import LoRAFile, read_lora
+from latentdiff.formats.lora_writing import write_lora
+from latentdiff.models.lora_training import (
+    TEXT_LAYERS,
+    UNET_LAYERS,
+    LoRAConfig,
+    add_lora,
+    trained_lora,
+    unet_pattern,
+)
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.pipeline import Pipeline
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    return tiny_pipeline(tmp_path)
+
+
+def step(pipeline: Pipeline, unet: nn.Module) -> torch.Tensor:
+    c, rng = pipeline.unet.config, torch.Generator().manual_seed(0)
+    x = torch.randn(2, c.in_channels, 8, 8, generator=rng)
+    states = torch.randn(2, 5, c.cross_attention_dim, generator=rng)
+    return unet(x, torch.tensor([10.0, 700.0]), states)
+
+
+def test_the_layers_are_those_of_kohya_and_of_diffusers() -> None:
+    """192 modules in SD 1.5's transformers, 70 more with convolutions, and 128 of attention."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+    names = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+    def count(*kinds: str) -> int:
+        pattern = unet_pattern(LoRAConfig(layers=kinds))  # pyright: ignore[reportArgumentType]
+        return sum(bool(re.fullmatch(pattern, name)) for name in names)
+
+    assert count("attention") == 128
+    assert count("attention", "feed_forward", "projections") == 192
+    assert count(*UNET_LAYERS) == 192 + 2 * 22 + 14 + 3 + 3
+
+
+def test_a_new_lora_changes_no_bit_and_its_training_nothing_else(pipeline: Pipeline) -> None:
+    unet = pipeline.unet
+    before, weights = step(pipeline, unet), copy.deepcopy(unet.state_dict())
+    count = add_lora(unet, LoRAConfig(rank=4), unet_pattern(LoRAConfig()), seed=0)
+    assert torch.equal(step(pipeline, unet), before)
+    learner = make_learner(unet, learning_rate=1e-2, max_steps=9, ema_decay=0.5)
+    assert len(learner.trained) == 2 * count
+    for _ in range(3):
+        learner.update(step(pipeline, learner.forward_model).square().mean())
+    assert not torch.equal(step(pipeline, unet), before)
+    for name, module in unet.named_modules():
+        if name.removesuffix(".base_layer") + ".weight" in weights and hasattr(module, "weight"):
+            assert torch.equal(module.weight, weights[name.removesuffix(".base_layer") + ".weight"])
+
+
+def test_the_file_of_the_average_draws_what_the_average_draws(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    config = LoRAConfig(rank=3, alpha=1.5, layers=tuple(UNET_LAYERS), text_encoder=True)  # pyright: ignore[reportArgumentType]
+    base = copy.deepcopy(pipeline.unet)
+    add_lora(pipeline.unet, config, unet_pattern(config), seed=0)
+    learner = make_learner(pipeline.unet, learning_rate=1e-2, max_steps=9, ema_decay=0.5)
+    for _ in range(3):
+        learner.update(step(pipeline, learner.forward_model).square().mean())
+    path = tmp_path / "lora.safetensors"
+    write_lora(LoRAFile(trained_lora(learner.ema), {}), path, dtype=torch.float32)
+    assert {layer.alpha for layer in read_lora(path, layers_per_block=1).unet.values()} == {1.5}
+    expected = step(pipeline, learner.ema)
+    fresh = Pipeline(
+        unet=base,
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        diffusion=pipeline.diffusion,
+    )
+    fresh.loras.load(path)
+    assert torch.equal(step(pipeline, fresh.unet), expected)
+
+
+def test_a_text_encoder_takes_one_too(pipeline: Pipeline) -> None:
+    model = pipeline.text_encoder.model
+    layers = sum(isinstance(m, nn.Linear) for n, m in model.named_modules() if "layers" in n)
+    assert add_lora(model, LoRAConfig(rank=2), TEXT_LAYERS, seed=0) == layers
+    assert all(name.startswith(("encoder.", "text_model.")) for name in trained_lora(model))
+
+
+def test_what_cannot_be_is_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match=r"lora\.rank=0 must be at least 1"):
+        LoRAConfig(rank=0)
+    with pytest.raises(ValueError, match=r"lora\.alpha=nan must be positive"):
+        LoRAConfig(alpha=float("nan"))
+    with pytest.raises(ValueError, match=r"lora\.layers: 'attn' must be one of attention, feed"):
+        LoRAConfig(layers=("attn",))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"lora\.rank=4096 must be at most \d+, the rank of "):
+        add_lora(pipeline.unet, LoRAConfig(rank=4096), unet_pattern(LoRAConfig()), seed=0)
+    with pytest.raises(ValueError, match="the Linear has no layer for a LoRA"):
+        add_lora(nn.Linear(2, 2), LoRAConfig(), TEXT_LAYERS, seed=0)
