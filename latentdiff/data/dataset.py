@@ -213,7 +213,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
 def open_captioned(config: DataConfig) -> Index:
     """Open the data by random access. Raises ValueError unless it has the columns of `config`."""
-    index = open_index(config.location(), config.split)
+    _, *columns = config.columns()
+    index = open_index(config.location(), config.split, columns=columns)
     config.check_columns(index.columns, index.image_columns)
     return index
 

@@ -10,17 +10,17 @@ from datasets.exceptions import DatasetsError
 
 from latentdiff.data.forms.embedded import EmbeddedIndex
 from latentdiff.data.forms.file_index import FileIndex
+from latentdiff.data.forms.files import find_files
 from latentdiff.data.forms.folder import Folder
 from latentdiff.data.forms.form import Shards, check_split, unreadable
 from latentdiff.data.forms.hub import Hub
-from latentdiff.data.forms.metadata import METADATA, find_files
+from latentdiff.data.forms.metadata import METADATA
 from latentdiff.data.forms.parquet import Parquet
 from latentdiff.data.forms.webdataset import Tars
 
 Form = Folder | Tars | Parquet | Hub
-"""One split of a data set, with `index()` for random access and `shards()` for reading in order.
-
-Both raise ValueError when the split's metadata is broken."""
+"""One split of a data set, with `index(columns)` for random access and `shards()` for reading in
+order. Both raise ValueError when the split's metadata is broken."""
 Index = FileIndex | EmbeddedIndex
 SPLITS = ("train", "validation", "test")  # names of folders, or words in file names
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
@@ -33,13 +33,14 @@ def splits(data: str) -> list[str]:
         return sorted(_local_splits(data) if Path(data).exists() else Hub.load(data))
 
 
-def open_index(data: str, split: str) -> Index:
+def open_index(data: str, split: str, *, columns: Sequence[str]) -> Index:
     """Open a split of a folder, of tar or parquet files, or of a hub data set for random access.
 
-    Raises ValueError when there is no such data or split, or its metadata is broken.
+    Of metadata beside images only `columns` are read; the others have their names alone. Raises
+    ValueError when there is no such data or split, or its metadata is broken.
     """
     with _readable(data):
-        return _form(data, split).index()
+        return _form(data, split).index(columns)
 
 
 def open_shards(data: str, split: str, *, image_column: str, columns: Sequence[str]) -> Shards:
@@ -72,10 +73,11 @@ def _readable(data: str) -> Iterator[None]:
 def _local_splits(data: str) -> dict[str, Form]:
     """Find the splits of a file or folder on disk. Raises ValueError for unsupported files."""
     root = Path(data)
-    files = find_files(root, lambda name: name in METADATA or name.endswith(SUFFIXES))
     if root.is_file():
         files = [root.name] if root.name.endswith(SUFFIXES) else []
         root = root.parent
+    else:
+        files = find_files(root, root, lambda name: name in METADATA or name.endswith(SUFFIXES))
     metadata = [name for name in files if name.rpartition("/")[2] in METADATA]
     if not metadata:
         if tars := _by_split(files, ".tar"):

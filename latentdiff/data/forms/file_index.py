@@ -1,14 +1,16 @@
 """FileIndex: random access to images that are files or members of tars."""
 
+import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pyarrow.compute as pc
 
 from latentdiff.data.decode import BadSample
+from latentdiff.data.forms.files import captions_without_image, images_in, printable
 from latentdiff.data.forms.form import FileRange, is_public
-from latentdiff.data.forms.metadata import images_in
 
 
 class FileIndex:
@@ -25,13 +27,15 @@ class FileIndex:
         root: Path,
         *,
         tars: Sequence[str] = (),
-        described: Path | None = None,
+        folder: Path | None = None,
+        listed: bool = False,
     ) -> None:
         """Take rows with a `file_name` and, for `tars`, `_shard`, `_offset` and `_bytes`.
 
-        `described` is the folder whose images the metadata files list, None without such files.
+        `folder` is that of the images, None for `tars`; `listed`: metadata files list them.
         """
-        self.rows, self.root, self.tars, self.described = rows, root, tars, described
+        self.rows, self.root, self.tars = rows, root, tars
+        self.folder, self.listed = folder, listed
         self.image_columns = ["image"]
         self.columns = ["image", *filter(is_public, rows.column_names)]
         within_tars = ["_shard", "_offset", "_bytes"] if tars else []
@@ -60,7 +64,12 @@ class FileIndex:
         return FileRange(self.root, tar, row["_offset"], row["_bytes"]).read()
 
     def unlisted(self) -> list[str]:
-        """List the image files that no row names."""
-        if self.described is None:
+        """List the files that no row uses: images without metadata, captions without an image."""
+        if self.folder is None:
             return []
-        return sorted(set(images_in(self.described, self.root)) - set(self.names()))
+        if not self.listed:
+            return captions_without_image(self.folder, self.root)
+        composed = partial(unicodedata.normalize, "NFC")
+        known = set(map(composed, self.names()))
+        images = map(printable, images_in(self.folder, self.root))
+        return [name for name in images if composed(name) not in known]

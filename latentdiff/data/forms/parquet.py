@@ -24,7 +24,7 @@ class Parquet:
     splits: Mapping[str, Sequence[str]]
     """The files of every split."""
 
-    def index(self) -> EmbeddedIndex:
+    def index(self, columns: Sequence[str]) -> EmbeddedIndex:
         """Open the split for random access; `datasets` copies all splits into its cache, once."""
         files = {split: [str(self.root / f) for f in fs] for split, fs in self.splits.items()}
         loaded = datasets.load_dataset("parquet", data_files=files)
