@@ -4,7 +4,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from support.data_files import IMAGE, Write, captions, config, jsonl, opened, tar, write
+from support.data_files import IMAGE, Write, captions, config, jsonl, opened, table, tar, write
 
 from latentdiff.data.opening import open_images
 
@@ -80,3 +80,14 @@ def test_utf16_without_a_mark_is_no_caption(tmp_path: Path) -> None:
     files = {"0.png": IMAGE, "0.txt": "a cat".encode("utf-16-le")}
     with pytest.raises(ValueError, match=r"text is not UTF-8: 0\.txt, byte 1 is 0"):
         opened(write(tmp_path / "set", files))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_parquet_files_may_disagree_on_columns_that_are_not_used(
+    tmp_path: Path, stream: bool
+) -> None:
+    table(tmp_path / "set", "0.parquet", text=["a", "b"], id=["x", "y"], more=[1, 2])
+    table(tmp_path / "set", "1.parquet", text=["c", "d"], id=[1, 2])
+    assert captions(open_images(config(tmp_path / "set", stream=stream))) == [*"abcd"]
+    with pytest.raises(ValueError, match=r"1\.parquet.*'id'"):
+        open_images(config(tmp_path / "set", stream=stream, caption_columns=("id",)))

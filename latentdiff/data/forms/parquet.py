@@ -25,30 +25,63 @@ class Parquet:
     """The files of every split."""
 
     def index(self, columns: Sequence[str]) -> EmbeddedIndex:
-        """Open the split for random access; `datasets` copies all splits into its cache, once."""
+        """Open the split for random access; `datasets` copies all splits into its cache, once.
+
+        Columns that not all files have, or not in one form, are left out. Raises ValueError when
+        one of `columns` is among them.
+        """
         files = {split: [str(self.root / f) for f in fs] for split, fs in self.splits.items()}
-        loaded = datasets.load_dataset("parquet", data_files=files)
+        first, *others = [Path(path) for paths in files.values() for path in paths]
+        known, unlike = pq.read_schema(first), dict[str, str]()
+        for path in others:
+            unlike |= _differences(first, known, path)
+        _check_alike(columns, unlike)
+        alike = [name for name in known.names if name not in unlike] if unlike else None
+        loaded = datasets.load_dataset("parquet", data_files=files, columns=alike)
         return EmbeddedIndex(loaded[self.split], self.split)
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
         """Open the split as shards: the row groups of all files, of which the footers are read."""
         files = self.splits[self.split]
-        shards, first, schema = list[Shard](), 0, None
+        first_path = self.root / files[0]
+        schema = pq.read_schema(first_path)
+        shards, first = list[Shard](), 0
         for path in (self.root / name for name in files):
             with pq.ParquetFile(path) as file:
-                if schema is None:
-                    schema = file.schema_arrow
-                elif missing := set(schema.names) - set(file.schema_arrow.names):
-                    raise ValueError(f"{path} has no column {min(missing)!r}, as other files do")
+                unlike = _differences(first_path, schema, path)
+                _check_alike([image_column, *columns], unlike)
                 for group in range(file.num_row_groups):
                     shards.append(
                         RowGroup(path, group, self.split, first, image_column, tuple(columns))
                     )
                     first += file.metadata.row_group(group).num_rows
-        assert schema is not None
         features = datasets.Features.from_arrow_schema(schema)
         fingerprint = digest(["parquet", self.split, file_stamps(self.root, files)])
         return Shards(shards, schema.names, image_columns(features), fingerprint)
+
+
+def _differences(first: Path, schema: pa.Schema, path: Path) -> dict[str, str]:
+    """Say which columns of the file `path` are unlike those of the `first`, by their names."""
+    other, unlike = pq.read_schema(path), dict[str, str]()
+    for name in dict.fromkeys((*schema.names, *other.names)):
+        without = [p for p, s in ((first, schema), (path, other)) if name not in s.names]
+        if without:
+            unlike[name] = f"{without[0]} has no column {name!r}, as other files do"
+            continue
+        kinds = [pa.schema([s.field(name)]).remove_metadata() for s in (schema, other)]
+        try:
+            pa.unify_schemas(kinds, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            types = [kind.field(name).type for kind in kinds]
+            unlike[name] = f"{path} has {types[1]} in the column {name!r}, {first} {types[0]}"
+    return unlike
+
+
+def _check_alike(columns: Sequence[str], unlike: Mapping[str, str]) -> None:
+    """Raise ValueError when one of the columns is unlike in some file."""
+    for name in columns:
+        if name in unlike:
+            raise ValueError(unlike[name])
 
 
 @dataclass(frozen=True)
