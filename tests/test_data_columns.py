@@ -83,6 +83,33 @@ def test_utf16_without_a_mark_is_no_caption(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("values", "excluded"),
+    [
+        ([["cat", "nsfw"], ["cat"], None], "nsfw"),
+        ([3, 4, None], "3"),
+        ([True, False, None], "true"),
+    ],
+)
+def test_lists_numbers_and_truths_are_excluded(
+    tmp_path: Path, stream: bool, values: list[object], excluded: str
+) -> None:
+    """A value never was equal to a list of tags or to a number, so that nothing was left out."""
+    rows = [{"text": str(i), "tags": value} for i, value in enumerate(values)]
+    jsonl(tmp_path / "set", rows)
+    options = {"stream": stream, "exclude": {"tags": [excluded]}}
+    assert captions(open_images(config(tmp_path / "set", **options))) == ["1", "2"]
+
+
+def test_a_value_that_excludes_nothing_is_told(tmp_path: Path) -> None:
+    jsonl(tmp_path / "set", [{"text": "a", "tags": ["cat"]}])
+    with pytest.warns(
+        UserWarning, match="nothing by 'nswf', which no row has in"
+    ):
+        assert captions(opened(tmp_path / "set", exclude={"tags": ["nswf"]})) == ["a"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_parquet_files_may_disagree_on_columns_that_are_not_used(
     tmp_path: Path, stream: bool
 ) -> None:
