@@ -103,9 +103,7 @@ def test_lists_numbers_and_truths_are_excluded(
 
 def test_a_value_that_excludes_nothing_is_told(tmp_path: Path) -> None:
     jsonl(tmp_path / "set", [{"text": "a", "tags": ["cat"]}])
-    with pytest.warns(
-        UserWarning, match="nothing by 'nswf', which no row has in"
-    ):
+    with pytest.warns(UserWarning, match="nothing by 'nswf', which no row has in"):
         assert captions(opened(tmp_path / "set", exclude={"tags": ["nswf"]})) == ["a"]
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
+from latentdiff.data.caption_lengths import cut_captions, some_captions
 from latentdiff.formats.diffusers import find_component
 from latentdiff.models.text import TextEncoder
 from latentdiff.tasks.ahead import ahead
@@ -30,6 +31,8 @@ def main() -> None:
     if run.processes.rank == 0:
         warn_of_small_sizes(cache, val, config.loop.batch_size)
     text_encoder = TextEncoder.from_pretrained(find_component(config.text_encoder, "text_encoder"))
+    if sentence := cut_captions(some_captions(cache.captions), text_encoder.tokenizer):
+        run.accelerator.print(sentence)
     task = DenoiserTask(config, run, cache=cache, val=val, vae=vae, text_encoder=text_encoder)
     loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
     fit(task, ahead(loader, task.prepare, run.device), run)
