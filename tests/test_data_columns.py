@@ -114,5 +114,15 @@ def test_parquet_files_may_disagree_on_columns_that_are_not_used(
     table(tmp_path / "set", "0.parquet", text=["a", "b"], id=["x", "y"], more=[1, 2])
     table(tmp_path / "set", "1.parquet", text=["c", "d"], id=[1, 2])
     assert captions(open_images(config(tmp_path / "set", stream=stream))) == [*"abcd"]
-    with pytest.raises(ValueError, match=r"1\.parquet.*'id'"):
+    with pytest.raises(ValueError, match=r"1\.parquet has int64 in the column 'id', .*string"):
         open_images(config(tmp_path / "set", stream=stream, caption_columns=("id",)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_column_of_parquet_may_be_empty_in_the_first_file(tmp_path: Path, stream: bool) -> None:
+    """The first file decided the type, so that texts could not be read after an empty column."""
+    table(tmp_path / "set", "0.parquet", text=[None, None], more=[None, None], n=[1, 2])
+    table(tmp_path / "set", "1.parquet", text=["a", "b"], more=["x", "y"], n=[0.5, 1.5])
+    dataset = open_images(config(tmp_path / "set", stream=stream, max_bad=0.5))
+    assert captions(dataset) == ["a", "b"]
+    assert dataset.left_out == {"no caption": 2}
