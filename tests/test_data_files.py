@@ -68,6 +68,9 @@ def test_a_check_lists_captions_without_an_image_and_what_has_them(tmp_path: Pat
         summary = check_data(config(folder), tmp_path)
     assert summary.extra_files == {"count": 2, "first": ["b.avif", "c.txt"]}
     assert (summary.samples, summary.bad) == (1, 0)
+    (folder / "metadata.csv").write_text("file_name,text\na.png,listed\n")
+    summary = check_data(config(folder), tmp_path)
+    assert summary.extra_files == {"count": 1, "first": ["b.avif"]}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -9,7 +9,12 @@ import datasets
 import pyarrow.compute as pc
 
 from latentdiff.data.decode import BadSample
-from latentdiff.data.forms.files import captions_without_image, images_in, printable
+from latentdiff.data.forms.files import (
+    CAPTION,
+    captions_without_image,
+    images_in,
+    printable,
+)
 from latentdiff.data.forms.form import FileRange, is_public
 
 
@@ -64,12 +69,17 @@ class FileIndex:
         return FileRange(self.root, tar, row["_offset"], row["_bytes"]).read()
 
     def unlisted(self) -> list[str]:
-        """List the files that no row uses: images without metadata, captions without an image."""
+        """List the files that no row uses: images without metadata, captions without an image.
+
+        What has a caption and is no image by its name counts as an image.
+        """
         if self.folder is None:
             return []
+        captions = captions_without_image(self.folder, self.root)
         if not self.listed:
-            return captions_without_image(self.folder, self.root)
+            return captions
+        captioned = (name for name in captions if not name.endswith(CAPTION))
         composed = partial(unicodedata.normalize, "NFC")
         known = set(map(composed, self.names()))
         images = map(printable, images_in(self.folder, self.root))
-        return [name for name in images if composed(name) not in known]
+        return sorted(name for name in (*images, *captioned) if composed(name) not in known)
