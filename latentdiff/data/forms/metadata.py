@@ -103,17 +103,16 @@ def check_text(row: dict[str, Any], columns: Sequence[str], where: str) -> None:
 
 def _check_inside(name: object, path: Path) -> None:
     """Raise ValueError unless a name in the metadata file `path` is a path below its folder."""
-    wrong = not isinstance(name, str) or not name or "\\" in name or "\0" in name
-    # The first condition is a shortcut for nearly all names, since the code below is slower.
-    if not wrong and (name[0] == "/" or ".." in name or name[1:2] == ":"):
+    if isinstance(name, str) and name and "\\" not in name and "\0" not in name:
+        if name[0] != "/" and ".." not in name and name[1:2] != ":":
+            return  # a shortcut for nearly all names, since the code below is slower
         parts = PurePosixPath(name)
-        wrong = parts.is_absolute() or ".." in parts.parts or name[1:2] == ":"
-    if wrong:
-        hint = "; write / in place of \\" if isinstance(name, str) and "\\" in name else ""
-        raise ValueError(
-            f"{path}: file_name={name!r} must be a path inside the file's folder, relative to "
-            f"it{hint}"
-        )
+        if not parts.is_absolute() and ".." not in parts.parts and name[1:2] != ":":
+            return
+    hint = "; write / in place of \\" if isinstance(name, str) and "\\" in name else ""
+    raise ValueError(
+        f"{path}: file_name={name!r} must be a path inside the file's folder, relative to it{hint}"
+    )
 
 
 def _all_bad(table: pa.Table) -> pa.Table:
