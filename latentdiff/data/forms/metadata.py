@@ -150,22 +150,23 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(text)
                 row["file_name"] = str(row["file_name"])
+                row = {name: value for name, value in row.items() if not name.startswith("_")}
+                if "\\u" in text:
+                    _check_escapes(row, columns, f"{path.name}, line {number}")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected a JSON object with file_name, "
                     f"got {text.strip()[:200]!r}"
                 ) from error
-            row = {name: value for name, value in row.items() if not name.startswith("_")}
-            if "\\u" in text:
-                where = f"{path.name}, line {number}"
-                check_text(row, columns, where)
-                if not is_utf8(row["file_name"]):
-                    row |= {
-                        "_fault": BAD_NAME,
-                        "_detail": f"{where}: {printable(row['file_name'])}",
-                    }
-                    row["file_name"] = where
             yield row
+
+
+def _check_escapes(row: dict[str, Any], columns: Sequence[str], where: str) -> None:
+    """Mark a row of JSON as bad if its name or a text in the columns has half of a character."""
+    check_text(row, columns, where)
+    name = row["file_name"]
+    if not is_utf8(name):
+        row |= {"file_name": where, "_fault": BAD_NAME, "_detail": f"{where}: {printable(name)}"}
 
 
 def _name_in(line: bytes) -> str | None:

@@ -146,14 +146,13 @@ def _add(
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise ValueError("no JSON object")
+        added = {name: value for name, value in fields.items() if name not in row}
+        row |= {name: value for name, value in added.items() if not name.startswith("_")}
+        check_text(row, columns, member.name)
     except BadSample as error:
         row |= {"_fault": error.reason, "_detail": error.detail}
     except (ValueError, RecursionError) as error:
         row |= {"_fault": "damaged JSON", "_detail": f"{member.name}: {error}"}
-    else:
-        added = {name: value for name, value in fields.items() if name not in row}
-        row |= {name: value for name, value in added.items() if not name.startswith("_")}
-        check_text(row, columns, member.name)
 
 
 def _key(name: str) -> str:
