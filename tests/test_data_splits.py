@@ -41,6 +41,7 @@ def test_a_folder_called_val_is_the_validation_split(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", captioned("1.png", start="train/"))
     write(folder, captioned("2.png", start="val/"))
     assert captions(opened(folder, split="validation")) == ["2.png"]
+    assert list(opened(folder).index.names()) == ["train/1.png"]
     write(folder, captioned("3.png", start="validation/"))
     with pytest.raises(ValueError, match=r"two folders of one split: \['validation', 'val'\]"):
         opened(folder)

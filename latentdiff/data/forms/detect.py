@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 
 from latentdiff.data.forms.embedded import EmbeddedIndex
 from latentdiff.data.forms.file_index import FileIndex
-from latentdiff.data.forms.files import find_files, images_in
+from latentdiff.data.forms.files import find_files, images_in, is_image
 from latentdiff.data.forms.folder import Folder
 from latentdiff.data.forms.form import Shards, check_split, unreadable
 from latentdiff.data.forms.hub import Hub
@@ -104,8 +104,8 @@ def _local_splits(data: str) -> dict[str, Form]:
     folders = _split_folders(root)
     if not folders:
         return {"train": Folder(root, "train", "", metadata)}
-    beside = (n for n in images_in(root, root) if n.partition("/")[0] not in folders.values())
-    _warn_of_unused(root, f"the splits {', '.join(folders.values())}", beside)
+    named = list(folders.values())
+    _warn_of_unused(root, f"the splits {', '.join(named)}", _images_beside(root, named))
     return {
         split: Folder(
             root,
@@ -129,6 +129,16 @@ def _split_folders(root: Path) -> dict[str, str]:
         if found:
             folders[split] = found[0]
     return folders
+
+
+def _images_beside(root: Path, folders: Sequence[str]) -> Iterator[str]:
+    """Yield the images that are in none of the folders below the root; links are not followed."""
+    for entry in sorted(root.iterdir()):
+        if entry.name[0] != "." and entry.name not in folders and not entry.is_symlink():
+            if entry.is_dir():
+                yield from images_in(entry, root)
+            elif is_image(entry.name):
+                yield entry.name
 
 
 def _warn_of_unused(root: Path, reason: str, names: Iterable[str]) -> None:

@@ -51,7 +51,7 @@ def find_files(folder: Path, root: Path, wanted: Callable[[str], bool]) -> list[
     """List the files below a folder whose base name is `wanted`, relative to the root, sorted."""
     above = "" if folder == root else folder.relative_to(root).as_posix()
     return sorted(
-        _join(_join(above, inside), name)
+        _join(above, inside, name)
         for inside, names in walk(folder, root)
         for name in names
         if wanted(name)
@@ -94,7 +94,7 @@ def captions_without_image(folder: Path, root: Path) -> list[str]:
             if stem in lonely and suffix != CAPTION:
                 lonely[stem].append(name)
         for stem, others in lonely.items():
-            found += [_join(_join(above, inside), n) for n in others or [stem + CAPTION]]
+            found += [_join(above, inside, n) for n in others or [stem + CAPTION]]
     return sorted(map(printable, found))
 
 
@@ -112,5 +112,5 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+def _join(*parts: str) -> str:
+    return "/".join(filter(None, parts))
