@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from support.data_files import IMAGE, Write, captions, config, jsonl, opened, table, tar, write
 
@@ -126,3 +127,14 @@ def test_a_column_of_parquet_may_be_empty_in_the_first_file(tmp_path: Path, stre
     dataset = open_images(config(tmp_path / "set", stream=stream, max_bad=0.5))
     assert captions(dataset) == ["a", "b"]
     assert dataset.left_out == {"no caption": 2}
+
+
+def test_text_of_parquet_that_is_not_utf8_is_told_with_its_place(tmp_path: Path) -> None:
+    """Random access said "Invalid UTF8 sequence in input", of no column and no file."""
+    content = pa.array([b"a", b"caf\xe9"])
+    text = pa.Array.from_buffers(pa.string(), 2, content.buffers())
+    table(tmp_path / "set", "0.parquet", text=text)
+    with pytest.raises(ValueError, match="'text' holds text that is not UTF-8, in one of the rows"):
+        opened(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"0\.parquet is no parquet file: .*Invalid UTF8"):
+        captions(open_images(config(tmp_path / "set", stream=True)))

@@ -61,7 +61,7 @@ def tar(folder: Path, rows: Rows) -> None:
     pack(folder / "a.tar", dict(sorted((files | images).items())))
 
 
-def table(folder: Path, name: str, **columns: list[object]) -> None:
+def table(folder: Path, name: str, **columns: list[object] | pa.Array) -> None:
     folder.mkdir(exist_ok=True)
     images = [{"bytes": IMAGE, "path": None} for _ in range(2)]
     pq.write_table(pa.table({"image": images, **columns}), folder / name)
