@@ -1,11 +1,23 @@
 """What columns hold: one that is not used never matters, a wrong text is one bad sample."""
 
+import warnings
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pytest
-from support.data_files import IMAGE, Write, captions, config, jsonl, opened, table, tar, write
+from support.data_files import (
+    IMAGE,
+    Rows,
+    Write,
+    captions,
+    config,
+    jsonl,
+    opened,
+    table,
+    tar,
+    write,
+)
 
 from latentdiff.data.opening import open_images
 
@@ -42,11 +54,28 @@ def test_columns_that_are_not_used_do_no_harm(
 
 def test_a_column_that_is_used_and_mixed_is_told_with_its_rows(tmp_path: Path) -> None:
     jsonl(tmp_path / "set", [{"text": "a"}, {"text": ["b"]}])
-    with pytest.raises(ValueError, match=r"'text' holds .*: a str in '0\.png', a list in '1\.png'"):
-        opened(tmp_path / "set")
+    for stream in (False, True):
+        with pytest.raises(ValueError, match=r"jsonl: .*: a text in '0\.png', a list in '1\.png'"):
+            open_images(config(tmp_path / "set", stream=stream))
     jsonl(tmp_path / "large", [{"text": "a", "how": 2**63}])
     with pytest.raises(ValueError, match=r"the column 'how' cannot be read: .*too large"):
         opened(tmp_path / "large", caption_weights={"text": "how"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_weight_that_is_missing_is_one_bad_sample(tmp_path: Path, stream: bool) -> None:
+    """A null among the weights of a row ended the run with a TypeError."""
+    rows: Rows = [{"text": ["a", "b"], "how": how} for how in ([1, 2], [None, 1])]
+    tar(tmp_path / "set", [*rows, {"text": ["c", None], "how": [1, None]}])
+    dataset = open_images(
+        config(tmp_path / "set", stream=stream, max_bad=0.5, caption_weights={"text": "how"})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a sample is replaced by the next
+        examples = list(dataset.some_examples(3))
+    assert {text for example in examples for text in example["captions"]} == {"a", "b", "c"}
+    reasons = {error.reason for error in dataset.replaced.values()} | set(dataset.left_out)
+    assert reasons == {"weights do not fit"}
 
 
 @pytest.mark.parametrize("write_rows", [jsonl, tar])

@@ -218,7 +218,7 @@ def no_caption(data: Path) -> None:
             r"""metadata\.jsonl, line 4: expected .*file_name, got '\{"file_name": "d\.p'""",
         ),
         (no_file_name, r"metadata\.jsonl, line 4: expected a JSON object with file_name"),
-        (mixed_types, r"set': the column 'text' holds different kinds of values"),
+        (mixed_types, r"metadata.jsonl: the column 'text' holds different kinds of values"),
         (no_caption, r"set': 1 of 4 samples are bad, .*: 1 no caption; the first is 'a\.png'"),
     ],
 )

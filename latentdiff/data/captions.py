@@ -87,6 +87,8 @@ class CaptionRules:
             weights = as_list(row.get(weight))
             if len(weights) != len(texts):
                 raise BadSample("weights do not fit", f"{len(weights)} for {len(texts)} captions")
+            if not all(isinstance(one, int | float) for one in compress(weights, filled)):
+                raise BadSample("weights do not fit", f"{weights} must be numbers")
         else:
             shared_by = sum(filled) if name in self.weights else 1
             weights = [weight / max(1, shared_by)] * len(texts)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from latentdiff.data.decode import BadSample
 from latentdiff.data.forms.files import caption_beside, is_utf8, printable
-from latentdiff.data.forms.table import ROWS, batched, is_kept
+from latentdiff.data.forms.table import ROWS, UnlikeValues, batched, is_kept
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TEXT_LIMIT = 1 << 20  # bytes of a caption's file
@@ -33,7 +33,7 @@ def metadata_tables(
     """
     readers = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
     empty = True
-    for table in readers[path.suffix](path, columns):
+    for table in _named(readers[path.suffix](path, columns), path):
         empty = False
         if "file_name" not in table.column_names:
             raise ValueError(f"{path} has no column 'file_name', only {table.column_names}")
@@ -52,6 +52,14 @@ def metadata_tables(
         yield table
     if empty:
         raise ValueError(f"{path} has no rows")
+
+
+def _named(tables: Iterator[pa.Table], path: Path) -> Iterator[pa.Table]:
+    """Yield the tables; a fault of their values gets the file's name."""
+    try:
+        yield from tables
+    except UnlikeValues as error:
+        raise UnlikeValues(f"{path}: {error}") from error
 
 
 def text_tables(root: Path, names: Iterable[str]) -> Iterator[pa.Table]:

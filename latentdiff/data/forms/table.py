@@ -15,6 +15,9 @@ from datasets.table import MemoryMappedTable
 
 VERSION = 2  # version of the readers of metadata; tables of other versions are written anew
 ROWS = 20_000  # rows in memory at a time
+# What JSON's values are called in messages.
+WORDS = {str: "a text", list: "a list", dict: "an object", bool: "true or false"}
+WORDS |= {int: "a number", float: "a number"}
 
 
 def cached_table(
@@ -33,7 +36,7 @@ def cached_table(
     if not path.is_file():
         try:
             _write(path, tables)
-        except _Kinds as error:
+        except UnlikeValues as error:
             raise ValueError(f"data={data!r}: {error}") from error
     return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest[:16])
 
@@ -68,15 +71,17 @@ def _column(batch: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
         kinds = dict[str, str]()
         for row in batch:
             if row.get(name) is not None:
-                kinds.setdefault(type(row[name]).__name__, row["file_name"])
+                kinds.setdefault(WORDS[type(row[name])], row["file_name"])
         if len(kinds) > 1:
-            found = ", ".join(f"a {kind} in {file!r}" for kind, file in kinds.items())
-            raise _Kinds(f"the column {name!r} holds different kinds of values: {found}") from error
+            found = ", ".join(f"{kind} in {file!r}" for kind, file in kinds.items())
+            raise UnlikeValues(
+                f"the column {name!r} holds different kinds of values: {found}"
+            ) from error
         message = " ".join(str(error).split())
-        raise _Kinds(f"the column {name!r} cannot be read: {message}") from error
+        raise UnlikeValues(f"the column {name!r} cannot be read: {message}") from error
 
 
-class _Kinds(ValueError):
+class UnlikeValues(ValueError):
     """Rows that do not form a table."""
 
 
@@ -112,7 +117,7 @@ def _attempt(
         if writer is not None:
             writer.close()
     if writer is None:
-        raise _Kinds("it has no samples")
+        raise UnlikeValues("it has no samples")
     return None
 
 
@@ -128,7 +133,9 @@ def _wider(schema: pa.Schema | None, other: pa.Schema) -> pa.Schema:
             for name in other.names
             if name in schema.names and schema.field(name).type != other.field(name).type
         ]
-        raise _Kinds(f"a column holds different kinds of values: {', '.join(changed)}") from error
+        raise UnlikeValues(
+            f"a column holds different kinds of values: {', '.join(changed)}"
+        ) from error
 
 
 def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
