@@ -324,10 +324,11 @@ class Pipeline:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
 
         `config` (an LDM YAML file or a diffusers folder) describes what the tensors do not show.
-        Without it the file's latentdiff metadata does, or the conventions of SD 1.x and 2.x, with a
-        warning where these are ambiguous. `tokenizer` is a folder or hub id; the default is the one
-        in the file, or CLIP's from the hub. `ema` loads the running averages that some files hold
-        as well. Raises ValueError for any other file, saying what it seems to be.
+        Without it the file's latentdiff metadata does, or a YAML file of the same name beside it,
+        or the conventions of SD 1.x and 2.x, with a warning where these are ambiguous. `tokenizer`
+        is a folder or hub id; the default is the one in the file, or CLIP's from the hub. `ema`
+        loads the running averages that some files hold as well. Raises ValueError for any other
+        file, saying what it seems to be.
         """
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=dtype

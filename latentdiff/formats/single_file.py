@@ -17,6 +17,7 @@ from torch import Tensor
 from latentdiff.formats.header import Header, read_header, short_repr
 from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm import keys as ldm_keys
+from latentdiff.formats.ldm.given_configs import given_configs
 from latentdiff.formats.ldm.inferred_config import (
     CheckpointInfo,
     ModelConfigs,
@@ -25,24 +26,21 @@ from latentdiff.formats.ldm.inferred_config import (
 )
 from latentdiff.formats.ldm.modelspec import (
     OUR_KEY,
-    TOKENIZER_FILES,
     modelspec,
     pack_configs,
     tensor_hash,
-    unpack_configs,
 )
 from latentdiff.formats.ldm.shapes import Shapes, refuse_other_checkpoints
 from latentdiff.formats.ldm.yaml_config import (
-    load_ldm_config,
     save_ldm_config,
     to_ldm_config,
     unsupported_by_ldm,
 )
 from latentdiff.formats.open_clip import from_transformers, to_transformers
-from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
+from latentdiff.formats.weights import load_safetensors, save_safetensors
 
 _COMPONENTS = ("unet", "vae", "clip", "open_clip", "buffer")
-_EMA = "model_ema.diffusion_model"
+EMA = "model_ema.diffusion_model"  # begins the names of a UNet's running averages
 # Tensors that training leaves in a checkpoint and sampling does not need.
 _IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*|lora_.*|.*\.lora_.*"
@@ -82,9 +80,10 @@ def read_single_file(
     """Read a checkpoint of SD 1.x or 2.x, or one of ours of any shape.
 
     The configs are inferred from the names and shapes of the tensors, never from the file's name.
-    What those do not show comes from our metadata, from `config` (an LDM YAML file, or a diffusers
-    folder with the model's configs), from what other tools left in the file, and last from the
-    conventions of SD; where those are not sure, a warning says what was assumed.
+    What those do not show comes from `config` (an LDM YAML file, or a diffusers folder with the
+    model's configs), or else from our metadata, or else from a YAML file of the same name beside
+    it; then from what other tools left in the file, and last from the conventions of SD. Where
+    those are not sure, a warning says what was assumed.
     ema: take the averaged weights of the UNet, which some files hold beside the others.
     dtype: what weights become, one after another; None leaves them as they are.
     Raises ValueError for a file that is anything else, saying what it seems to be, and for one
@@ -95,10 +94,11 @@ def read_single_file(
     refuse_other_checkpoints(path, header.shapes)
     weights = _read_weights(path, header, ema=ema, dtype=dtype)
     try:
-        configs, ldm_config, tokenizer = _given_configs(config, header.metadata)
+        given = given_configs(path, config, header.metadata)
+        configs = given.configs
         text_encoder = weights["clip"]
         if not text_encoder:
-            layers = _num_layers(weights["open_clip"], configs, ldm_config)
+            layers = _num_layers(weights["open_clip"], configs, given.ldm_config)
             text_encoder = to_transformers(weights["open_clip"], layers=layers)
         if configs is None:
             info = CheckpointInfo(
@@ -110,7 +110,7 @@ def read_single_file(
                 buffers=weights["buffer"],
                 metadata=header.metadata,
             )
-            configs, notes = infer_configs(info, ldm_config)
+            configs, notes = infer_configs(info, given.ldm_config, beside=given.beside)
             if notes:
                 warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
     except ValueError as error:
@@ -123,7 +123,7 @@ def read_single_file(
         vae_config=configs.vae,
         text_config=configs.text_encoder,
         scheduler_config=configs.scheduler,
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer,
         metadata={key: value for key, value in header.metadata.items() if key != OUR_KEY},
     )
 
@@ -236,37 +236,7 @@ def _names(shapes: Shapes, *, ema: bool) -> dict[str, str]:
 def _ema_name(name: str) -> str:
     """LitEma's name of a UNet's parameter, without dots (ldm/modules/ema.py); or `name` itself."""
     bare = name.removeprefix(ldm_keys.UNET)
-    return name if bare == name else _EMA + bare.replace(".", "")
-
-
-def _given_configs(
-    config: str | Path | None, metadata: Mapping[str, str]
-) -> tuple[ModelConfigs | None, dict[str, dict[str, Any]] | None, dict[str, str] | None]:
-    """What need not be inferred: complete configs, the content of an LDM config, the tokenizer.
-
-    `config` goes before our metadata; what neither holds is None.
-    """
-    if config is None:
-        if OUR_KEY not in metadata:
-            return None, None, None
-        configs, tokenizer = unpack_configs(metadata[OUR_KEY])
-        return configs, None, tokenizer
-    config = Path(config)
-    if config.is_file():
-        return None, load_ldm_config(config), None
-    if not config.is_dir():
-        raise ValueError(
-            f"config={str(config)!r} must be an LDM YAML file or a diffusers folder that is there"
-        )
-    configs = ModelConfigs(
-        unet=load_json(config / "unet" / "config.json"),
-        vae=load_json(config / "vae" / "config.json"),
-        text_encoder=load_json(config / "text_encoder" / "config.json"),
-        scheduler=load_json(config / "scheduler" / "scheduler_config.json"),
-    )
-    files = [config / "tokenizer" / name for name in TOKENIZER_FILES]
-    tokenizer = {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
-    return configs, None, tokenizer or None
+    return name if bare == name else EMA + bare.replace(".", "")
 
 
 def _num_layers(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from latentdiff.formats.hub import fetch_tokenizer
 from latentdiff.formats.ldm.compatibility import SD2_TOWER, differences
+from latentdiff.formats.ldm.modelspec import TOKENIZER_FILES
 from latentdiff.formats.open_clip import TEXT_MODEL
-from latentdiff.formats.single_file import TOKENIZER_FILES, SingleFile
+from latentdiff.formats.single_file import SingleFile
 from latentdiff.models.dit import DiT
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower, save_tokenizer
 from latentdiff.models.text_config import load_tokenizer
