@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
+from latentdiff.formats.weights import check_numbers
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.images import to_pil
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
@@ -251,8 +252,16 @@ class Pipeline:
         return [to_pil(image) for image in images]
 
     def to(self, target: str | torch.device | torch.dtype) -> Self:
-        """Move the three networks to a device, or convert them to a dtype, in place."""
-        for network in (self.unet, self.vae, self.text_encoder):
+        """Move the three networks to a device, or convert them to a dtype, in place.
+
+        Raises ValueError for weights that are too large for the dtype; nothing has changed then.
+        """
+        networks = (self.unet, self.vae, self.text_encoder)
+        if isinstance(target, torch.dtype):
+            for network in networks:
+                for name, tensor in network.state_dict().items():
+                    check_numbers(name, tensor, target)
+        for network in networks:
             network.to(target)
         return self
 
@@ -293,7 +302,7 @@ class Pipeline:
         *,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
         """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
@@ -318,7 +327,7 @@ class Pipeline:
         config: str | Path | None = None,
         tokenizer: str | Path | None = None,
         ema: bool = False,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
@@ -340,7 +349,8 @@ class Pipeline:
         """Write a plain diffusers pipeline folder; `dtype` is what weights are converted to.
 
         A DiT is in `transformer/`, and such a folder is for latentdiff alone. model_index.json
-        comes last: a folder that has one is complete.
+        comes last: a folder that has one is complete. Raises ValueError, before anything is
+        written, for weights that are not finite or too large for `dtype`.
         """
         loading.save_folder(self.components, folder, dtype=dtype)
 

@@ -17,7 +17,7 @@ from latentdiff.formats.diffusers import find_stems
 from latentdiff.formats.header import MAX_TENSORS, name_repr, short_repr
 from latentdiff.formats.hub import CONFIG_PATTERNS
 from latentdiff.formats.sharded_weights import PICKLE_SUFFIXES
-from latentdiff.formats.weights import save_safetensors
+from latentdiff.formats.weights import check_tensors, save_safetensors
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -53,12 +53,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def convert_pickle(path: Path, out: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the tensors of a pickled checkpoint as safetensors, under the same names.
 
-    `dtype` is what floating-point numbers become. Raises ValueError as `read_pickle` does.
+    `dtype` is what floating-point numbers become. Raises ValueError as `read_pickle` does, and for
+    numbers that are too large for `dtype`. Those that are infinite already stay so: LDM's tables
+    of a schedule that ends in pure noise are, and nothing reads them.
     """
     tensors = read_pickle(path)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            tensors[name] = tensor.to(dtype or tensor.dtype)
+        if tensor.is_floating_point() and dtype is not None:
+            if tensor.isfinite().all():
+                check_tensors({name: tensor}, out, dtype)
+            tensors[name] = tensor.to(dtype)
     save_safetensors(tensors, out)
 
 

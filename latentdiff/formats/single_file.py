@@ -37,7 +37,7 @@ from latentdiff.formats.ldm.yaml_config import (
     unsupported_by_ldm,
 )
 from latentdiff.formats.open_clip import from_transformers, to_transformers
-from latentdiff.formats.weights import load_safetensors, save_safetensors
+from latentdiff.formats.weights import load_safetensors, save_safetensors, to_write
 
 _COMPONENTS = ("unet", "vae", "clip", "open_clip", "buffer")
 EMA = "model_ema.diffusion_model"  # begins the names of a UNet's running averages
@@ -137,7 +137,8 @@ def write_single_file(
     is written beside the file, with `.yaml` for `.safetensors`. The model's configs must have all
     keys, and only values that JSON has.
     dtype: what weights are converted to; None leaves them as they are.
-    Raises ValueError if `path` does not end in `.safetensors`.
+    Raises ValueError if `path` does not end in `.safetensors`, and for weights that are not finite
+    or too large for `dtype`; nothing is written then.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -146,7 +147,7 @@ def write_single_file(
     scheduler = model.scheduler_config
     is_sd = compatibility.is_sd_shape(unet, vae, text)
     open_clip = not compatibility.differences(text, compatibility.SD2_TOWER)
-    tensors = _to_ldm(model, dtype, open_clip=open_clip)
+    tensors = to_write(_to_ldm(model, open_clip=open_clip), path, dtype)
     configs = ModelConfigs(unet, vae, text, scheduler)
     metadata = {
         **modelspec(configs, model.metadata, title=path.stem, is_sd=is_sd),
@@ -255,7 +256,7 @@ def _num_layers(
     return layers - penultimate
 
 
-def _to_ldm(model: SingleFile, dtype: torch.dtype | None, *, open_clip: bool) -> dict[str, Tensor]:
+def _to_ldm(model: SingleFile, *, open_clip: bool) -> dict[str, Tensor]:
     """The tensors of the file that is written, under LDM's names."""
     tensors = {}
     for name, ldm_name in ldm_keys.unet_to_ldm(model.unet).items():
@@ -270,9 +271,6 @@ def _to_ldm(model: SingleFile, dtype: torch.dtype | None, *, open_clip: bool) ->
     else:
         for name, ldm_name in ldm_keys.clip_from_ldm(model.text_encoder).items():
             tensors[ldm_keys.CLIP + ldm_name] = model.text_encoder[name]
-    tensors = {
-        name: tensor.detach().to(device="cpu", dtype=dtype) for name, tensor in tensors.items()
-    }
     # Empty marks: ComfyUI writes v_pred for every v model (model_base.py), A1111 reads ztsnr.
     for name, applies in (
         ("v_pred", model.scheduler_config["prediction_type"] == "v_prediction"),

@@ -24,7 +24,10 @@ TOKENIZER_FILES = (
 MAX_TEXT_BYTES = 32_000_000  # of our entry, unpacked; CLIP's tokenizer has 2 MB
 
 # Of the dtypes that weights have, the order in which safetensors writes them.
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
 
 
 def modelspec(
