@@ -13,6 +13,8 @@ from latentdiff.models.network_config import (
     check_range,
     check_types,
     config_from_dict,
+    means,
+    one_number,
 )
 
 
@@ -88,6 +90,9 @@ class VAEConfig:
                 f"block_out_channels={short_repr(channels)} must be a list of 1 to "
                 f"{MAX_LEVELS} numbers"
             )
+        values["sample_size"] = one_number(values.get("sample_size", ABSENT["sample_size"]), 2)
+        if means(values.get("latents_std"), 1):  # they divide by 1
+            del values["latents_std"]
         encoder = "downsample" if values.get("encoder") == "downsample" else "kl"
         fixed = _fixed(encoder, len(channels))
         return config_from_dict(cls, values, fixed=fixed, absent=ABSENT)
