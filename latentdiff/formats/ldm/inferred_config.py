@@ -83,7 +83,6 @@ def infer_configs(
     unet.setdefault("cross_attention_dim", text["hidden_size"])
     unet |= _unet_conventions(unet)
     vae |= {
-        "_class_name": "AutoencoderKL",
         "norm_num_groups": GROUPS,
         "scaling_factor": _scaling_factor(info.buffers.get("scale_factor")),
     }
@@ -109,6 +108,8 @@ def infer_configs(
             _check_prediction(info, prediction, beside)
         betas = {key: ldm_config["scheduler"][key] for key in SD_BETAS}
         notes = []
+    if vae.get("encoder") == "none":
+        notes.append("its VAE has no encoder, so that it draws from text alone")
     unet["upcast_attention"] = linear and prediction == "v_prediction"
     _check_divisible(unet, vae)
     scheduler = _scheduler_config(prediction, betas, zero_terminal_snr="ztsnr" in info.names)
