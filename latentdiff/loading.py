@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,12 +119,17 @@ def save_folder(components: Components, folder: str | Path, *, dtype: torch.dtyp
 
 
 def save_single_file(
-    components: Components, path: str | Path, *, dtype: torch.dtype | None
+    components: Components,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
 ) -> list[str]:
     """Write a .safetensors file with LDM's names: see `Pipeline.save_single_file`."""
     _check_without_loras(components)
     unet, vae, text_encoder, diffusion = components
     file = single_file_from_networks(unet, vae, text_encoder, diffusion.to_scheduler_config())
+    file.metadata = dict(metadata or {})
     return write_single_file(file, path, dtype=dtype)
 
 

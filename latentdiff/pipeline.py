@@ -8,7 +8,7 @@ Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L toke
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -310,10 +310,14 @@ class Pipeline:
         A single file is one .safetensors file of A1111's and ComfyUI's kind: see
         `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
         id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
-        become `dtype`; without `device` they stay on the CPU.
-        Raises ValueError if there is no such model or something in it is missing.
+        become `dtype`, or stay as they are with None; without `device` they stay on the CPU.
+        Raises ValueError if there is no such model or something in it is missing, and for an option
+        that such a model does not have.
         """
         if Path(name).is_file():
+            for option, value in (("revision", revision), ("variant", variant)):
+                if value is not None:
+                    raise ValueError(f"{option}={value!r} is not of a single file, which {name} is")
             return cls.from_single_file(name, dtype=dtype, device=device)
         components = loading.load_folder(name, revision=revision, variant=variant, dtype=dtype)
         pipeline = cls(**components._asdict())
@@ -354,9 +358,17 @@ class Pipeline:
         """
         loading.save_folder(self.components, folder, dtype=dtype)
 
-    def save_single_file(self, path: str | Path, *, dtype: torch.dtype | None = None) -> list[str]:
+    def save_single_file(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[str]:
         """Write one .safetensors file with LDM's names; returns sentences on which tools open it.
 
-        Where tools cannot infer the model, its LDM config (.yaml) is written beside it.
+        Where tools cannot infer the model, its LDM config (.yaml) is written beside it. `metadata`
+        is what the header shall say besides, such as author and licence. Raises ValueError, before
+        anything is written, for weights that are not finite or too large for `dtype`.
         """
-        return loading.save_single_file(self.components, path, dtype=dtype)
+        return loading.save_single_file(self.components, path, dtype=dtype, metadata=metadata)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from support.ldm import checkpoint
 from support.tiny import tiny_tokenizer
 from torch import Tensor
@@ -164,3 +165,30 @@ def test_convert_reads_the_file_beside(model: Path, tokenizer: Path, tmp_path: P
     assert main(["convert", str(model), str(out), "--tokenizer", str(tokenizer)]) == 0
     scheduler = load_json(out / "scheduler" / "scheduler_config.json")
     assert scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("out", ["new.safetensors", "folder"])
+def test_a_converted_pickle_keeps_the_file_beside(
+    tmp_path: Path, tokenizer: Path, out: str
+) -> None:
+    """Without it the safetensors file that is made of a v model would say nothing of it."""
+    torch.save({"state_dict": weights()}, tmp_path / "old.ckpt")
+    save_ldm_config(ldm_config("v_prediction"), tmp_path / "old.yaml")
+    arguments = ["convert", "--unsafe_pickle", str(tmp_path / "old.ckpt"), str(tmp_path / out)]
+    if out == "folder":
+        assert main([*arguments, "--tokenizer", str(tokenizer)]) == 0
+        assert Pipeline.from_pretrained(tmp_path / out).diffusion.prediction == "v_prediction"
+        return
+    assert main(arguments) == 0
+    assert prediction(tmp_path / out) == "v_prediction"
+    assert yaml.safe_load((tmp_path / "new.yaml").read_text()) == ldm_config("v_prediction")
+
+
+def test_convert_overwrites_no_yaml(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It writes one beside a single file: somebody's notes of that name were gone."""
+    (tmp_path / "out.yaml").write_text("my notes")
+    assert main(["convert", str(model), str(tmp_path / "out.safetensors")]) == 2
+    assert "out.yaml is there already" in capsys.readouterr().err
+    assert (tmp_path / "out.yaml").read_text() == "my notes"

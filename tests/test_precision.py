@@ -10,8 +10,9 @@ from support.loras import ATTENTION, in_peft_names, random_lora
 from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
+from latentdiff.formats.header import read_header
 from latentdiff.formats.pickle import convert_pickle
-from latentdiff.formats.weights import save_safetensors
+from latentdiff.formats.weights import load_safetensors, save_safetensors
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.ema_synthesis import Synthesis, find_snapshots, save_snapshot, write_model
 
@@ -152,3 +153,38 @@ def test_an_average_too_large_for_the_models_precision_is_refused(
     with pytest.raises(ValueError, match=r"be written: tensor .* too large for torch\.float16"):
         write_model(tmp_path / "model", tmp_path / "out", (PARTS["unet"],), synthesis)
     assert not (tmp_path / "out").exists()
+
+
+KINDS = {"unet": torch.float16, "vae": torch.float32, "text_encoder": torch.bfloat16}
+
+
+def kinds(path: Path) -> dict[str, set[torch.dtype]]:
+    return {part: set(read_header(path / file).dtypes.values()) for part, file in PARTS.items()}
+
+
+def test_convert_leaves_each_network_in_its_own_precision(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """A VAE in float32 beside a UNet in float16 was rounded to float16, which nobody asked for."""
+    for part, dtype in KINDS.items():
+        getattr(pipeline, part).to(dtype)
+    pipeline.save_pretrained(tmp_path / "model")
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "one.safetensors")]) == 0
+    assert main(["convert", str(tmp_path / "one.safetensors"), str(tmp_path / "again")]) == 0
+    assert kinds(tmp_path / "again") == {part: {dtype} for part, dtype in KINDS.items()}
+    for file in PARTS.values():
+        before, after = load_file(tmp_path / "model" / file), load_file(tmp_path / "again" / file)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_model_in_float8_is_converted(
+    pipeline: Pipeline, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """As ComfyUI saves them; it ended with "tuple.index(x): x not in tuple"."""
+    pipeline.save_single_file(tmp_path / "one.safetensors", dtype=dtype)
+    assert main(["convert", str(tmp_path / "one.safetensors"), str(tmp_path / "folder")]) == 0
+    assert kinds(tmp_path / "folder") == {part: {dtype} for part in PARTS}
+    assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "two.safetensors")]) == 0
+    one, two = (load_safetensors(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(two[name].float(), tensor.float()) for name, tensor in one.items())

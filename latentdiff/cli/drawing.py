@@ -163,9 +163,10 @@ def load_pipeline(
     source = Path(model)
     if not source.is_file():
         source = find_model(model, variant=variant, revision=revision)  # shows a download's bar
+        revision = None  # the folder has it
     _quiet_transformers()
     return Pipeline.from_pretrained(
-        source, variant=variant, dtype=getattr(torch, dtype), device=device
+        source, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device
     )
 
 
