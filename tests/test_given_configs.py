@@ -141,7 +141,8 @@ def test_a_measured_latent_scale_goes_before_that_of_a_yaml(tmp_path: Path) -> N
     config = ldm_config("epsilon")
     config["model"]["params"] |= {"scale_by_std": True, "scale_factor": 1.0}
     save_ldm_config(config, tmp_path / "model.yaml")
-    assert read_single_file(path).vae_config["scaling_factor"] == 0.25
+    for asked in (None, tmp_path / "model.yaml"):
+        assert read_single_file(path, config=asked).vae_config["scaling_factor"] == 0.25
 
 
 def test_a_text_layer_that_is_not_read_is_refused(model: Path) -> None:

@@ -136,7 +136,7 @@ def from_ldm_config(ldm_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         }
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}") from error
-    except (TypeError, ArithmeticError) as error:
+    except (TypeError, ArithmeticError, IndexError) as error:
         raise ValueError(f"it is no config of SD 1.x or 2.x ({error})") from error
     layer = text_params.get("layer", "last") if isinstance(text_params, Mapping) else "last"
     if layer not in ("last", "penultimate"):
