@@ -111,6 +111,7 @@ def read_single_file(
                 metadata=header.metadata,
             )
             configs, notes = infer_configs(info, given.ldm_config, beside=given.beside)
+            notes += _left_out(path, header.shapes)
             if notes:
                 warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
     except ValueError as error:
@@ -175,6 +176,19 @@ def write_single_file(
     if not writes_yaml and yaml_path.exists():
         sentences.append(f"A1111 reads {yaml_path.name}, which lies there and is of another model.")
     return sentences
+
+
+def _left_out(path: Path, shapes: Shapes) -> list[str]:
+    """A phrase on what is in a file of another tool's, or beside it, that would change images."""
+    phrases = []
+    if loras := [name for name in shapes if "lora_" in name]:
+        phrases.append(
+            f"a LoRA in it ({len(loras)} tensors, first {short_repr(min(loras))}) was left out"
+        )
+    for kind in ("safetensors", "pt", "ckpt"):  # modules/sd_vae.py of A1111
+        if (vae := path.with_suffix(f".vae.{kind}")).is_file():
+            phrases.append(f"A1111 takes {vae.name} beside it for its VAE; its own was read")
+    return phrases
 
 
 def _read_weights(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.ldm.compatibility import SD_BETAS, is_sd_shape
 from latentdiff.formats.ldm.shapes import (
     GROUPS,
@@ -87,7 +88,10 @@ def infer_configs(
         "scaling_factor": _scaling_factor(info.buffers.get("scale_factor")),
     }
     text = _text_conventions(text, open_clip=info.open_clip) | text
-    prediction, is_sure = _prediction_type(info)
+    if ldm_config is None:
+        prediction, is_sure = _prediction_type(info)
+    else:
+        prediction, is_sure = ldm_config["scheduler"]["prediction_type"], True
     linear = unet["use_linear_projection"]  # which shapes show, and no LDM config can change
     image_size = _image_size(
         info.metadata, default=768 if linear and prediction == "v_prediction" else 512
@@ -103,7 +107,6 @@ def infer_configs(
         vae |= ldm_config["vae"]
         if "scale_factor" in info.buffers:  # LDM measured it, and loads it over its config's
             vae["scaling_factor"] = _scaling_factor(info.buffers["scale_factor"])
-        prediction = ldm_config["scheduler"]["prediction_type"]
         if beside is not None:
             _check_prediction(info, prediction, beside)
         betas = {key: ldm_config["scheduler"][key] for key in SD_BETAS}
@@ -205,11 +208,19 @@ def _prediction_type(info: CheckpointInfo) -> tuple[str, bool]:
 
 
 def _stated_prediction(info: CheckpointInfo) -> str | None:
-    """What the file says that the UNet predicts, in metadata or by a mark among its tensors."""
+    """What the file says that the UNet predicts, in metadata or by a mark among its tensors.
+
+    Raises ValueError, asking for config=, where it is anything else than noise and v.
+    """
     metadata = info.metadata
-    stated = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key"))
-    if stated in ("v", "v_prediction", "epsilon", "eps"):
-        return "v_prediction" if stated.startswith("v") else "epsilon"
+    stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    if stated:
+        if stated.lower() not in ("v", "v_prediction", "epsilon", "eps"):
+            raise ValueError(
+                f"its metadata say that it predicts {short_repr(stated)}; known are epsilon and v; "
+                "give config=, an LDM YAML file or the model's diffusers folder"
+            )
+        return "v_prediction" if stated.lower().startswith("v") else "epsilon"
     if "v_pred" in info.names:  # ComfyUI writes it beside every v model
         return "v_prediction"
     architecture = metadata.get("modelspec.architecture", "")
