@@ -25,6 +25,7 @@ from support.loras import (
 )
 from support.tiny import tiny_pipeline
 
+from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.ldm.keys import unet_to_ldm
 from latentdiff.formats.lora import read_lora
@@ -85,6 +86,31 @@ def test_what_peft_saves_gives_the_outputs_it_was_trained_to(
     measured("LoRA", "read", "peft's own save", "outputs, float64, ranks by layer", found)
     assert found < 1e-12
     assert difference(base, expected) > 0.1
+
+
+def test_the_loras_of_both_networks_are_drawn_with_by_one_command(
+    pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both of peft's files have the same name, which was taken for the same LoRA."""
+    pipeline.save_pretrained(tmp_path / "model")
+    for part, network, names in (
+        ("unet", pipeline.unet, ATTENTION),
+        ("text", pipeline.text_encoder.model, TEXT),
+    ):
+        lora = random_lora(network, names, rank=2)
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
+        with_config(tmp_path / part, tensors, {"lora_alpha": 3})
+    command = ["generate", "a cat", "--model", str(tmp_path / "model"), "--steps", "1"]
+    command += ["--seed", "1", "--height", "16", "--width", "16", "--out", str(tmp_path / "out")]
+    loras = [
+        argument
+        for part in ("unet", "text")
+        for argument in ("--lora", str(tmp_path / part / FILE))
+    ]
+    assert main([*command, *loras]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+    assert main([*command, *loras[:2], *loras[:2]]) == 2
+    assert "must be new; loaded are" in capsys.readouterr().err
 
 
 def with_config(folder: Path, tensors: Tensors, config: dict[str, Any] | None) -> Path:

@@ -51,8 +51,8 @@ def draw(arguments: argparse.Namespace) -> None:
     digest = "" if arguments.no_metadata else pipeline.fingerprint()
     if record is not None and digest:
         warn_of_changes(record, pipeline, digest)
-    for lora in loras:
-        pipeline.loras.load(lora["name"], scale=lora["scale"])
+    for lora in loras:  # peft's files are all named adapter_model
+        pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
     output = pipeline.draw(request)
 
     paths = _free_paths(arguments.out, output.seeds)
