@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,19 @@ def test_the_metadata_of_a_file_go_on_into_the_next(
     )
     assert convert(tmp_path / "one.safetensors", tmp_path / "quiet") == 0
     assert "no place" not in capsys.readouterr().out
+
+
+def test_what_a_folder_holds_besides_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The licence of a model stayed behind without a word."""
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "LICENSE.md").write_text("ours")
+    (tmp_path / "model" / "safety_checker").mkdir()
+    assert convert(tmp_path / "model", tmp_path / "folder", "--dtype", "float16") == 0
+    assert "holds: LICENSE.md, safety_checker\n" in capsys.readouterr().out
+    assert convert(tmp_path / "folder", tmp_path / "one.safetensors") == 0
+    assert "Left out" not in capsys.readouterr().out
 
 
 def test_running_averages_are_taken_if_asked_and_else_named(
@@ -274,6 +288,10 @@ def test_a_pickle_that_runs_code_never_does(
         ([torch.zeros(3)], "holds 'list', not tensors by name"),
         ({"state_dict": {}}, "holds 0 tensors"),
         ({"epoch": 3}, "holds 0 tensors"),
+        (
+            {"step": torch.ones(1), "model": {"a": torch.zeros(3)}},
+            "and others inside 'model'; only",
+        ),
         ({"a": torch.zeros(1).expand(10**12)}, "would take more than twice its"),
         ({"a": torch.eye(3).to_sparse()}, "is sparse or quantized"),
     ],

@@ -38,6 +38,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 _OF_A_FILE = ("config", "tokenizer", "ema")  # options that are for a single file alone
 _OF_A_FOLDER = ("revision", "variant")
+# Of a folder; all else, such as a licence or a safety checker, is not in OUT.
+_READ = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "unet", "vae"}
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -96,7 +98,9 @@ def _convert_pickles(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
         copy = Path(folder)
-        if source.is_file():
+        if source.is_dir():
+            _name_left_out(source)
+        elif source.is_file():
             copy /= source.with_suffix(".safetensors").name
             if config.is_file():
                 shutil.copyfile(config, copy.with_suffix(".yaml"))
@@ -120,6 +124,7 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
         )
     else:
         pipeline = Pipeline.from_pretrained(source, variant=arguments.variant, dtype=None)
+        _name_left_out(source)
     out: Path = arguments.out
     if out.suffix == ".safetensors":
         for sentence in pipeline.save_single_file(out, dtype=dtype, metadata=metadata):
@@ -127,6 +132,12 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
     else:
         pipeline.save_pretrained(out, dtype=dtype)
     print(out)
+
+
+def _name_left_out(folder: Path) -> None:
+    """Print what of a folder will not be in OUT."""
+    if left := sorted({path.name for path in folder.iterdir()} - _READ):
+        print(f"Left out of what {folder.name} holds: {', '.join(left)}")
 
 
 def _said_in(file: Path, arguments: argparse.Namespace) -> dict[str, str]:

@@ -24,7 +24,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a pickled checkpoint by name, on the CPU; all else in it is dropped.
 
     If the file is a training checkpoint with a `state_dict`, its tensors are read. Raises
-    ValueError if the file is no checkpoint, or holds objects that are not tensors or containers.
+    ValueError if the file is no checkpoint, holds objects that are not tensors or containers, or
+    tensors further inside, which would be lost.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,6 +46,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
+    inside = [
+        name
+        for name, value in content.items()
+        if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    ]
+    if inside:
+        raise ValueError(
+            f"{path}: holds {len(tensors)} tensors and others inside {short_repr(inside[0])}; only "
+            "tensors by name are read, or those of a state_dict"
+        )
     if not 0 < len(tensors) <= MAX_TENSORS:
         raise ValueError(f"{path}: holds {len(tensors)} tensors; allowed: 1 to {MAX_TENSORS}")
     return _unshare_memory(tensors, path)
