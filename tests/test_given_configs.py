@@ -13,7 +13,7 @@ from torch import Tensor
 from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.ldm.yaml_config import save_ldm_config, to_ldm_config
-from latentdiff.formats.single_file import read_single_file
+from latentdiff.formats.single_file import read_single_file, write_single_file
 from latentdiff.formats.weights import load_json, save_safetensors
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
@@ -152,6 +152,18 @@ def test_a_text_layer_that_is_not_read_is_refused(model: Path) -> None:
     save_ldm_config(config, model.with_suffix(".yaml"))
     with pytest.raises(ValueError, match=r"cond_stage_config.layer='hidden' must be last"):
         read_single_file(model)
+
+
+def test_a_yaml_that_is_no_config_is_not_overwritten(model: Path, tmp_path: Path) -> None:
+    file = read_single_file(model)
+    file.scheduler_config = Diffusion("scaled_linear", "v_prediction").to_scheduler_config()
+    (tmp_path / "out.yaml").write_text("my notes")
+    with pytest.raises(ValueError, match=r"out\.yaml: is no LDM config"):
+        write_single_file(file, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    save_ldm_config(ldm_config("epsilon"), tmp_path / "out.yaml")
+    write_single_file(file, tmp_path / "out.safetensors")
+    assert "parameterization: v\n" in (tmp_path / "out.yaml").read_text()
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from latentdiff.formats.ldm.modelspec import (
 )
 from latentdiff.formats.ldm.shapes import Shapes, refuse_other_checkpoints
 from latentdiff.formats.ldm.yaml_config import (
+    load_ldm_config,
     save_ldm_config,
     to_ldm_config,
     unsupported_by_ldm,
@@ -138,8 +139,9 @@ def write_single_file(
     is written beside the file, with `.yaml` for `.safetensors`. The model's configs must have all
     keys, and only values that JSON has.
     dtype: what weights are converted to; None leaves them as they are.
-    Raises ValueError if `path` does not end in `.safetensors`, and for weights that are not finite
-    or too large for `dtype`; nothing is written then.
+    Raises ValueError if `path` does not end in `.safetensors`, for weights that are not finite or
+    too large for `dtype`, and where that YAML file is there and is no LDM config; nothing is
+    written then.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -148,6 +150,12 @@ def write_single_file(
     scheduler = model.scheduler_config
     is_sd = compatibility.is_sd_shape(unet, vae, text)
     open_clip = not compatibility.differences(text, compatibility.SD2_TOWER)
+    unsupported = unsupported_by_ldm(unet, vae, scheduler)
+    is_default = is_sd and not unet["use_linear_projection"] and _is_epsilon(scheduler)
+    yaml_path = path.with_suffix(".yaml")
+    writes_yaml = not unsupported and not is_default
+    if writes_yaml and yaml_path.exists():
+        load_ldm_config(yaml_path)  # an older model's is replaced, but not what is none
     tensors = to_write(_to_ldm(model, open_clip=open_clip), path, dtype)
     configs = ModelConfigs(unet, vae, text, scheduler)
     metadata = {
@@ -156,11 +164,6 @@ def write_single_file(
         OUR_KEY: pack_configs(configs, model.tokenizer),
     }
     save_safetensors(tensors, path, metadata)
-
-    unsupported = unsupported_by_ldm(unet, vae, scheduler)
-    is_default = is_sd and not unet["use_linear_projection"] and _is_epsilon(scheduler)
-    yaml_path = path.with_suffix(".yaml")
-    writes_yaml = not unsupported and not is_default
     if writes_yaml:
         save_ldm_config(to_ldm_config(unet, vae, text, scheduler, open_clip=open_clip), yaml_path)
     sentences = compatibility.describe_compatibility(
