@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from latentdiff.formats.diffusers import (
 )
 from latentdiff.formats.lora import check_without_loras
 from latentdiff.formats.single_file import read_single_file, write_single_file
+from latentdiff.formats.weights import check_tensors
 from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.single_file_networks import (
@@ -65,7 +67,7 @@ def check_shapes(
 
 
 def load_folder(
-    name: str | Path, *, revision: str | None, variant: str | None, dtype: torch.dtype
+    name: str | Path, *, revision: str | None, variant: str | None, dtype: torch.dtype | None
 ) -> Components:
     """Read a diffusers folder, local or on the hub: see `Pipeline.from_pretrained`."""
     folder = find_model(name, revision=revision, variant=variant)
@@ -85,7 +87,7 @@ def load_single_file(
     config: str | Path | None,
     tokenizer: str | Path | None,
     ema: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Components:
     """Read a .safetensors file with LDM's names: see `Pipeline.from_single_file`."""
     file = read_single_file(path, config=config, ema=ema, dtype=dtype)
@@ -100,6 +102,13 @@ def save_folder(components: Components, folder: str | Path, *, dtype: torch.dtyp
     _check_without_loras(components)
     folder = Path(folder)
     subfolder = "unet" if isinstance(components.unet, UNet) else "transformer"
+    networks = {
+        subfolder: components.unet,
+        "vae": components.vae,
+        "text_encoder": components.text_encoder.model,
+    }
+    for name, network in networks.items():  # all, before the first of them is written
+        check_tensors(network.state_dict(), folder / name, dtype)
     components.unet.save_pretrained(folder / subfolder, dtype=dtype)
     components.vae.save_pretrained(folder / "vae", dtype=dtype)
     components.text_encoder.save_pretrained(folder, dtype=dtype)
@@ -110,12 +119,17 @@ def save_folder(components: Components, folder: str | Path, *, dtype: torch.dtyp
 
 
 def save_single_file(
-    components: Components, path: str | Path, *, dtype: torch.dtype | None
+    components: Components,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
 ) -> list[str]:
     """Write a .safetensors file with LDM's names: see `Pipeline.save_single_file`."""
     _check_without_loras(components)
     unet, vae, text_encoder, diffusion = components
     file = single_file_from_networks(unet, vae, text_encoder, diffusion.to_scheduler_config())
+    file.metadata = dict(metadata or {})
     return write_single_file(file, path, dtype=dtype)
 
 

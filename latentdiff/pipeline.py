@@ -8,7 +8,7 @@ Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L toke
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
+from latentdiff.formats.weights import check_numbers
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.images import to_pil
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
@@ -251,8 +252,16 @@ class Pipeline:
         return [to_pil(image) for image in images]
 
     def to(self, target: str | torch.device | torch.dtype) -> Self:
-        """Move the three networks to a device, or convert them to a dtype, in place."""
-        for network in (self.unet, self.vae, self.text_encoder):
+        """Move the three networks to a device, or convert them to a dtype, in place.
+
+        Raises ValueError for weights that are too large for the dtype; nothing has changed then.
+        """
+        networks = (self.unet, self.vae, self.text_encoder)
+        if isinstance(target, torch.dtype):
+            for network in networks:
+                for name, tensor in network.state_dict().items():
+                    check_numbers(name, tensor, target)
+        for network in networks:
             network.to(target)
         return self
 
@@ -293,7 +302,7 @@ class Pipeline:
         *,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
         """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
@@ -301,10 +310,14 @@ class Pipeline:
         A single file is one .safetensors file of A1111's and ComfyUI's kind: see
         `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
         id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
-        become `dtype`; without `device` they stay on the CPU.
-        Raises ValueError if there is no such model or something in it is missing.
+        become `dtype`, or stay as they are with None; without `device` they stay on the CPU.
+        Raises ValueError if there is no such model or something in it is missing, and for an option
+        that such a model does not have.
         """
         if Path(name).is_file():
+            for option, value in (("revision", revision), ("variant", variant)):
+                if value is not None:
+                    raise ValueError(f"{option}={value!r} is not of a single file, which {name} is")
             return cls.from_single_file(name, dtype=dtype, device=device)
         components = loading.load_folder(name, revision=revision, variant=variant, dtype=dtype)
         pipeline = cls(**components._asdict())
@@ -318,16 +331,17 @@ class Pipeline:
         config: str | Path | None = None,
         tokenizer: str | Path | None = None,
         ema: bool = False,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
 
         `config` (an LDM YAML file or a diffusers folder) describes what the tensors do not show.
-        Without it the file's latentdiff metadata does, or the conventions of SD 1.x and 2.x, with a
-        warning where these are ambiguous. `tokenizer` is a folder or hub id; the default is the one
-        in the file, or CLIP's from the hub. `ema` loads the running averages that some files hold
-        as well. Raises ValueError for any other file, saying what it seems to be.
+        Without it the file's latentdiff metadata does, or a YAML file of the same name beside it,
+        or the conventions of SD 1.x and 2.x, with a warning where these are ambiguous. `tokenizer`
+        is a folder or hub id; the default is the one in the file, or CLIP's from the hub. `ema`
+        loads the running averages that some files hold as well. Raises ValueError for any other
+        file, saying what it seems to be.
         """
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=dtype
@@ -339,13 +353,22 @@ class Pipeline:
         """Write a plain diffusers pipeline folder; `dtype` is what weights are converted to.
 
         A DiT is in `transformer/`, and such a folder is for latentdiff alone. model_index.json
-        comes last: a folder that has one is complete.
+        comes last: a folder that has one is complete. Raises ValueError, before anything is
+        written, for weights that are not finite or too large for `dtype`.
         """
         loading.save_folder(self.components, folder, dtype=dtype)
 
-    def save_single_file(self, path: str | Path, *, dtype: torch.dtype | None = None) -> list[str]:
+    def save_single_file(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[str]:
         """Write one .safetensors file with LDM's names; returns sentences on which tools open it.
 
-        Where tools cannot infer the model, its LDM config (.yaml) is written beside it.
+        Where tools cannot infer the model, its LDM config (.yaml) is written beside it. `metadata`
+        is what the header shall say besides, such as author and licence. Raises ValueError, before
+        anything is written, for weights that are not finite or too large for `dtype`.
         """
-        return loading.save_single_file(self.components, path, dtype=dtype)
+        return loading.save_single_file(self.components, path, dtype=dtype, metadata=metadata)

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
 from latentdiff.formats.header import read_header
+from latentdiff.formats.ldm.keys import UNET
 from latentdiff.formats.pickle import read_pickle
-from latentdiff.formats.weights import load_safetensors
+from latentdiff.formats.weights import load_safetensors, save_safetensors
 from latentdiff.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +87,107 @@ def test_weights_keep_their_precision_unless_another_is_asked_for(
         assert set(read_header(tmp_path / "again" / path).dtypes.values()) == {torch.float16}
         before, after = load_file(tmp_path / "half" / path), load_file(tmp_path / "again" / path)
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_metadata_of_a_file_go_on_into_the_next(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Author, licence and recipe were gone after a change of precision."""
+    said = {"modelspec.author": "Ada", "ss_tag": "x", "recipe": "a + b", "modelspec.title": "T"}
+    assert convert(model, tmp_path / "one.safetensors") == 0
+    header = read_header(tmp_path / "one.safetensors")
+    tensors = load_safetensors(tmp_path / "one.safetensors")
+    save_safetensors(tensors, tmp_path / "two.safetensors", header.metadata | said)
+    capsys.readouterr()
+    assert convert(tmp_path / "two.safetensors", tmp_path / "three.safetensors") == 0
+    assert "no place" not in capsys.readouterr().out
+    found = read_header(tmp_path / "three.safetensors").metadata
+    assert {key: found.get(key) for key in said} == said
+    assert found["modelspec.hash_sha256"] == header.metadata["modelspec.hash_sha256"]
+    assert convert(tmp_path / "two.safetensors", tmp_path / "folder") == 0
+    assert "no place for 3 entries of the file's metadata: modelspec.author, recipe, ss_tag\n" in (
+        capsys.readouterr().out
+    )
+    assert convert(tmp_path / "one.safetensors", tmp_path / "quiet") == 0
+    assert "no place" not in capsys.readouterr().out
+
+
+def test_what_a_folder_holds_besides_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The licence of a model stayed behind without a word."""
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "LICENSE.md").write_text("ours")
+    (tmp_path / "model" / "safety_checker").mkdir()
+    assert convert(tmp_path / "model", tmp_path / "folder", "--dtype", "float16") == 0
+    assert "holds: LICENSE.md, safety_checker\n" in capsys.readouterr().out
+    assert convert(tmp_path / "folder", tmp_path / "one.safetensors") == 0
+    assert "Left out" not in capsys.readouterr().out
+
+
+def test_running_averages_are_taken_if_asked_and_else_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were left out without a word, and there was no way to have them."""
+    assert convert(model, tmp_path / "one.safetensors") == 0
+    metadata = read_header(tmp_path / "one.safetensors").metadata
+    tensors = load_safetensors(tmp_path / "one.safetensors")
+    averages = {
+        "model_ema.diffusion_model" + name.removeprefix(UNET).replace(".", ""): tensor + 1
+        for name, tensor in tensors.items()
+        if name.startswith(UNET)
+    }
+    save_safetensors(tensors | averages, tmp_path / "full.safetensors", metadata)
+    capsys.readouterr()
+    assert convert(tmp_path / "full.safetensors", tmp_path / "plain") == 0
+    assert "running averages as well, which are left out; --ema takes" in capsys.readouterr().out
+    assert convert(tmp_path / "full.safetensors", tmp_path / "ema", "--ema") == 0
+    assert "left out" not in capsys.readouterr().out
+    file = "unet/diffusion_pytorch_model.safetensors"
+    plain, averaged = (load_file(tmp_path / name / file) for name in ("plain", "ema"))
+    assert all(torch.equal(averaged[name], tensor + 1) for name, tensor in plain.items())
+    assert convert(tmp_path / "one.safetensors", tmp_path / "none", "--ema") == 2
+    assert "it holds no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("model", ["--config", "x.yaml"], "--config x.yaml has no meaning for IN="),
+        ("model", ["--tokenizer", "x"], "--tokenizer x has no meaning"),
+        ("model", ["--ema"], "--ema has no meaning"),
+        ("model", ["--revision", "v1"], "revision='v1' is of a model on the Hugging Face Hub"),
+        ("emoji", ["--revision", "v1"], "revision='v1' is of a model on the Hugging Face Hub"),
+        ("one.safetensors", ["--variant", "fp16"], "--variant fp16 has no meaning"),
+        ("one.safetensors", ["--revision", "v1"], "--revision v1 has no meaning"),
+        ("old.ckpt", ["--unsafe_pickle", "--config", "x.yaml"], "--config x.yaml has no meaning"),
+        ("old.ckpt", ["--unsafe_pickle", "--ema"], "--ema has no meaning"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    tmp_path: Path,
+    source: str,
+    options: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "one.safetensors").touch()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "old.ckpt")
+    source = source if source == "emoji" else str(tmp_path / source)
+    assert convert(source, tmp_path / "out.safetensors", *options) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["revision", "variant"])
+def test_a_single_file_has_no_revision_and_no_variant(tmp_path: Path, option: str) -> None:
+    """Both were passed over, as if they had been found."""
+    (tmp_path / "one.safetensors").touch()
+    with pytest.raises(ValueError, match=f"{option}='fp16' is not of a single file"):
+        Pipeline.from_pretrained(tmp_path / "one.safetensors", **{option: "fp16"})
+    command = ["generate", "a cat", "--model", str(tmp_path / "one.safetensors")]
+    assert main([*command, f"--{option}", "fp16", "--out", str(tmp_path / "out")]) == 2
 
 
 @pytest.mark.parametrize("out", ["there", "there.safetensors", "m.ckpt", "m.bin", "m.PT"])
@@ -185,6 +288,10 @@ def test_a_pickle_that_runs_code_never_does(
         ([torch.zeros(3)], "holds 'list', not tensors by name"),
         ({"state_dict": {}}, "holds 0 tensors"),
         ({"epoch": 3}, "holds 0 tensors"),
+        (
+            {"step": torch.ones(1), "model": {"a": torch.zeros(3)}},
+            "and others inside 'model'; only",
+        ),
         ({"a": torch.zeros(1).expand(10**12)}, "would take more than twice its"),
         ({"a": torch.eye(3).to_sparse()}, "is sparse or quantized"),
     ],

@@ -168,6 +168,11 @@ def test_folding_needs_the_convolution_of_the_decoder() -> None:
         enlarger(use_post_quant_conv=False).fold_latent_statistics(torch.zeros(3), torch.ones(3))
 
 
+def test_a_vae_without_an_encoder_cannot_be_trained() -> None:
+    with pytest.raises(ValueError, match="encoder='none' must be 'kl' or 'downsample'"):
+        VAEConfig(encoder="none").check_folds()
+
+
 def test_an_unknown_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder='upsample' must be 'kl' or 'downsample'"):
         VAEConfig(encoder="upsample")  # pyright: ignore[reportArgumentType]

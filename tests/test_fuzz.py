@@ -4,14 +4,12 @@ Ten thousand cases in `make test`, five hundred in `make check`; each has its ow
 failure names the case and `mutations.py` makes it again.
 """
 
-import base64
 import json
 import pickle
 import shutil
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,16 @@ from random import Random
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.loras import in_peft_names, random_lora
 from support.mutations import (
-    NASTY,
+    any_json,
     at_most_more_memory,
-    broken_bytes,
-    broken_json,
+    broken_metadata,
     broken_safetensors,
+    broken_yaml,
     canaries,
     watched,
 )
@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import check_pipeline_folder, load_scheduler_config
+from latentdiff.formats.ldm.yaml_config import load_ldm_config, save_ldm_config, to_ldm_config
+from latentdiff.formats.lora import read_lora
 from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
 from latentdiff.models.text import TextEncoder
@@ -50,6 +52,7 @@ SECONDS = 10.0  # of one case; most take a thousandth of it
 MEMORY = 300_000_000  # above what the process has; half of that was enough when measured
 
 STEM = "diffusion_pytorch_model"
+LORA = "adapter_model.safetensors"
 Read = Callable[[Path], object]
 
 
@@ -88,6 +91,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.save_single_file(folder.parent / "single.safetensors")
     (folder.parent / "single.safetensors").rename(folder / "single.safetensors")
 
+    (folder / "lora").mkdir()
+    save_file(in_peft_names(random_lora(unet, ["conv1"], rank=2)), folder / "lora" / LORA)
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(LoraConfig(r=2).to_dict()))
+    ldm_config = to_ldm_config(
+        UNetConfig().to_dict(),
+        VAEConfig().to_dict(),
+        {"max_position_embeddings": 77},
+        Diffusion("scaled_linear", "v_prediction").to_scheduler_config(),
+        open_clip=False,
+    )
+    save_ldm_config(ldm_config, folder / "single.yaml")
+
     (folder / "shards").mkdir()
     (folder / "shards" / "config.json").write_bytes((folder / "unet/config.json").read_bytes())
     tensors = unet.state_dict()
@@ -111,29 +126,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"words": "some"},
     )
     return folder
-
-
-def any_json(content: bytes, random: Random) -> bytes:
-    if random.random() < 0.2:
-        return broken_bytes(content, random)
-    return broken_json(json.loads(content), random).encode("utf-8", "surrogatepass")
-
-
-def broken_metadata(content: bytes, random: Random) -> bytes:
-    """A single file whose metadata is wrong, mostly in our own entry, which is packed JSON."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    metadata = header["__metadata__"]
-    if random.random() < 0.8:
-        text = zlib.decompress(base64.b64decode(metadata["latentdiff"]))
-        packed = zlib.compress(any_json(text, random))
-        if random.random() < 0.1:
-            packed = broken_bytes(packed, random)
-        metadata["latentdiff"] = base64.b64encode(packed).decode()
-    else:
-        metadata[random.choice(sorted(metadata))] = random.choice(NASTY)
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def same_numbers(path: Path, loaded: object) -> bool:
@@ -229,6 +221,13 @@ TARGETS = {
         "single.safetensors", broken_safetensors, Pipeline.from_single_file, always
     ),
     "metadata": Target("single.safetensors", broken_metadata, Pipeline.from_single_file, always),
+    "yaml": Target("single.yaml", broken_yaml, load_ldm_config, always),
+    "adapter": Target(
+        "lora/adapter_config.json",
+        any_json,
+        lambda path: read_lora(path.with_name(LORA), layers_per_block=1),
+        always,
+    ),
 }
 # How many of each: the quick ones more often.
 FEW = {
@@ -241,6 +240,8 @@ FEW = {
     "text_encoder": 10,
     "single_file": 5,
     "metadata": 5,
+    "yaml": 60,
+    "adapter": 30,
 }
 MANY = {
     "header": 5000,
@@ -252,6 +253,8 @@ MANY = {
     "text_encoder": 150,
     "single_file": 100,
     "metadata": 100,
+    "yaml": 600,
+    "adapter": 300,
 }
 
 

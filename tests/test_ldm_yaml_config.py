@@ -1,7 +1,10 @@
 """LDM's YAML beside a checkpoint, against diffusers' reading of it; and who loads what."""
 
+import contextlib
 import dataclasses
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,28 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, number: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"bad\.yaml"):
         load_ldm_config(path)
+
+
+def test_a_value_of_any_other_kind_is_read_or_refused() -> None:
+    """An empty context_dim ended in an IndexError."""
+    ldm_config = to_ldm_config(SD1, SD_VAE, compatibility.SD1_TOWER, V, open_clip=False)
+
+    def keys(value: Any) -> Iterator[tuple[Any, Any]]:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in list(pairs) if isinstance(value, dict | list) else []:
+            yield value, key
+            if isinstance(inner, dict | list):
+                yield from keys(inner)
+
+    places = list(keys(ldm_config))
+    assert len(places) > 50
+    for parent, key in places:
+        whole = parent[key]
+        for other in ["", "x", [], [[]], {}, None, -1, 0, True, math.nan, math.inf, 10**400]:
+            parent[key] = other
+            with contextlib.suppress(ValueError):
+                from_ldm_config(ldm_config)
+        parent[key] = whole
 
 
 def sentences(

@@ -16,13 +16,16 @@ from support.loras import (
     TEXT,
     UNET,
     Tensors,
+    difference,
     in_kohya_names,
     in_peft_names,
     kohya_file,
+    ours,
+    outputs,
     random_lora,
 )
 from support.tiny import tiny_pipeline
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.lora import check_without_loras
@@ -49,26 +52,6 @@ def theirs(pipeline: Pipeline, tmp_path: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(
         tmp_path / "pipeline", safety_checker=None, requires_safety_checker=False
     )
-
-
-@torch.no_grad()
-def outputs(unet: nn.Module, text_encoder: nn.Module) -> Tensor:
-    """What the two networks compute in float64: text states, and noise from a UNet reading them."""
-    unet.double().eval()
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    text_encoder.double().eval()
-    context = text_encoder(input_ids=torch.arange(24).reshape(2, 12)).last_hidden_state
-    noise = unet(x, torch.tensor([3, 700]), context)
-    noise = noise if isinstance(noise, Tensor) else noise.sample
-    return torch.cat([context.flatten(), noise.flatten()])
-
-
-def ours(pipeline: Pipeline) -> Tensor:
-    return outputs(pipeline.unet, pipeline.text_encoder.model)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def trained_by_diffusers(theirs: Any, *, use_rslora: bool) -> tuple[Tensors, Tensors, list[Any]]:

@@ -187,7 +187,7 @@ def test_convert_merges_extracts_resizes_and_renames(
         (["LORA", "x"], "is to be a LoRA, a file that ends in"),
         (["LORA", "x.safetensors", "--lora", "LORA"], "--lora is for a model"),
         (["LORA", "x.safetensors", "--lora_rank", "0"], "--lora_rank 0 must be at least 1"),
-        (["LORA", "x.safetensors", "--variant", "fp16"], "--variant is for a model"),
+        (["LORA", "x.safetensors", "--tokenizer", "x"], "--tokenizer is for a model"),
         (["MODEL", "x", "--lora", "nowhere"], "--lora nowhere: nowhere is not a file"),
     ],
 )

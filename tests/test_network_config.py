@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
@@ -80,6 +82,91 @@ def test_the_file_is_named_with_what_is_wrong_in_it(tmp_path: Path, name: str) -
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"config\.json: layers_per_block=1000000 must be from 1"):
         NETWORKS[name].from_pretrained(tmp_path)
+
+
+EMA = {
+    "decay": 0.9999,
+    "inv_gamma": 1.0,
+    "min_decay": 0.0,
+    "optimization_step": 500,
+    "power": 0.6666666666666666,
+    "update_after_step": 0,
+    "use_ema_warmup": False,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_config_of_an_averaged_network_is_read(name: str) -> None:
+    """`unet_ema/` in every checkpoint of diffusers' trainer was refused for "decay"."""
+    config = CONFIGS[name]()
+    assert CONFIGS[name].from_dict(config.to_dict() | EMA) == config
+    network = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name]
+    small = {"norm_num_groups": 4, "block_out_channels": (8,) * (4 if name == "unet" else 1)}
+    theirs = network(**small, **({"attention_head_dim": 2} if name == "unet" else {}))
+    theirs.register_to_config(**EMAModel(theirs.parameters(), decay=0.99).state_dict())
+    values = {key: value for key, value in theirs.config.items() if key != "shadow_params"}
+    assert EMA.keys() <= values.keys()
+    CONFIGS[name].from_dict(json.loads(json.dumps(values)))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("unet", {"of_the_future": None, "its_switch": False}),
+        ("vae", {"of_the_future": None, "its_switch": False}),
+        ("unet", {"sample_size": [64, 64]}),
+        ("vae", {"sample_size": [512, 512]}),
+        ("unet", {"layers_per_block": [2, 2, 2, 2]}),
+        ("unet", {"cross_attention_dim": [768] * 4}),
+        ("unet", {"transformer_layers_per_block": [1] * 4}),
+        ("unet", {"reverse_transformer_layers_per_block": [1] * 4}),
+        ("unet", {"only_cross_attention": [False] * 4}),
+        ("unet", {"num_attention_heads": 8}),
+        ("unet", {"num_attention_heads": [8] * 4}),
+        ("unet", {"time_embedding_dim": 1280}),
+        ("unet", {"mid_block_only_cross_attention": False, "cross_attention_norm": False}),
+        ("unet", {"dual_cross_attention": None, "resnet_skip_time_act": None}),
+        ("unet", {"act_fn": "swish"}),
+        ("vae", {"act_fn": "swish"}),
+        ("vae", {"shift_factor": 0.0}),
+        ("vae", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}),
+    ],
+)
+def test_what_changes_nothing_is_read(name: str, values: dict[str, Any]) -> None:
+    config = CONFIGS[name]()
+    assert CONFIGS[name].from_dict(config.to_dict() | values) == config
+
+
+def test_heads_that_differ_by_level_may_be_said_again() -> None:
+    config = UNetConfig(attention_head_dim=(5, 10, 20, 20))
+    values = config.to_dict() | {"num_attention_heads": [5, 10, 20, 20]}
+    assert UNetConfig.from_dict(values) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("unet", "of_the_future", True),
+        ("unet", "of_the_future", 0.5),
+        ("unet", "sample_size", [64, 48]),
+        ("unet", "sample_size", [64]),
+        ("unet", "layers_per_block", [2, 2]),
+        ("unet", "layers_per_block", [True] * 4),
+        ("unet", "cross_attention_dim", [[768]] * 4),
+        ("unet", "only_cross_attention", [False, False, False, True]),
+        ("unet", "num_attention_heads", 4),
+        ("unet", "num_attention_heads", [8, 8, 8, 16]),
+        ("unet", "time_embedding_dim", 640),
+        ("vae", "shift_factor", 0.1159),
+        ("vae", "latents_mean", [0.0, 0.1, 0.0, 0.0]),
+        ("vae", "latents_std", [1.0, 1.0, 1.0, 0.5]),
+        ("vae", "latents_std", []),
+        ("vae", "_class_name", ["AutoencoderKL"]),
+    ],
+)
+def test_what_would_change_something_is_refused_by_name(name: str, key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key}="):
+        CONFIGS[name].from_dict(CONFIGS[name]().to_dict() | {key: value})
 
 
 def test_many_layers_of_many_transformers_are_too_many_together() -> None:

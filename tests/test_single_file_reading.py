@@ -20,8 +20,10 @@ from support.interchange_table import Measured
 from support.ldm import checkpoint
 from torch import Tensor
 
+from latentdiff.diffusion import Diffusion
 from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm.modelspec import OUR_KEY
+from latentdiff.formats.ldm.yaml_config import save_ldm_config, to_ldm_config
 from latentdiff.formats.single_file import SingleFile, read_single_file, write_single_file
 from latentdiff.formats.weights import save_json, save_safetensors
 from latentdiff.models.unet import UNet, UNetConfig
@@ -38,6 +40,13 @@ SMALL_2 = UNetConfig(
     use_linear_projection=True,
 )
 VAE_CONFIG = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+LDM_CONFIG = to_ldm_config(
+    SMALL.to_dict(),
+    VAE_CONFIG.to_dict(),
+    {"max_position_embeddings": 12},
+    Diffusion("scaled_linear", "v_prediction").to_scheduler_config(),
+    open_clip=False,
+)
 V_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
@@ -200,6 +209,41 @@ def test_what_training_leaves_behind_is_passed_over(sd1: dict[str, Tensor], tmp_
     assert_equal(
         read_quietly(written(tmp_path, sd1 | left)).unet, read_quietly(written(tmp_path, sd1)).unet
     )
+
+
+def test_a_lora_in_a_checkpoint_is_not_left_out_without_a_word(
+    sd1: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Trainers that keep their LoRA's layers in the model save both; the images need both."""
+    name = "model.diffusion_model.input_blocks.1.1.proj_in.lora_up.weight"
+    path = written(tmp_path, sd1 | {name: torch.rand(2, 2)})
+    with pytest.warns(UserWarning, match=rf"a LoRA in it \(1 tensors, first '{name}'\) was left"):
+        read_single_file(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "ckpt"])
+def test_a_vae_beside_that_a1111_would_take_is_named(
+    sd1: dict[str, Tensor], tmp_path: Path, kind: str
+) -> None:
+    """Without it, images of such a model are pale there, and here, too."""
+    path = written(tmp_path, sd1)
+    path.with_suffix(f".vae.{kind}").touch()
+    with pytest.warns(UserWarning, match=rf"A1111 takes any name\.vae\.{kind} beside it for its"):
+        read_single_file(path)
+
+
+@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
+def test_a_prediction_that_is_not_known_is_not_taken_for_noise(
+    sd1: dict[str, Tensor], tmp_path: Path, key: str
+) -> None:
+    path = written(tmp_path, sd1, {key: "sample"})
+    with pytest.raises(ValueError, match=r"say that it predicts 'sample'; known are .* config="):
+        read_single_file(path)
+    save_ldm_config(LDM_CONFIG, tmp_path / "it.yaml")
+    file = read_quietly(path, config=tmp_path / "it.yaml")
+    assert file.scheduler_config["prediction_type"] == "v_prediction"
+    path = written(tmp_path, sd1, {key: "V"})
+    assert read_quietly(path).scheduler_config["prediction_type"] == "v_prediction"
 
 
 def test_another_noise_schedule_is_never_taken_for_sds(

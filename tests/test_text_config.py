@@ -175,10 +175,8 @@ def test_filling_a_tower_takes_the_tensors_themselves_and_refuses_others() -> No
     ("changes", "message"),
     [
         ({"model_max_length": TOKENS + 1}, f"model_max_length={TOKENS + 1} must be from 3 to"),
-        ({"model_max_length": 10**30}, "model_max_length=10000"),
         ({"model_max_length": 2}, "model_max_length=2 "),
         ({"model_max_length": "12"}, "model_max_length='12'|holds no CLIP tokenizer"),
-        ({"model_max_length": None}, "model_max_length="),
         ({"pad_token": "<never seen>"}, "is beyond the text encoder's vocab_size=514"),
         ({"eos_token": 5}, "holds no CLIP tokenizer|no eos_token"),
     ],
@@ -190,6 +188,30 @@ def test_a_tokenizer_for_another_tower_is_refused(
     with pytest.raises(ValueError, match=message) as error:
         TextEncoder.from_pretrained(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [1e30, int(1e30), 10**30, None, "absent"])
+def test_a_tokenizer_without_a_limit_has_the_towers(folder: Path, length: Any) -> None:
+    """transformers writes 1e30 where nobody set a limit; such a model was refused."""
+    before = TextEncoder.from_pretrained(folder)
+    path = folder / "tokenizer/tokenizer_config.json"
+    change(path, model_max_length=length)
+    if length == "absent":
+        values = json.loads(path.read_text())
+        del values["model_max_length"]
+        path.write_text(json.dumps(values))
+    after = TextEncoder.from_pretrained(folder)
+    assert after.tokenizer.model_max_length == TOKENS
+    prompts = ["a cat", "a cat, and much more than is read"]
+    assert torch.equal(after.token_ids(prompts), before.token_ids(prompts))
+    after.save_pretrained(folder / "again")
+    written = json.loads((folder / "again/tokenizer/tokenizer_config.json").read_text())
+    assert written["model_max_length"] == TOKENS
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "pad_token_id"])
+def test_tokens_that_the_tower_does_not_look_for_may_be_null(key: str) -> None:
+    assert tower_config(SD15 | {key: None}).eos_token_id == SD15["eos_token_id"]
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "tokenizer_config.json"])

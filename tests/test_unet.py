@@ -206,7 +206,10 @@ def test_a_key_that_diffusers_does_not_know_would_be_noticed() -> None:
         ("layers_per_block", [1, 2, 1]),
         ("layers_per_block", 0),
         ("transformer_layers_per_block", [1, 2, 10]),
-        ("cross_attention_dim", [12, 12, 12]),
+        ("cross_attention_dim", [12, 12, 16]),
+        ("cross_attention_dim", [12, 12]),
+        ("time_embedding_dim", 8),
+        ("reverse_transformer_layers_per_block", [2, 1, 1]),
     ],
 )
 def test_what_the_network_cannot_do_is_refused_by_key_and_value(key: str, value: Any) -> None:

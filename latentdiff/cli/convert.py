@@ -1,8 +1,9 @@
 """`latentdiff convert`: a model from a folder to a single file and back, with LoRAs or as one."""
 
 import argparse
+import shutil
 import tempfile
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--variant", help="such as fp16: which of the folder's weights")
     add("--dtype", choices=DTYPES, help="of the weights; default: as they are in IN")
     add("--config", help="of a single file: LDM's YAML file, or a diffusers folder like it")
+    add("--ema", action="store_true", help="of a single file: the running averages of its UNet")
     add("--tokenizer", help="of a single file: a folder or hub id; default: its own, or CLIP's")
     add(
         "--unsafe_pickle",
@@ -36,34 +38,27 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     loras.add_arguments(parser)
 
 
+_OF_A_FILE = ("config", "tokenizer", "ema")  # options that are for a single file alone
+_OF_A_FOLDER = ("revision", "variant")
+# Of a folder; all else, such as a licence or a safety checker, is not in OUT.
+_READ = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "unet", "vae"}
+
+
 def _convert(arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out
-    if out.exists():
-        raise ValueError(f"OUT={out} is there already; give a new name")
-    if out.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".yaml"):
-        raise ValueError(f"OUT={out} must be a folder, or a file that ends in .safetensors")
+    source, out = Path(arguments.source), arguments.out
+    _check_out(out)
     import torch
 
     from latentdiff.formats.diffusers import find_model
 
+    _refuse(arguments, _OF_A_FOLDER if source.is_file() else _OF_A_FILE)
+    writes_lora = loras.writes_lora(arguments)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    source = Path(arguments.source)
-    if loras.writes_lora(arguments) and not arguments.lora_of:
+    if writes_lora and not arguments.lora_of:
         loras.rewrite(arguments, dtype)
         return
     if arguments.unsafe_pickle:
-        from latentdiff.formats.pickle import convert_pickle, convert_pickled_folder
-
-        as_it_is = not (arguments.lora or arguments.lora_of)
-        if source.is_file() and out.suffix == ".safetensors" and as_it_is:  # with its own names
-            convert_pickle(source, out, dtype=dtype)
-            print(out)
-            return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
-            copy = Path(folder) / "model.safetensors" if source.is_file() else Path(folder)
-            (convert_pickle if source.is_file() else convert_pickled_folder)(source, copy)
-            _write(copy, arguments, dtype)
+        _convert_pickles(source, arguments, dtype)
         return
     if not source.is_file():
         source = find_model(
@@ -72,41 +67,105 @@ def _convert(arguments: argparse.Namespace) -> None:
     _write(source, arguments, dtype)
 
 
+def _check_out(out: Path) -> None:
+    """Raise ValueError for a name that is taken, or that no model of ours has."""
+    written = [out] if out.suffix != ".safetensors" else [out, out.with_suffix(".yaml")]
+    for path in written:
+        if path.exists():
+            raise ValueError(
+                f"{'OUT=' if path == out else ''}{path} is there already; give a new name"
+            )
+    if out.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".yaml"):
+        raise ValueError(f"OUT={out} must be a folder, or a file that ends in .safetensors")
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str]) -> None:
+    """Raise ValueError for an option that this IN does not have."""
+    for name in options:
+        if (value := getattr(arguments, name)) not in (None, False):
+            said = "" if value is True else f" {value}"
+            raise ValueError(f"--{name}{said} has no meaning for IN={arguments.source}")
+
+
+def _convert_pickles(
+    source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | None"
+) -> None:
+    from latentdiff.formats.pickle import convert_pickle, convert_pickled_folder
+
+    _refuse(arguments, ["revision"])
+    out, config = arguments.out, source.with_suffix(".yaml")
+    as_it_is = not (arguments.lora or arguments.lora_of)
+    if source.is_file() and out.suffix == ".safetensors" and as_it_is:  # under their own names
+        _refuse(arguments, _OF_A_FILE)
+        convert_pickle(source, out, dtype=dtype)
+        if config.is_file():  # of the same model: without it, nothing might say that it predicts v
+            shutil.copyfile(config, out.with_suffix(".yaml"))
+        print(out)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
+        copy = Path(folder)
+        if source.is_dir():
+            _name_left_out(source)
+        elif source.is_file():
+            copy /= source.with_suffix(".safetensors").name
+            if config.is_file():
+                shutil.copyfile(config, copy.with_suffix(".yaml"))
+        (convert_pickle if source.is_file() else convert_pickled_folder)(source, copy)
+        _write(copy, arguments, dtype)
+
+
 def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | None") -> None:
+    """Read the model, each tensor in its own precision, and write it in the other form."""
     from latentdiff.pipeline import Pipeline
 
+    metadata = None
     if source.is_file():
+        metadata = _said_in(source, arguments)
         pipeline = Pipeline.from_single_file(
-            source, config=arguments.config, tokenizer=arguments.tokenizer
+            source,
+            config=arguments.config,
+            tokenizer=arguments.tokenizer,
+            ema=arguments.ema,
+            dtype=None,
         )
     else:
-        pipeline = Pipeline.from_pretrained(source, variant=arguments.variant)
+        pipeline = Pipeline.from_pretrained(source, variant=arguments.variant, dtype=None)
+        _name_left_out(source)
     if arguments.lora_of:
         loras.extract(pipeline, arguments, dtype)
         return
     if arguments.lora:
         loras.merge(pipeline, arguments.lora)
-    dtype = _stored(source, arguments.variant) if dtype is None else dtype
     out: Path = arguments.out
     if out.suffix == ".safetensors":
-        for sentence in pipeline.save_single_file(out, dtype=dtype):
+        for sentence in pipeline.save_single_file(out, dtype=dtype, metadata=metadata):
             print(sentence)
     else:
         pipeline.save_pretrained(out, dtype=dtype)
     print(out)
 
 
-def _stored(source: Path, variant: str | None) -> "torch.dtype":
-    """The most frequent dtype of the denoiser's tensors, or of those in the single file."""
-    from latentdiff.formats.diffusers import STEMS, check_pipeline_folder
-    from latentdiff.formats.header import read_header
-    from latentdiff.formats.sharded_weights import read_headers
+def _name_left_out(folder: Path) -> None:
+    """Print what of a folder will not be in OUT."""
+    if left := sorted({path.name for path in folder.iterdir()} - _READ):
+        print(f"Left out of what {folder.name} holds: {', '.join(left)}")
 
-    if source.is_file():
-        headers = [read_header(source)]
-    else:
-        variants = check_pipeline_folder(source, variant=variant)
-        denoiser = "unet" if "unet" in variants else "transformer"
-        headers = read_headers(source / denoiser, STEMS["unet"], variants[denoiser])[1].values()
-    counts = Counter(dtype for header in headers for dtype in header.dtypes.values())
-    return max((dtype for dtype in counts if dtype.is_floating_point), key=lambda d: counts[d])
+
+def _said_in(file: Path, arguments: argparse.Namespace) -> dict[str, str]:
+    """The metadata of a single file; prints what of the file will not be in OUT."""
+    from latentdiff.formats.header import read_header
+    from latentdiff.formats.ldm.modelspec import OUR_KEY, RENEWED
+    from latentdiff.formats.single_file import EMA
+
+    header = read_header(file)
+    if not arguments.ema and any(name.startswith(EMA) for name in header.shapes):
+        print(f"{file.name} holds running averages as well, which are left out; --ema takes them.")
+    metadata = {
+        key: value for key, value in header.metadata.items() if key not in (OUR_KEY, "format")
+    }
+    lost = sorted(metadata.keys() - RENEWED)
+    if lost and arguments.out.suffix != ".safetensors":
+        first = ", ".join(lost[:3]) + (" …" if len(lost) > 3 else "")
+        print(f"A folder has no place for {len(lost)} entries of the file's metadata: {first}")
+    return metadata

@@ -52,8 +52,8 @@ def draw(arguments: argparse.Namespace) -> None:
     digest = "" if arguments.no_metadata else pipeline.fingerprint()
     if record is not None and digest:
         warn_of_changes(record, pipeline, digest)
-    for lora in loras:
-        pipeline.loras.load(lora["name"], scale=lora["scale"])
+    for lora in loras:  # peft's files are all named adapter_model
+        pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
     output = pipeline.draw(request)
 
     paths = _free_paths(arguments.out, output.seeds)
@@ -158,9 +158,10 @@ def load_pipeline(
     source = Path(model)
     if not source.is_file():
         source = find_model(model, variant=variant, revision=revision)  # shows a download's bar
+        revision = None  # the folder has it
     _quiet_transformers()
     return Pipeline.from_pretrained(
-        source, variant=variant, dtype=getattr(torch, dtype), device=device
+        source, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device
     )
 
 

@@ -65,18 +65,25 @@ def writes_lora(arguments: argparse.Namespace) -> bool:
     if (from_lora or arguments.lora_of) and out.suffix != ".safetensors":
         raise ValueError(f"OUT={out} is to be a LoRA, a file that ends in .safetensors")
     if from_lora:
-        for name in ("config", "tokenizer", "revision", "variant"):
-            if getattr(arguments, name) is not None:
+        for name in ("config", "tokenizer", "ema", "unsafe_pickle"):
+            if getattr(arguments, name):
                 raise ValueError(f"--{name} is for a model, and IN={source} is a LoRA")
     return from_lora or bool(arguments.lora_of)
 
 
 def merge(pipeline: "Pipeline", loras: list[str]) -> None:
-    """Write LoRAs, each FILE or FILE:SCALE, into a model's weights."""
+    """Write LoRAs, each FILE or FILE:SCALE, into a model's weights, which keep their precision."""
+    networks = (pipeline.unet, pipeline.text_encoder.model)
+    precisions = [[p.dtype for p in network.parameters()] for network in networks]
+    for network in networks:  # sums in float32
+        network.float()
     for i, text in enumerate(loras):
         path, scale = file_and_scale(text)
         pipeline.loras.load(path, name=f"{i}", scale=scale)
     pipeline.loras.fuse()
+    for network, own in zip(networks, precisions, strict=True):
+        for parameter, dtype in zip(network.parameters(), own, strict=True):
+            parameter.data = parameter.data.to(dtype)
 
 
 def rewrite(arguments: argparse.Namespace, dtype: "torch.dtype | None") -> None:
@@ -116,7 +123,7 @@ def extract(
     from latentdiff.models.low_rank import difference
     from latentdiff.pipeline import Pipeline
 
-    base = Pipeline.from_pretrained(arguments.lora_of)
+    base = Pipeline.from_pretrained(arguments.lora_of, dtype=None)
     rank = DEFAULT_RANK if arguments.lora_rank is None else arguments.lora_rank
     parts = {
         "UNet": difference(base.unet, pipeline.unet, rank),

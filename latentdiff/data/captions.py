@@ -87,6 +87,8 @@ class CaptionRules:
             weights = as_list(row.get(weight))
             if len(weights) != len(texts):
                 raise BadSample("weights do not fit", f"{len(weights)} for {len(texts)} captions")
+            if not all(isinstance(one, int | float) for one in compress(weights, filled)):
+                raise BadSample("weights do not fit", f"{weights} must be numbers")
         else:
             shared_by = sum(filled) if name in self.weights else 1
             weights = [weight / max(1, shared_by)] * len(texts)
@@ -128,14 +130,24 @@ class Captions(Sequence[list[str]]):
                 yield self.rules.of(dict(zip(batch, values, strict=True)))
 
     def present(self) -> np.ndarray:
-        """Tell which rows have a caption, (N,) bool; the table must not be a selection of rows."""
+        """Tell which rows have a caption, (N,) bool; the table must not be a selection of rows.
+
+        Raises ValueError for text that is not UTF-8, which only a broken parquet file can hold.
+        """
         assert self.rows._indices is None
         present = np.zeros(len(self.rows), dtype=bool)
         for name in self.rules.columns:
             start = 0
             for chunk in self.rows.data.column(name).chunks:
-                present[start : start + len(chunk)] |= _nonempty(chunk)
-                start += len(chunk)
+                end = start + len(chunk)
+                try:
+                    present[start:end] |= _nonempty(chunk)
+                except pa.ArrowInvalid as error:
+                    raise ValueError(
+                        f"the column {name!r} holds text that is not UTF-8, in one of the rows "
+                        f"{start} to {end - 1}"
+                    ) from error
+                start = end
         return present
 
 

@@ -78,12 +78,18 @@ def find_model(
 
     A hub id is fetched once into huggingface_hub's cache, and from there afterwards when the hub
     cannot be reached; `revision` is a branch, tag or commit of it, `variant` chooses its weights.
-    Only safetensors, JSON and text files are fetched. Raises ValueError if there is no such model.
+    Only safetensors, JSON and text files are fetched. Raises ValueError if there is no such model,
+    and for a `revision` of one that is not on the hub.
     """
-    if name_or_path in EMBEDDED_MODELS:
-        return Path(__file__).parent.parent / "pretrained" / name_or_path
     path = Path(name_or_path)
+    if name_or_path in EMBEDDED_MODELS:
+        path = Path(__file__).parent.parent / "pretrained" / name_or_path
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is of a model on the Hugging Face Hub; "
+                f"model={str(name_or_path)!r} is on this machine"
+            )
         return path
     allowed = (
         f"allowed are {', '.join(EMBEDDED_MODELS)} (embedded), an existing folder, "

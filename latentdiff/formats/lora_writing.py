@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 from latentdiff.formats.lora import LoRAFile, LoRALayer
-from latentdiff.formats.weights import save_safetensors
+from latentdiff.formats.weights import save_safetensors, to_write
 
 Names = Literal["kohya", "diffusers"]
 
@@ -41,24 +41,24 @@ def write_lora(
         inner = TEXT_MODEL if component == "text_encoder" else ""
         for name, layer in getattr(file, component).items():
             if names == "kohya":
-                tensors |= _kohya(f"{prefix}_{inner}{name}".replace(".", "_"), layer, dtype)
+                tensors |= _kohya(f"{prefix}_{inner}{name}".replace(".", "_"), layer)
             else:
-                tensors |= _diffusers(f"{component}.{inner}{name}", layer, dtype)
-    save_safetensors(tensors, path, {**_entries(layers), **(metadata or {})})
+                tensors |= _diffusers(f"{component}.{inner}{name}", layer)
+    save_safetensors(to_write(tensors, path, dtype), path, {**_entries(layers), **(metadata or {})})
 
 
-def _kohya(module: str, layer: LoRALayer, dtype: torch.dtype) -> dict[str, Tensor]:
+def _kohya(module: str, layer: LoRALayer) -> dict[str, Tensor]:
     return {
-        f"{module}.lora_down.weight": layer.down.to(dtype),
-        f"{module}.lora_up.weight": layer.up.to(dtype),
-        f"{module}.alpha": torch.tensor(layer.alpha, dtype=dtype),
+        f"{module}.lora_down.weight": layer.down,
+        f"{module}.lora_up.weight": layer.up,
+        f"{module}.alpha": torch.tensor(layer.alpha),
     }
 
 
-def _diffusers(module: str, layer: LoRALayer, dtype: torch.dtype) -> dict[str, Tensor]:
+def _diffusers(module: str, layer: LoRALayer) -> dict[str, Tensor]:
     return {
-        f"{module}.lora_A.weight": layer.down.to(dtype),
-        f"{module}.lora_B.weight": (layer.up.float() * (layer.alpha / layer.rank)).to(dtype),
+        f"{module}.lora_A.weight": layer.down,
+        f"{module}.lora_B.weight": layer.up.float() * (layer.alpha / layer.rank),
     }
 
 

@@ -17,14 +17,15 @@ from latentdiff.formats.diffusers import find_stems
 from latentdiff.formats.header import MAX_TENSORS, name_repr, short_repr
 from latentdiff.formats.hub import CONFIG_PATTERNS
 from latentdiff.formats.sharded_weights import PICKLE_SUFFIXES
-from latentdiff.formats.weights import save_safetensors
+from latentdiff.formats.weights import check_tensors, save_safetensors
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a pickled checkpoint by name, on the CPU; all else in it is dropped.
 
     If the file is a training checkpoint with a `state_dict`, its tensors are read. Raises
-    ValueError if the file is no checkpoint, or holds objects that are not tensors or containers.
+    ValueError if the file is no checkpoint, holds objects that are not tensors or containers, or
+    tensors further inside, which would be lost.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,6 +46,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
+    inside = [
+        name
+        for name, value in content.items()
+        if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    ]
+    if inside:
+        raise ValueError(
+            f"{path}: holds {len(tensors)} tensors and others inside {short_repr(inside[0])}; only "
+            "tensors by name are read, or those of a state_dict"
+        )
     if not 0 < len(tensors) <= MAX_TENSORS:
         raise ValueError(f"{path}: holds {len(tensors)} tensors; allowed: 1 to {MAX_TENSORS}")
     return _unshare_memory(tensors, path)
@@ -53,12 +64,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def convert_pickle(path: Path, out: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the tensors of a pickled checkpoint as safetensors, under the same names.
 
-    `dtype` is what floating-point numbers become. Raises ValueError as `read_pickle` does.
+    `dtype` is what floating-point numbers become. Raises ValueError as `read_pickle` does, and for
+    numbers that are too large for `dtype`. Those that are infinite already stay so: LDM's tables
+    of a schedule that ends in pure noise are, and nothing reads them.
     """
     tensors = read_pickle(path)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            tensors[name] = tensor.to(dtype or tensor.dtype)
+        if tensor.is_floating_point() and dtype is not None:
+            if tensor.isfinite().all():
+                check_tensors({name: tensor}, out, dtype)
+            tensors[name] = tensor.to(dtype)
     save_safetensors(tensors, out)
 
 

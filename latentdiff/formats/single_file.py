@@ -17,6 +17,7 @@ from torch import Tensor
 from latentdiff.formats.header import Header, read_header, short_repr
 from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm import keys as ldm_keys
+from latentdiff.formats.ldm.given_configs import given_configs
 from latentdiff.formats.ldm.inferred_config import (
     CheckpointInfo,
     ModelConfigs,
@@ -25,11 +26,9 @@ from latentdiff.formats.ldm.inferred_config import (
 )
 from latentdiff.formats.ldm.modelspec import (
     OUR_KEY,
-    TOKENIZER_FILES,
     modelspec,
     pack_configs,
     tensor_hash,
-    unpack_configs,
 )
 from latentdiff.formats.ldm.shapes import Shapes, refuse_other_checkpoints
 from latentdiff.formats.ldm.yaml_config import (
@@ -39,10 +38,10 @@ from latentdiff.formats.ldm.yaml_config import (
     unsupported_by_ldm,
 )
 from latentdiff.formats.open_clip import from_transformers, to_transformers
-from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
+from latentdiff.formats.weights import load_safetensors, save_safetensors, to_write
 
 _COMPONENTS = ("unet", "vae", "clip", "open_clip", "buffer")
-_EMA = "model_ema.diffusion_model"
+EMA = "model_ema.diffusion_model"  # begins the names of a UNet's running averages
 # Tensors that training leaves in a checkpoint and sampling does not need.
 _IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*|lora_.*|.*\.lora_.*"
@@ -82,9 +81,10 @@ def read_single_file(
     """Read a checkpoint of SD 1.x or 2.x, or one of ours of any shape.
 
     The configs are inferred from the names and shapes of the tensors, never from the file's name.
-    What those do not show comes from our metadata, from `config` (an LDM YAML file, or a diffusers
-    folder with the model's configs), from what other tools left in the file, and last from the
-    conventions of SD; where those are not sure, a warning says what was assumed.
+    What those do not show comes from `config` (an LDM YAML file, or a diffusers folder with the
+    model's configs), or else from our metadata, or else from a YAML file of the same name beside
+    it; then from what other tools left in the file, and last from the conventions of SD. Where
+    those are not sure, a warning says what was assumed.
     ema: take the averaged weights of the UNet, which some files hold beside the others.
     dtype: what weights become, one after another; None leaves them as they are.
     Raises ValueError for a file that is anything else, saying what it seems to be, and for one
@@ -95,10 +95,11 @@ def read_single_file(
     refuse_other_checkpoints(path, header.shapes)
     weights = _read_weights(path, header, ema=ema, dtype=dtype)
     try:
-        configs, ldm_config, tokenizer = _given_configs(config, header.metadata)
+        given = given_configs(path, config, header.metadata)
+        configs = given.configs
         text_encoder = weights["clip"]
         if not text_encoder:
-            layers = _num_layers(weights["open_clip"], configs, ldm_config)
+            layers = _num_layers(weights["open_clip"], configs, given.ldm_config)
             text_encoder = to_transformers(weights["open_clip"], layers=layers)
         if configs is None:
             info = CheckpointInfo(
@@ -110,7 +111,8 @@ def read_single_file(
                 buffers=weights["buffer"],
                 metadata=header.metadata,
             )
-            configs, notes = infer_configs(info, ldm_config)
+            configs, notes = infer_configs(info, given.ldm_config, beside=given.beside)
+            notes += _left_out(path, header.shapes)
             if notes:
                 warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
     except ValueError as error:
@@ -123,7 +125,7 @@ def read_single_file(
         vae_config=configs.vae,
         text_config=configs.text_encoder,
         scheduler_config=configs.scheduler,
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer,
         metadata={key: value for key, value in header.metadata.items() if key != OUR_KEY},
     )
 
@@ -137,7 +139,9 @@ def write_single_file(
     is written beside the file, with `.yaml` for `.safetensors`. The model's configs must have all
     keys, and only values that JSON has.
     dtype: what weights are converted to; None leaves them as they are.
-    Raises ValueError if `path` does not end in `.safetensors`.
+    Raises ValueError if `path` does not end in `.safetensors`, for weights that are not finite or
+    too large for `dtype`, and where that YAML file is there and is no LDM config; nothing is
+    written then.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -146,7 +150,13 @@ def write_single_file(
     scheduler = model.scheduler_config
     is_sd = compatibility.is_sd_shape(unet, vae, text)
     open_clip = not compatibility.differences(text, compatibility.SD2_TOWER)
-    tensors = _to_ldm(model, dtype, open_clip=open_clip)
+    unsupported = unsupported_by_ldm(unet, vae, scheduler)
+    is_default = is_sd and not unet["use_linear_projection"] and _is_epsilon(scheduler)
+    yaml_path = path.with_suffix(".yaml")
+    writes_yaml = not unsupported and not is_default
+    if writes_yaml and yaml_path.exists():
+        load_ldm_config(yaml_path)  # an older model's is replaced, but not what is none
+    tensors = to_write(_to_ldm(model, open_clip=open_clip), path, dtype)
     configs = ModelConfigs(unet, vae, text, scheduler)
     metadata = {
         **modelspec(configs, model.metadata, title=path.stem, is_sd=is_sd),
@@ -154,11 +164,6 @@ def write_single_file(
         OUR_KEY: pack_configs(configs, model.tokenizer),
     }
     save_safetensors(tensors, path, metadata)
-
-    unsupported = unsupported_by_ldm(unet, vae, scheduler)
-    is_default = is_sd and not unet["use_linear_projection"] and _is_epsilon(scheduler)
-    yaml_path = path.with_suffix(".yaml")
-    writes_yaml = not unsupported and not is_default
     if writes_yaml:
         save_ldm_config(to_ldm_config(unet, vae, text, scheduler, open_clip=open_clip), yaml_path)
     sentences = compatibility.describe_compatibility(
@@ -174,6 +179,19 @@ def write_single_file(
     if not writes_yaml and yaml_path.exists():
         sentences.append(f"A1111 reads {yaml_path.name}, which lies there and is of another model.")
     return sentences
+
+
+def _left_out(path: Path, shapes: Shapes) -> list[str]:
+    """A phrase on what is in a file of another tool's, or beside it, that would change images."""
+    phrases = []
+    if loras := [name for name in shapes if "lora_" in name]:
+        phrases.append(
+            f"a LoRA in it ({len(loras)} tensors, first {short_repr(min(loras))}) was left out"
+        )
+    for kind in ("safetensors", "pt", "ckpt"):  # modules/sd_vae.py of A1111
+        if (vae := path.with_suffix(f".vae.{kind}")).is_file():
+            phrases.append(f"A1111 takes {vae.name} beside it for its VAE; its own was read")
+    return phrases
 
 
 def _read_weights(
@@ -236,37 +254,7 @@ def _names(shapes: Shapes, *, ema: bool) -> dict[str, str]:
 def _ema_name(name: str) -> str:
     """LitEma's name of a UNet's parameter, without dots (ldm/modules/ema.py); or `name` itself."""
     bare = name.removeprefix(ldm_keys.UNET)
-    return name if bare == name else _EMA + bare.replace(".", "")
-
-
-def _given_configs(
-    config: str | Path | None, metadata: Mapping[str, str]
-) -> tuple[ModelConfigs | None, dict[str, dict[str, Any]] | None, dict[str, str] | None]:
-    """What need not be inferred: complete configs, the content of an LDM config, the tokenizer.
-
-    `config` goes before our metadata; what neither holds is None.
-    """
-    if config is None:
-        if OUR_KEY not in metadata:
-            return None, None, None
-        configs, tokenizer = unpack_configs(metadata[OUR_KEY])
-        return configs, None, tokenizer
-    config = Path(config)
-    if config.is_file():
-        return None, load_ldm_config(config), None
-    if not config.is_dir():
-        raise ValueError(
-            f"config={str(config)!r} must be an LDM YAML file or a diffusers folder that is there"
-        )
-    configs = ModelConfigs(
-        unet=load_json(config / "unet" / "config.json"),
-        vae=load_json(config / "vae" / "config.json"),
-        text_encoder=load_json(config / "text_encoder" / "config.json"),
-        scheduler=load_json(config / "scheduler" / "scheduler_config.json"),
-    )
-    files = [config / "tokenizer" / name for name in TOKENIZER_FILES]
-    tokenizer = {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
-    return configs, None, tokenizer or None
+    return name if bare == name else EMA + bare.replace(".", "")
 
 
 def _num_layers(
@@ -285,7 +273,7 @@ def _num_layers(
     return layers - penultimate
 
 
-def _to_ldm(model: SingleFile, dtype: torch.dtype | None, *, open_clip: bool) -> dict[str, Tensor]:
+def _to_ldm(model: SingleFile, *, open_clip: bool) -> dict[str, Tensor]:
     """The tensors of the file that is written, under LDM's names."""
     tensors = {}
     for name, ldm_name in ldm_keys.unet_to_ldm(model.unet).items():
@@ -300,9 +288,6 @@ def _to_ldm(model: SingleFile, dtype: torch.dtype | None, *, open_clip: bool) ->
     else:
         for name, ldm_name in ldm_keys.clip_from_ldm(model.text_encoder).items():
             tensors[ldm_keys.CLIP + ldm_name] = model.text_encoder[name]
-    tensors = {
-        name: tensor.detach().to(device="cpu", dtype=dtype) for name, tensor in tensors.items()
-    }
     # Empty marks: ComfyUI writes v_pred for every v model (model_base.py), A1111 reads ztsnr.
     for name, applies in (
         ("v_pred", model.scheduler_config["prediction_type"] == "v_prediction"),

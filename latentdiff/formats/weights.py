@@ -19,6 +19,7 @@ from latentdiff.formats.header import Header, name_repr, parse_json, read_header
 from latentdiff.formats.stand_in import stand_in
 
 MAX_JSON_BYTES = 16_000_000  # an index of 50,000 tensors, the most that we read, has 5 MB
+_WIDE = (torch.bfloat16, torch.float32, torch.float64)  # what has a wider range than float16
 
 
 def load_safetensors(
@@ -76,9 +77,7 @@ def load_files(
                 raise ValueError(f"{source}: tensor {name_repr(ours)} is there twice")
             locations[ours] = (path, name)
     if expected is not None:
-        _check_shapes(
-            source, expected, {n: headers[p].shapes[k] for n, (p, k) in locations.items()}
-        )
+        check_shapes(source, expected, {n: headers[p].shapes[k] for n, (p, k) in locations.items()})
         for ours, (path, name) in locations.items():
             if expected[ours].is_floating_point() != headers[path].dtypes[name].is_floating_point:
                 raise ValueError(
@@ -101,7 +100,68 @@ def save_safetensors(
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(Path(path)) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(contiguous, temporary, metadata={**(metadata or {}), "format": "pt"})
+
+
+def to_write(
+    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The tensors on the CPU, with floating-point numbers as `dtype`; None leaves them as they are.
+
+    Raises ValueError, naming the tensor and `path`, for numbers that no reader of ours takes: NaN,
+    infinite ones, and those that would become infinite. Nothing should be written then.
+    """
+    check_tensors(tensors, path, dtype)
+    return {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
+
+
+def check_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    """Raise ValueError where `to_write` does."""
+    for name, tensor in tensors.items():
+        try:
+            check_numbers(name, tensor, dtype)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be written: {error}") from error
+
+
+def check_shapes(
+    source: Path | str, expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError, naming the first, unless the file's tensors are the expected ones."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    wrong = [name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)]
+    if wrong:
+        first = min(wrong)
+        raise ValueError(
+            f"{source} does not fit the configuration in {len(wrong)} tensors, first "
+            f"{name_repr(first)}: {shapes.get(first, 'missing')} in the file, "
+            f"{wanted.get(first, 'none')} by the configuration"
+        )
+
+
+def check_numbers(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError for NaN and infinite numbers, and for those too large for `dtype`.
+
+    Whole numbers are always right.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # aminmax gives NaN if any number is NaN, and takes a thirtieth of isfinite's time.
+    numbers = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+    ends = torch.stack(numbers.aminmax())
+    if not ends.isfinite().all():
+        raise ValueError(f"tensor {name_repr(name)} holds NaN or infinite numbers")
+    # Rounding keeps the order, so that all numbers are finite where the least and largest are.
+    if dtype is not None and not ends.to(dtype).double().isfinite().all():
+        largest = float(ends.double().abs().max())
+        wider = [str(d).removeprefix("torch.") for d in _WIDE if torch.finfo(d).max >= largest]
+        raise ValueError(
+            f"tensor {name_repr(name)} is too large for {dtype}: it holds {largest:g}, up to "
+            f"{torch.finfo(dtype).max:g} is allowed; {' or '.join(wider)} can hold it"
+        )
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -130,20 +190,6 @@ def save_json(content: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _check_shapes(
-    source: Path, expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    wrong = [name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)]
-    if wrong:
-        first = min(wrong)
-        raise ValueError(
-            f"{source} does not fit the configuration in {len(wrong)} tensors, first "
-            f"{name_repr(first)}: {shapes.get(first, 'missing')} in the file, "
-            f"{wanted.get(first, 'none')} by the configuration"
-        )
-
-
 def _read(file: BufferedReader, header: Header, name: str, dtype: torch.dtype | None) -> Tensor:
     """Read one tensor into memory: a memory map would be lost with the file."""
     begin, end = header.byte_ranges[name]
@@ -154,18 +200,11 @@ def _read(file: BufferedReader, header: Header, name: str, dtype: torch.dtype | 
     tensor = numbers.view(header.dtypes[name]).reshape(header.shapes[name])
     if not tensor.is_floating_point():
         return tensor
-    converted = tensor if dtype is None else tensor.to(dtype)
-    if not _finite(converted):
-        if _finite(tensor):
-            raise ValueError(f"{file.name}: tensor {name_repr(name)} is too large for {dtype}")
-        raise ValueError(f"{file.name}: tensor {name_repr(name)} holds NaN or infinite numbers")
-    return converted
-
-
-def _finite(tensor: Tensor) -> bool:
-    # aminmax gives NaN if any number is NaN, and takes a thirtieth of isfinite's time.
-    numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return numbers.numel() == 0 or bool(torch.stack(numbers.aminmax()).isfinite().all())
+    try:
+        check_numbers(name, tensor, dtype)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 @contextmanager

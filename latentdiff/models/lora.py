@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from latentdiff.formats.header import short_repr
 from latentdiff.formats.lora import LoRALayer, read_lora
+from latentdiff.formats.weights import check_numbers
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
 
@@ -153,7 +154,10 @@ def _check_scale(scale: float) -> None:
 def _check_layers(
     path: Path, title: str, network: nn.Module, layers: Mapping[str, LoRALayer]
 ) -> None:
-    """Raise ValueError, naming the first, unless each layer is in the network with its widths."""
+    """Raise ValueError, naming the first, unless each layer is in the network with its widths.
+
+    Its numbers, too, must be within the range of the network's precision.
+    """
     weights = _weights(network)
     absent = [name for name in layers if name not in weights]
     if absent:
@@ -169,6 +173,12 @@ def _check_layers(
             f"have other widths than this model: {tuple(layer.down.shape)} and "
             f"{tuple(layer.up.shape)} for a weight of {tuple(weight.shape)}"
         )
+    for name, layer in layers.items():
+        for half in (layer.down, layer.up):
+            try:
+                check_numbers(name, half, weights[name].dtype)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
 
 
 def _fits(layer: LoRALayer, weight: Tensor) -> bool:

@@ -16,6 +16,11 @@ MAX_WIDTH = 2**16
 MAX_LEVELS = 8
 MAX_LAYERS = 12
 MAX_TRANSFORMERS = 256
+# What diffusers' EMAModel writes into the config of the averaged network that it saves.
+_EMA_KEYS = {
+    *("decay", "min_decay", "inv_gamma", "power"),
+    *("optimization_step", "update_after_step", "use_ema_warmup"),
+}
 
 
 def config_from_dict(
@@ -25,7 +30,7 @@ def config_from_dict(
 
     `fixed` holds the keys that have one supported value, `absent` diffusers' defaults of missing
     keys where they differ from ours. Raises ValueError naming key and value
-    for a fixed key with another value and for unknown keys.
+    for a fixed key with another value and for unknown keys, unless these are off (null or false).
     """
     names = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     known = {name: value for name, value in absent.items() if name not in values}
@@ -33,17 +38,36 @@ def config_from_dict(
         if key in names:
             known[key] = value
         elif key in fixed:
-            if _plain(value) != _plain(fixed[key]):
+            if not means(value, fixed[key]):
                 raise ValueError(
                     f"{key}={short_repr(value)} is not supported, only {short_repr(fixed[key])}"
                 )
-        elif not key.startswith("_"):
+        elif not (key.startswith("_") or key in _EMA_KEYS or value is None or value is False):
             raise ValueError(f"unknown configuration key {name_repr(key)}={short_repr(value)}")
     return cls(**known)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def means(value: Any, expected: Any) -> bool:
+    """Whether a value of a configuration file is to diffusers what the expected one is.
+
+    Null, false and 0 are all off, "swish" is another word for "silu", and a list may repeat the
+    value for each block.
+    """
+    if isinstance(expected, (list, tuple)):
+        return isinstance(value, (list, tuple)) and list(value) == list(expected)
+    repeats = isinstance(value, list) and value and not isinstance(expected, str)
+    off = expected is None or expected is False
+    return all(
+        one in (None, False) if off else one == expected or (one, expected) == ("swish", "silu")
+        for one in (value if repeats else [value])
+    )
+
+
+def one_number(value: Any, count: int) -> Any:
+    """The number that a list repeats `count` times, as diffusers takes it; or else the value."""
+    repeats = isinstance(value, list) and len(value) == count > 0
+    same = repeats and all(type(one) is int and one == value[0] for one in value)
+    return value[0] if same else value
 
 
 def check_types(config: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from latentdiff.formats.diffusers import DIFFUSERS_VERSION, STEMS
 from latentdiff.formats.sharded_weights import load_weights
-from latentdiff.formats.weights import load_json, save_json, save_safetensors
+from latentdiff.formats.weights import load_json, save_json, save_safetensors, to_write
 
 N = TypeVar("N", bound=nn.Module)
 STEM = STEMS["unet"]  # of the names of weight files
@@ -29,13 +29,13 @@ def load_network(
     folder: Path | str,
     *,
     variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> N:
     """Read a network from its folder, in eval mode.
 
     variant: which weights, such as "fp16", instead of the plain ones. dtype: what weights of any
-    precision become. Raises ValueError when a file is missing or the weights do not fit the
-    configuration.
+    precision become; None leaves them as they are in the file. Raises ValueError when a file is
+    missing or the weights do not fit the configuration.
     """
     path = Path(folder) / "config.json"
     values = load_json(path)
@@ -61,15 +61,17 @@ def load_network(
 def save_network(
     network: nn.Module, folder: Path | str, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write `config.json` and the weights, converted to `dtype` if one is given."""
-    folder = Path(folder)
+    """Write `config.json` and the weights, converted to `dtype` if one is given.
+
+    Raises ValueError, before anything is written, for weights that are not finite or too large for
+    `dtype`.
+    """
+    path = Path(folder) / f"{STEM}.safetensors"
+    tensors = to_write(network.state_dict(), path, dtype)
     config: Any = network.config
-    save_json({**config.to_dict(), "_diffusers_version": DIFFUSERS_VERSION}, folder / "config.json")
-    tensors = {
-        name: tensor.detach().to(device="cpu", dtype=dtype)
-        for name, tensor in network.state_dict().items()
-    }
-    save_safetensors(tensors, folder / f"{STEM}.safetensors")
+    values = {**config.to_dict(), "_diffusers_version": DIFFUSERS_VERSION}
+    save_json(values, path.with_name("config.json"))
+    save_safetensors(tensors, path)
 
 
 def _current_name(name: str) -> str:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from latentdiff.formats.hub import fetch_tokenizer
 from latentdiff.formats.ldm.compatibility import SD2_TOWER, differences
+from latentdiff.formats.ldm.modelspec import TOKENIZER_FILES
 from latentdiff.formats.open_clip import TEXT_MODEL
-from latentdiff.formats.single_file import TOKENIZER_FILES, SingleFile
+from latentdiff.formats.single_file import SingleFile
+from latentdiff.formats.weights import check_shapes
 from latentdiff.models.dit import DiT
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower, save_tokenizer
 from latentdiff.models.text_config import load_tokenizer
@@ -96,8 +98,7 @@ def single_file_from_networks(
 def _network(cls: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     with torch.device("meta"):
         network = cls(cls.config_class.from_dict(config))
-    try:
-        network.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # torch lists everything, a line each
-        raise ValueError(f"the weights do not fit the {cls.__name__}: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(f"the {cls.__name__} of the file", network.state_dict(), shapes)
+    network.load_state_dict(tensors, assign=True)
     return network.eval()

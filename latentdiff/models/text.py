@@ -17,7 +17,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latentdiff.formats import open_clip
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 from latentdiff.formats.sharded_weights import load_weights
-from latentdiff.formats.weights import load_json, load_safetensors, save_safetensors
+from latentdiff.formats.weights import (
+    load_json,
+    load_safetensors,
+    save_safetensors,
+    to_write,
+)
 from latentdiff.models.prompts import parse_weights, weigh
 from latentdiff.models.text_config import load_tokenizer, tower_config
 
@@ -144,10 +149,15 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, *, variant: str | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        folder: Path | str,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype | None = torch.float32,
     ) -> Self:
         """Read `text_encoder/` and `tokenizer/` of a folder; weights become `dtype` one by one.
 
+        dtype: None leaves them as they are in the file.
         variant: which weights, such as "fp16". Raises ValueError when a file is missing,
         the configuration is not that of a CLIP text tower, the weights are not those of the
         configuration or hold NaN, or the tokenizer is not for this tower.
@@ -205,16 +215,20 @@ class TextEncoder(nn.Module):
         return cls(fill_tower(model, open_clip.to_transformers(tensors)), tokenizer)
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write `text_encoder/` and `tokenizer/` as transformers and diffusers read them."""
-        folder = Path(folder)
+        """Write `text_encoder/` and `tokenizer/` as transformers and diffusers read them.
+
+        Raises ValueError, before anything is written, for weights that are not finite or too large
+        for `dtype`.
+        """
+        path = Path(folder) / "text_encoder" / "model.safetensors"
+        state = _without_prefix(self.model.state_dict())
+        tensors = to_write({TEXT_MODEL + n: tensor for n, tensor in state.items()}, path, dtype)
         config = copy.deepcopy(self.model.config)
         config.architectures = ["CLIPTextModel"]
         config.dtype = torch.float32  # what to compute in, whatever the file holds
-        config.save_pretrained(folder / "text_encoder")
-        state = _without_prefix(self.model.state_dict())
-        tensors = {TEXT_MODEL + name: tensor.to("cpu", dtype) for name, tensor in state.items()}
-        save_safetensors(tensors, folder / "text_encoder" / "model.safetensors")
-        save_tokenizer(self.tokenizer, folder / "tokenizer")
+        config.save_pretrained(path.parent)
+        save_safetensors(tensors, path)
+        save_tokenizer(self.tokenizer, Path(folder) / "tokenizer")
 
 
 def chunk_slices(word_ends: Sequence[bool], *, size: int) -> list[slice]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.activations import ACT2FN
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from latentdiff.formats.header import short_repr
 
@@ -53,12 +54,14 @@ def tower_config(values: Mapping[str, Any]) -> CLIPTextConfig:
         )
     for key in _TOKENS:
         value = values.get(key, 0)
+        if value is None and key != "eos_token_id":  # which alone the tower looks for
+            continue
         if not (type(value) is int and 0 <= value < _MAX_SIZES["vocab_size"]):
             raise _refused(
                 key, value, f"a token's number, from 0 to {_MAX_SIZES['vocab_size'] - 1}"
             )
     known = _checked_keys(values, _MAX_SIZES, CLIPTextConfig, of="text")
-    known |= {key: values[key] for key in _TOKENS if key in values}
+    known |= {key: values[key] for key in _TOKENS if values.get(key) is not None}
     return CLIPTextConfig(**known)
 
 
@@ -79,14 +82,18 @@ def image_config(values: Mapping[str, Any]) -> CLIPVisionConfig:
 def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     """Read a CLIPTokenizer for the tower of this configuration.
 
-    Raises ValueError when the files are not a tokenizer's, when it has tokens that the tower does
-    not have, and when a prompt may be longer than the tower's positions.
+    One without a limit has the tower's, `max_position_embeddings`. Raises ValueError when the files
+    are not a tokenizer's, when it has tokens that the tower does not have, and when a prompt may be
+    longer than the tower's positions.
     """
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers has no class of its own for what it cannot read
         raise ValueError(f"{folder} holds no CLIP tokenizer ({short_repr(str(error))})") from error
     length, positions = tokenizer.model_max_length, config.max_position_embeddings
+    # transformers' word for a tokenizer without a limit is 1e30, also where its file says nothing.
+    if type(length) in (int, float) and length > LARGE_INTEGER:
+        length = tokenizer.model_max_length = positions
     if type(length) is not int or not 3 <= length <= positions:
         raise ValueError(
             f"{folder}: model_max_length={short_repr(length)} must be from 3 to the text encoder's "

@@ -13,6 +13,8 @@ from latentdiff.models.network_config import (
     check_range,
     check_types,
     config_from_dict,
+    means,
+    one_number,
 )
 
 ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -133,15 +135,37 @@ class UNetConfig:
         """
         values = dict(values)
         width = values.pop(PROJECTED, None)
+        said = {key: values.pop(key, None) for key in _IMPLIED}
+        channels = values.get("block_out_channels", cls.block_out_channels)
+        levels = len(channels) if isinstance(channels, (list, tuple)) else 0
+        for key in _REPEATED & values.keys():
+            values[key] = one_number(values[key], 2 if key == "sample_size" else levels)
         config = config_from_dict(cls, values, fixed=FIXED, absent=ABSENT)
         if width != config.to_dict()[PROJECTED]:
             raise ValueError(
                 f"{PROJECTED}={short_repr(width)} must be {config.to_dict()[PROJECTED]!r}: "
                 "cross_attention_dim where class_embed_type is given, and else null"
             )
+        config._check_implied(said)
         return config
 
+    def _check_implied(self, said: dict[str, Any]) -> None:
+        """Raise ValueError where a file gives a key of `_IMPLIED` another value than follows."""
+        heads = self.heads if len(set(self.heads)) > 1 else self.heads[0]
+        follows = (heads, 4 * self.block_out_channels[0], self.transformer_layers_per_block)
+        for (key, value), expected in zip(said.items(), follows, strict=True):
+            if value is not None and not means(value, expected):
+                raise ValueError(
+                    f"{key}={short_repr(value)} is not supported, only null or {expected!r}, "
+                    "which follows from the other keys"
+                )
 
+
+# Keys that say again what others say; null in SD 1.x and 2.x.
+_IMPLIED = ("num_attention_heads", "time_embedding_dim", "reverse_transformer_layers_per_block")
+# Keys for which diffusers takes a list, too: of height and width, or of one number a level.
+_REPEATED = {"sample_size", "layers_per_block", "cross_attention_dim"}
+_REPEATED |= {"transformer_layers_per_block"}
 PROJECTED = "projection_class_embeddings_input_dim"
 # Keys of UNet2DConditionModel that SD 1.x and 2.x leave at one value.
 FIXED: dict[str, Any] = {

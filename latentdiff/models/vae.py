@@ -160,6 +160,17 @@ class SmallImage(nn.Module):
         return torch.cat([z, torch.full_like(z, POINT)], dim=1)
 
 
+class NoEncoder(nn.Module):
+    """In the place of an encoder that a file does not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise ValueError: all that asks for an encoder ends here."""
+        raise ValueError(
+            "this VAE has no encoder, as the file that it is from holds none: it can draw from "
+            "text, and image-to-image, inpainting, caches and training need another VAE"
+        )
+
+
 class Decoder(nn.Module):
     """Latents after `post_quant_conv` (B, C, H, W) -> images (B, 3, fH, fW)."""
 
@@ -193,10 +204,12 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         C = config.latent_channels
-        learned = config.encoder == "kl"
-        self.encoder = Encoder(config) if learned else SmallImage(config)
+        if config.encoder == "none":
+            self.encoder = NoEncoder()
+        else:
+            self.encoder = Encoder(config) if config.encoder == "kl" else SmallImage(config)
         self.decoder = Decoder(config)
-        quantised = learned and config.use_quant_conv
+        quantised = config.encoder != "downsample" and config.use_quant_conv
         self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if quantised else nn.Identity()
         self.post_quant_conv = nn.Conv2d(C, C, 1) if config.use_post_quant_conv else nn.Identity()
 

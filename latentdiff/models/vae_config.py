@@ -13,6 +13,8 @@ from latentdiff.models.network_config import (
     check_range,
     check_types,
     config_from_dict,
+    means,
+    one_number,
 )
 
 
@@ -32,13 +34,14 @@ class VAEConfig:
     """Multiplies latents so that they have unit variance."""
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
-    """A last 1×1 convolution of the encoder "kl"; the other has none."""
+    """A last 1×1 convolution of the encoder "kl"; downsample has none."""
     use_post_quant_conv: bool = True
     force_upcast: bool = True
     """Tells diffusers' half-precision users to decode in float32; our own code ignores it."""
-    encoder: Literal["kl", "downsample"] = "kl"
+    encoder: Literal["kl", "downsample", "none"] = "kl"
     """kl is learned, and gives a Gaussian; downsample averages areas of the image, so that
-    latent_channels equals in_channels, and only the decoder, which upscales, is learned."""
+    latent_channels equals in_channels, and only the decoder, which upscales, is learned; none is
+    what a file without an encoder has, which can only draw."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -60,6 +63,8 @@ class VAEConfig:
 
     def check_folds(self) -> None:
         """Raise ValueError without a convolution that `VAE.fold_latent_statistics` needs."""
+        if self.encoder == "none":
+            raise ValueError("encoder='none' must be 'kl' or 'downsample': no image has a latent")
         learned = ("use_quant_conv",) if self.encoder == "kl" else ()
         for name in (*learned, "use_post_quant_conv"):
             if not getattr(self, name):
@@ -68,7 +73,7 @@ class VAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every key that `AutoencoderKL` needs.
 
-        The key `encoder`, which diffusers does not have, is there with "downsample" alone.
+        The key `encoder`, which diffusers does not have, is left out with "kl".
         """
         values = {**_fixed(self.encoder, len(self.block_out_channels)), **dataclasses.asdict(self)}
         if self.encoder == "kl":
@@ -88,8 +93,11 @@ class VAEConfig:
                 f"block_out_channels={short_repr(channels)} must be a list of 1 to "
                 f"{MAX_LEVELS} numbers"
             )
-        encoder = "downsample" if values.get("encoder") == "downsample" else "kl"
-        fixed = _fixed(encoder, len(channels))
+        values["sample_size"] = one_number(values.get("sample_size", ABSENT["sample_size"]), 2)
+        if means(values.get("latents_std"), 1):  # they divide by 1
+            del values["latents_std"]
+        encoder = values.get("encoder", "kl")
+        fixed = _fixed(encoder if encoder in ("downsample", "none") else "kl", len(channels))
         return config_from_dict(cls, values, fixed=fixed, absent=ABSENT)
 
 
@@ -101,12 +109,16 @@ FIXED: dict[str, Any] = {
     "latents_std": None,
 }
 ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
-# The class and the type of its down blocks, by encoder. diffusers does not have those of
-# "downsample", so that it refuses the folder rather than add an encoder of random weights.
-_CLASSES = {"kl": ("AutoencoderKL", "DownEncoderBlock2D"), "downsample": ("VAE", "AreaAverage")}
+# The class and the type of its down blocks, by encoder. diffusers has those of "kl" alone, so that
+# it refuses the other folders rather than add an encoder of random weights.
+_CLASSES = {
+    "kl": ("AutoencoderKL", "DownEncoderBlock2D"),
+    "downsample": ("VAE", "AreaAverage"),
+    "none": ("VAE", "NoEncoder"),
+}
 
 
-def _fixed(encoder: Literal["kl", "downsample"], levels: int) -> dict[str, Any]:
+def _fixed(encoder: Literal["kl", "downsample", "none"], levels: int) -> dict[str, Any]:
     """The keys whose value follows from the other keys."""
     class_name, down = _CLASSES[encoder]
     return {

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from latentdiff.formats.header import Header, name_repr, parse_json, read_header, short_repr
 from latentdiff.formats.weights import (
+    check_tensors,
     load_files,
     load_safetensors,
     replacing,
@@ -195,6 +196,7 @@ def _replace_weights(path: Path, synthesis: Synthesis) -> None:
                 f"{path.name}: {name_repr(name)} is {tuple(tensors[name].shape)} in the model and "
                 f"{tuple(tensor.shape)} in its snapshots"
             )
+        check_tensors({name: tensor}, Path(path.name), tensors[name].dtype)
         tensors[name] = tensor.to(tensors[name].dtype)
     save_safetensors(tensors, path, metadata=header.metadata)
 

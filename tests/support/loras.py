@@ -58,3 +58,23 @@ def kohya_file(path: Path, pipeline: Pipeline, *, alpha: float, names: list[str]
     tensors = in_kohya_names(unet, "lora_unet_", alphas)
     save_file(tensors | in_kohya_names(text, "lora_te_text_model_", alphas), path)
     return path
+
+
+@torch.no_grad()
+def outputs(unet: nn.Module, text_encoder: nn.Module) -> Tensor:
+    """What the two networks compute in float64: text states, and noise from a UNet reading them."""
+    unet.double().eval()
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    text_encoder.double().eval()
+    context = text_encoder(input_ids=torch.arange(24).reshape(2, 12)).last_hidden_state
+    noise = unet(x, torch.tensor([3, 700]), context)
+    noise = noise if isinstance(noise, Tensor) else noise.sample
+    return torch.cat([context.flatten(), noise.flatten()])
+
+
+def ours(pipeline: Pipeline) -> Tensor:
+    return outputs(pipeline.unet, pipeline.text_encoder.model)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())

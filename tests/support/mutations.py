@@ -1,5 +1,6 @@
 """What can be wrong with a file: mutations of bytes and JSON, and a watch on what reading does."""
 
+import base64
 import io
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from random import Random
 from typing import Any
 
 import torch
+import yaml
 
 # Values that break what trusts them: wrong types, huge and negative numbers, words that are paths.
 NASTY: list[Any] = [
@@ -144,6 +147,36 @@ def broken_json(content: Any, random: Random) -> str:
         deep = random.choice((10, 1_000, 100_000))
         return '{"a":' * deep + text + "}" * deep
     return text
+
+
+def any_json(content: bytes, random: Random) -> bytes:
+    if random.random() < 0.2:
+        return broken_bytes(content, random)
+    return broken_json(json.loads(content), random).encode("utf-8", "surrogatepass")
+
+
+def broken_yaml(content: bytes, random: Random) -> bytes:
+    """JSON is YAML, too: keys and values of other kinds, and broken bytes."""
+    if random.random() < 0.5:
+        return broken_bytes(content, random)
+    return any_json(json.dumps(yaml.safe_load(content)).encode(), random)
+
+
+def broken_metadata(content: bytes, random: Random) -> bytes:
+    """A single file whose metadata is wrong, mostly in our own entry, which is packed JSON."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    metadata = header["__metadata__"]
+    if random.random() < 0.8:
+        text = zlib.decompress(base64.b64decode(metadata["latentdiff"]))
+        packed = zlib.compress(any_json(text, random))
+        if random.random() < 0.1:
+            packed = broken_bytes(packed, random)
+        metadata["latentdiff"] = base64.b64encode(packed).decode()
+    else:
+        metadata[random.choice(sorted(metadata))] = random.choice(NASTY)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def broken_safetensors(content: bytes, random: Random) -> bytes:

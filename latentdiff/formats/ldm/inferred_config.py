@@ -9,11 +9,13 @@ activation.
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.ldm.compatibility import SD_BETAS, is_sd_shape
 from latentdiff.formats.ldm.shapes import (
     GROUPS,
@@ -61,13 +63,17 @@ class CheckpointInfo:
 
 
 def infer_configs(
-    info: CheckpointInfo, ldm_config: Mapping[str, Mapping[str, Any]] | None
+    info: CheckpointInfo,
+    ldm_config: Mapping[str, Mapping[str, Any]] | None,
+    *,
+    beside: Path | None = None,
 ) -> tuple[ModelConfigs, list[str]]:
     """Infer a model's configs; returns them, and a sentence on each assumption that is not sure.
 
-    ldm_config: what `load_ldm_config` read, if the user gave such a file. It goes before all but
-    the shapes, and is refused where it differs from them. Raises ValueError, asking for one, where
-    no assumption fits the shapes.
+    ldm_config: what `load_ldm_config` read, if there is such a file. It goes before all but the
+    shapes, and is refused where it differs from them. beside: its path, if it was found and not
+    asked for; it is then refused, too, where the checkpoint says that it predicts something else.
+    Raises ValueError, asking for one, where no assumption fits the shapes.
     """
     unet = infer_unet_config(_shapes(info.unet))
     vae = infer_vae_config(_shapes(info.vae))
@@ -78,12 +84,14 @@ def infer_configs(
     unet.setdefault("cross_attention_dim", text["hidden_size"])
     unet |= _unet_conventions(unet)
     vae |= {
-        "_class_name": "AutoencoderKL",
         "norm_num_groups": GROUPS,
         "scaling_factor": _scaling_factor(info.buffers.get("scale_factor")),
     }
     text = _text_conventions(text, open_clip=info.open_clip) | text
-    prediction, is_sure = _prediction_type(info)
+    if ldm_config is None:
+        prediction, is_sure = _prediction_type(info)
+    else:
+        prediction, is_sure = ldm_config["scheduler"]["prediction_type"], True
     linear = unet["use_linear_projection"]  # which shapes show, and no LDM config can change
     image_size = _image_size(
         info.metadata, default=768 if linear and prediction == "v_prediction" else 512
@@ -97,9 +105,14 @@ def infer_configs(
     else:
         unet |= ldm_config["unet"]
         vae |= ldm_config["vae"]
-        prediction = ldm_config["scheduler"]["prediction_type"]
+        if "scale_factor" in info.buffers:  # LDM measured it, and loads it over its config's
+            vae["scaling_factor"] = _scaling_factor(info.buffers["scale_factor"])
+        if beside is not None:
+            _check_prediction(info, prediction, beside)
         betas = {key: ldm_config["scheduler"][key] for key in SD_BETAS}
         notes = []
+    if vae.get("encoder") == "none":
+        notes.append("its VAE has no encoder, so that it draws from text alone")
     unet["upcast_attention"] = linear and prediction == "v_prediction"
     _check_divisible(unet, vae)
     scheduler = _scheduler_config(prediction, betas, zero_terminal_snr="ztsnr" in info.names)
@@ -185,19 +198,49 @@ def _unsure(
 
 def _prediction_type(info: CheckpointInfo) -> tuple[str, bool]:
     """What the UNet predicts, and whether that is sure."""
-    metadata = info.metadata
-    stated = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key"))
-    if stated in ("v", "v_prediction", "epsilon", "eps"):
-        return ("v_prediction" if stated.startswith("v") else "epsilon"), True
-    if "v_pred" in info.names:  # ComfyUI writes it beside every v model
-        return "v_prediction", True
-    architecture = metadata.get("modelspec.architecture", "")
-    if architecture.startswith("stable-diffusion-v2-"):
-        return ("v_prediction" if architecture.endswith("-v") else "epsilon"), True
+    stated = _stated_prediction(info)
+    if stated is not None:
+        return stated, True
     config = infer_unet_config(_shapes(info.unet))
     if not config["use_linear_projection"] or config["in_channels"] != 4:
         return "epsilon", True  # SD 1.x, and inpainting models of both
     return ("v_prediction" if looks_like_v(info.unet, config) else "epsilon"), False
+
+
+def _stated_prediction(info: CheckpointInfo) -> str | None:
+    """What the file says that the UNet predicts, in metadata or by a mark among its tensors.
+
+    Raises ValueError, asking for config=, where it is anything else than noise and v.
+    """
+    metadata = info.metadata
+    stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    if stated:
+        if stated.lower() not in ("v", "v_prediction", "epsilon", "eps"):
+            raise ValueError(
+                f"its metadata say that it predicts {short_repr(stated)}; known are epsilon and v; "
+                "give config=, an LDM YAML file or the model's diffusers folder"
+            )
+        return "v_prediction" if stated.lower().startswith("v") else "epsilon"
+    if "v_pred" in info.names:  # ComfyUI writes it beside every v model
+        return "v_prediction"
+    architecture = metadata.get("modelspec.architecture", "")
+    if architecture.startswith("stable-diffusion-v2-"):
+        return "v_prediction" if architecture.endswith("-v") else "epsilon"
+    return None
+
+
+def _check_prediction(info: CheckpointInfo, prediction: str, beside: Path) -> None:
+    """Raise ValueError where a file says that it predicts something else than the config beside it.
+
+    To go by either without a word could draw noise.
+    """
+    stated = _stated_prediction(info)
+    if stated not in (None, prediction):
+        raise ValueError(
+            f"it says of itself that it predicts {stated}, and {beside.name} beside it says "
+            f"{prediction}; config={str(beside)!r} decides for the latter, renaming that file for "
+            "the former"
+        )
 
 
 def _image_size(metadata: Mapping[str, str], *, default: int) -> int:
@@ -221,8 +264,8 @@ def _check_agreement(name: str, inferred: Mapping[str, Any], ldm_config: Mapping
     for key in inferred.keys() & ldm_config.keys():
         if inferred[key] != ldm_config[key]:
             raise ValueError(
-                f"by config= its {name}'s {key} is {ldm_config[key]}, by its tensors "
-                f"{inferred[key]}"
+                f"by its LDM config (config=, or the .yaml beside it) its {name}'s {key} is "
+                f"{ldm_config[key]}, by its tensors {inferred[key]}"
             )
 
 

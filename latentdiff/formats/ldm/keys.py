@@ -87,11 +87,20 @@ def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
 
 
 def vae_from_ldm(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' name of every tensor of an LDM VAE; ValueError for an unknown name."""
+    """diffusers' name of every tensor of an LDM VAE; ValueError for an unknown name.
+
+    Its depth is read off the decoder, as there are files without an encoder.
+    """
     names = set(names)
-    levels = _check_count(count(names, "encoder.down."))
-    layers = _check_count(count(names, "encoder.down.0.block."))
-    return _rename(names, _swap(_vae_modules(levels, layers)))
+    levels = _check_count(count(names, "decoder.up."))
+    layers = _check_count(count(names, "decoder.up.0.block.") - 1)
+    modules = _swap(_vae_modules(levels, layers))
+    # diffusers' script that converts to LDM's names knew the attention's from before 0.17 alone,
+    # and left newer ones as they are.
+    for half in ("encoder", "decoder"):
+        for part in _VAE_ATTENTION:
+            modules[f"{half}.mid.attn_1.{part}"] = f"{half}.mid_block.attentions.0.{part}"
+    return _rename(names, modules)
 
 
 def is_vae_convolution(name: str) -> bool:

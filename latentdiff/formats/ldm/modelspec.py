@@ -21,10 +21,21 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
 )
+# What of a file's metadata is written anew with each file of ours; all else is passed on.
+RENEWED = {
+    OUR_KEY,
+    "format",
+    *(f"modelspec.{key}" for key in ("title", "date", "sai_model_spec", "architecture")),
+    *(f"modelspec.{key}" for key in ("implementation", "resolution", "prediction_type")),
+    "modelspec.hash_sha256",
+}
 MAX_TEXT_BYTES = 32_000_000  # of our entry, unpacked; CLIP's tokenizer has 2 MB
 
 # Of the dtypes that weights have, the order in which safetensors writes them.
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
 
 
 def modelspec(

@@ -32,19 +32,24 @@ _OTHER_MODELS = (
     ("emb_params", "a textual inversion"),
     ("down_blocks.", "a diffusers UNet alone; give its pipeline's folder instead"),
     ("encoder.down_blocks.", "a diffusers VAE alone; give its pipeline's folder instead"),
+    ("decoder.up_blocks.", "a diffusers VAE alone; give its pipeline's folder instead"),
     ("encoder.down.", "a VAE alone"),
+    ("decoder.up.", "a VAE alone"),
+    ("input_blocks.", "a UNet alone"),
     (TEXT_MODEL, "a text encoder alone"),
+    ("transformer.resblocks.", "a text encoder of open_clip alone"),
 )
 
 
 def refuse_other_checkpoints(path: Path, shapes: Shapes) -> None:
     """Raise ValueError, saying what the file seems to be, unless it is a complete SD 1.x or 2.x.
 
-    `shapes` has the names in the file. LoRA tensors beside a complete model are allowed.
+    `shapes` has the names in the file. LoRA tensors beside a complete model are allowed, and a VAE
+    may lack its encoder, which drawing does not need.
     """
     components = {
         "UNet": has(shapes, UNET + "input_blocks."),
-        "VAE": has(shapes, VAE),
+        "decoder of its VAE" if has(shapes, VAE) else "VAE": has(shapes, VAE + "decoder."),
         "text encoder": has(shapes, CLIP) or has(shapes, OPEN_CLIP),
     }
     complete = all(components.values())
@@ -93,18 +98,26 @@ def infer_unet_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_vae_config(shapes: Shapes) -> dict[str, Any]:
-    """The keys of an AutoencoderKL's config that shapes show: all but norms, size and scale."""
-    levels = count(shapes, "encoder.down_blocks.")
-    return {
-        "in_channels": _shape(shapes, "encoder.conv_in.weight", 4)[1],
-        "out_channels": _shape(shapes, "decoder.conv_out.weight", 4)[0],
-        "block_out_channels": _widths(shapes, "encoder.down_blocks.", levels),
-        "layers_per_block": count(shapes, "encoder.down_blocks.0.resnets."),
+    """The keys of a VAE's config that shapes show: all but norms, size and scale.
+
+    One without an encoder is no AutoencoderKL, but ours.
+    """
+    levels = count(shapes, "decoder.up_blocks.")
+    channels = _shape(shapes, "decoder.conv_out.weight", 4)[0]
+    config = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": _widths(shapes, "decoder.up_blocks.", levels)[::-1],
+        "layers_per_block": count(shapes, "decoder.up_blocks.0.resnets.") - 1,
         "latent_channels": _shape(shapes, "decoder.conv_in.weight", 4)[1],
-        "mid_block_add_attention": has(shapes, "encoder.mid_block.attentions."),
+        "mid_block_add_attention": has(shapes, "decoder.mid_block.attentions."),
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }
+    if not has(shapes, "encoder."):
+        return config | {"_class_name": "VAE", "encoder": "none"}
+    return config | {"in_channels": _shape(shapes, "encoder.conv_in.weight", 4)[1]}
 
 
 def infer_text_config(shapes: Shapes) -> dict[str, Any]:

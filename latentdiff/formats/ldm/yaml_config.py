@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from latentdiff.formats.header import short_repr
 from latentdiff.formats.ldm.shapes import GROUPS, HEAD_WIDTH
 from latentdiff.formats.weights import replacing
 
@@ -135,9 +136,11 @@ def from_ldm_config(ldm_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         }
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}") from error
-    except (TypeError, ArithmeticError) as error:
+    except (TypeError, ArithmeticError, IndexError) as error:
         raise ValueError(f"it is no config of SD 1.x or 2.x ({error})") from error
     layer = text_params.get("layer", "last") if isinstance(text_params, Mapping) else "last"
+    if layer not in ("last", "penultimate"):
+        raise ValueError(f"cond_stage_config.layer={short_repr(layer)} must be last or penultimate")
     return {"unet": unet, "vae": vae, "text_encoder": {"layer": layer}, "scheduler": scheduler}
 
 
@@ -159,7 +162,8 @@ def load_ldm_config(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not valid YAML ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: is not valid YAML ({reason})") from error
     try:
         return from_ldm_config(content)
     except ValueError as error:
