@@ -16,6 +16,7 @@ from latentdiff.formats.a1111 import (
     format_parameters,
     parse_parameters,
     pipeline_options,
+    without,
 )
 
 # AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py, version 1.10.
@@ -193,10 +194,34 @@ def test_a_schedule_type_is_found_wherever_a_version_of_the_web_ui_kept_it(
     assert (options["sampler"], options.get("level_spacing")) == expected
 
 
-def test_the_strength_of_a_second_pass_is_not_that_of_image_to_image() -> None:
-    options, left_out = pipeline_options({"Denoising strength": "0.4", "Hires upscale": "2"})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"Denoising strength": "0.4", "Hires upscale": "2"},
+        {"Denoising strength": "0.7", "First pass size": "0x0"},  # before 2023
+        {"Denoising strength": "0"},  # of the API
+    ],
+)
+def test_the_strength_of_text_to_image_is_not_that_of_image_to_image(
+    settings: dict[str, str],
+) -> None:
+    options, left_out = pipeline_options(settings)
     assert "strength" not in options
-    assert left_out == ["Denoising strength: 0.4", "Hires upscale: 2"]
+    assert left_out == [f"{key}: {value}" for key, value in settings.items()]
+
+
+def test_a_schedule_type_without_its_sampler_is_named() -> None:
+    """With another sampler given it was dropped without a word."""
+    settings = without({"Sampler": "DPM fast", "Schedule type": "Karras"}, {"sampler"})
+    assert pipeline_options(settings)[1] == ["Schedule type: Karras"]
+
+
+def test_every_setting_that_an_option_replaces_is_not_read() -> None:
+    """A damaged setting was a dead end: the option in its place did not help."""
+    settings = {"Steps": "many", "CFG scale": "7,5", "Size": "big", "Seed": "?", "Sampler": "?"}
+    given = {"steps", "guidance_scale", "width", "height", "seed", "sampler"}
+    assert without(settings, given) == {}
+    assert without(settings, given - {"width"}) == {"Size": "big"}
 
 
 @pytest.mark.parametrize(
