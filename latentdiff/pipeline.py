@@ -34,6 +34,9 @@ from latentdiff.noise import ImageNoise
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
+MOST_PIXELS = 64_000_000
+LARGE_SCALE = 100.0  # of guidance, and far beyond use
+
 
 @dataclass(frozen=True)
 class PipelineOutput:
@@ -224,6 +227,11 @@ class Pipeline:
                     f"image has a {field} of {pixels}; it must be at least {multiple} pixels"
                 )
             size.append((pixels // multiple * multiple if requested is None else requested) // f)
+        if size[0] * size[1] * f**2 > MOST_PIXELS:
+            raise ValueError(
+                f"height={size[0] * f} and width={size[1] * f} are too large; an image has at most "
+                f"{MOST_PIXELS:,} pixels"
+            )
         return size[0], size[1]
 
     @torch.no_grad()
@@ -246,9 +254,25 @@ class Pipeline:
         """
         dtype = next(self.vae.parameters()).dtype
         images = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
+        if not images.isfinite().all():
+            raise ValueError(self._why_not_finite(latents, request))
         if request is not None and request.masks:
             images = composite(images, request)
         return [to_pil(image) for image in images]
+
+    def _why_not_finite(self, latents: Tensor, request: Request | None) -> str:
+        scale = 1.0 if request is None else request.guidance_scale
+        dtypes = {next(network.parameters()).dtype for network in (self.unet, self.vae)}
+        if scale > LARGE_SCALE:
+            why = f"guidance_scale={scale:g} leads too far; it is rarely above 20"
+        elif torch.float16 in dtypes:
+            why = "float16 overflows in some networks; load with dtype=torch.float32 or bfloat16"
+        else:
+            why = "a smaller guidance_scale may help, unless the weights are damaged"
+        return (
+            "the image has values that are not finite (its latents reach "
+            f"{latents.abs().max():.3g}, those of an image about 5): {why}"
+        )
 
     def to(self, target: str | torch.device | torch.dtype) -> Self:
         """Move the three networks to a device, or convert them to a dtype, in place."""

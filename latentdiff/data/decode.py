@@ -70,6 +70,8 @@ def decode(data: bytes, rules: Decoding) -> Decoded:
     with _open(data, rules) as image:
         try:
             image.load()
+            if image.format == "PPM" and image.mode == "I":  # 16 bits, of which Pillow makes 32
+                image = Image.fromarray(np.asarray(image).astype(np.uint16))
             turned = image.getexif().get(ORIENTATION, 1) != 1
             image = ImageOps.exif_transpose(image)
         except Exception as error:  # a damaged file can make Pillow's decoders raise anything
@@ -78,14 +80,14 @@ def decode(data: bytes, rules: Decoding) -> Decoded:
         if image.mode == "CMYK":
             image, note = _from_cmyk(image)
             notes.append(note)
-        elif image.mode in ("F", "I"):
-            image = _scaled(image)
-            notes.append("more than 8 bits")
-        elif image.mode.startswith("I;16"):
+        elif image.mode in ("F", "I") or image.mode.startswith("I;16"):
             notes.append("more than 8 bits")  # to_rgb scales them
         if image.has_transparency_data:
             notes.append("transparent")
-        return Decoded(to_rgb(image, background=rules.background), tuple(notes))
+        try:
+            return Decoded(to_rgb(image, background=rules.background), tuple(notes))
+        except ValueError as error:
+            raise BadSample("unknown range of values", str(error)) from error
 
 
 def _open(data: bytes, rules: Decoding) -> Image.Image:
@@ -125,15 +127,6 @@ def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
         if converted is not None:
             return converted, "CMYK by its profile"
     return image.convert("RGB"), "CMYK without a profile"
-
-
-def _scaled(image: Image.Image) -> Image.Image:
-    """Convert floats in [0, 1] to 0 … 255; refuse other ranges, whose white is unknown."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "I" or not (np.isfinite([low, high]).all() and low >= 0 and high <= 1):
-        raise BadSample("unknown range of values", f"mode {image.mode}, {low:g} to {high:g}")
-    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def _one_line(error: Exception) -> str:
