@@ -4,9 +4,10 @@
 show. `latentdiff` is our JSON record, the only one that is read to draw an image again.
 """
 
+import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +33,8 @@ RECORD = "latentdiff"
 RECORD_VERSION = 1
 LONG = 1000  # characters; a longer record is compressed
 MAX_BYTES = 2**28  # of a file; Pillow reads a text chunk whole before it asks how long it is
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+LONGEST_KEYWORD = 79  # of a text chunk
 
 
 class FileRecord(TypedDict):
@@ -140,6 +143,29 @@ def read_png(path: str | Path) -> Metadata:
         raise ValueError(f"{path}: its record of the drawing cannot be read: {error}") from error
 
 
+def without_texts(data: bytes, *, keep: Container[str] = ()) -> bytes:
+    """A PNG file without its text chunks, but for those with a keyword in `keep`.
+
+    Pillow refuses the whole image for a text that is longer than it likes. What is no PNG file, or
+    follows a chunk that is cut off, stays as it is.
+    """
+    if not data.startswith(SIGNATURE):
+        return data
+    kept, begin, position = [], 0, len(SIGNATURE)
+    while position + 12 <= len(data):  # length, kind and check sum
+        kind = data[position + 4 : position + 8]
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        if end > len(data):
+            break
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            keyword = data[position + 8 : position + 9 + LONGEST_KEYWORD].split(b"\0")[0]
+            if keyword.decode("latin-1") not in keep:
+                kept.append(data[begin:position])
+                begin = end
+        position = end
+    return b"".join([*kept, data[begin:]]) if kept else data
+
+
 def _info(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a PNG image")
@@ -149,7 +175,9 @@ def _info(path: Path) -> dict[Any, Any]:
         with warnings.catch_warnings():
             # Nothing is decoded, so that a huge image does no harm.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
+            # The texts of other programs may be longer than Pillow allows.
+            data = without_texts(path.read_bytes(), keep=(PARAMETERS, RECORD))
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 return dict(image.info)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path}: is not a PNG image, or is damaged") from error
