@@ -1,5 +1,7 @@
 """The command line: what it writes, and one clear sentence for everything that is wrong."""
 
+import io
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.broken_images import animated, floats, forged, saved
 from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
@@ -126,7 +129,7 @@ def test_help_and_version_need_neither_torch_nor_transformers() -> None:
     ("arguments", "sentence"),
     [
         (["a", "--sampler", "dpmpp2m"], r"sampler=dpmpp2m is unknown; did you mean dpmpp_2m\?"),
-        (["a", "--steps", "0"], r"steps=0 must be a whole number of at least 1"),
+        (["a", "--steps", "0"], r"steps=0 must be a whole number from 1"),
         (["a", "--steps", "two"], r"--steps: invalid int value: 'two'"),
         (["a", "--height", "17"], r"height=17 must be divisible by 2"),
         (["a", "--guidance_scale", "nan"], r"guidance_scale=nan must be a finite number"),
@@ -212,3 +215,117 @@ def test_labels_in_any_script_and_of_any_length_are_drawn_without_a_crash() -> N
     grid = image_grid(images, labels, plain=[f"{i}.png" for i in range(len(labels))])
     assert grid.width >= 3 * 128
     assert grid.height >= 3 * 128
+
+
+@pytest.mark.parametrize(
+    ("option", "data", "sentence"),
+    [
+        ("--image", floats(300), "unknown range of values: mode F with values from 300 to 300"),
+        ("--image", forged(60_000), "too large"),
+        ("--image", forged(8_200), "too large: 8200 x 8200"),
+        ("--image", animated(), "animated: 2 frames"),
+        ("--image", b"no image", "cannot be decoded"),
+        ("--mask_image", saved(Image.new("RGBA", (16, 16))), "a mask with transparent pixels does"),
+        ("--mask_image", saved(Image.new("L", (32, 16), 255)), "mask_image has 32 x 16 pixels and"),
+        ("--mask_image", saved(Image.new("L", (16, 16), 1)), "mask_image is white nowhere"),
+    ],
+)
+def test_images_given_are_read_as_in_training_or_refused(
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    data: bytes,
+    sentence: str,
+) -> None:
+    """They were clipped to white, stretched, a first frame without a word, or a traceback."""
+    plain, path = tmp_path / "plain.png", tmp_path / "given.png"
+    Image.new("RGB", (16, 16)).save(plain)
+    path.write_bytes(data)
+    given = ["--image", str(path if option == "--image" else plain)]
+    given += ["--mask_image", str(path)] if option == "--mask_image" else []
+    assert generate(model, tmp_path / "out", "a", *given) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_photo_on_its_side_is_drawn_upright(model: str, tmp_path: Path) -> None:
+    """Its pixels were turned, and then stretched into the size that they had before."""
+    photo = Image.new("RGB", (24, 16), "red")
+    photo.getexif()[0x0112] = 6
+    photo.save(tmp_path / "photo.jpg", exif=photo.getexif())
+    given = ["--image", str(tmp_path / "photo.jpg"), "--seed", "0"]
+    assert generate(model, tmp_path / "out", "a", *given) == 0
+    with Image.open(tmp_path / "out" / "0000-0.png") as image:
+        assert image.size == (16, 24)
+
+
+COMMANDS = [
+    ["generate", "X"],
+    ["generate", "a", "--negative_prompt", "X"],
+    ["generate", "a", "--out", "X"],
+    ["generate", "--from", "X"],
+    ["convert", "X", "out"],
+    ["data", "shapes", "--out", "X"],
+    ["data", "check", "X"],
+    ["data", "check", "data", "--caption_columns", "X"],
+    ["plan", "--config", "X"],
+    ["ema", "X", "--list"],
+    ["eval", "judge", "X", "data", "--out", "out"],
+    ["eval", "vae", "emoji", "X"],
+    ["eval", "distance", "X", "b"],
+    ["eval", "compare", "X", "b.json"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_arguments_that_are_no_utf_8_get_one_sentence(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """$'caf\\xe9' in a terminal was a traceback of the tokenizer, or of the print of a path."""
+    monkeypatch.chdir(tmp_path)
+    assert run(*[os.fsdecode(b"caf\xe9") if a == "X" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"latentdiff [a-z ]+: the argument 'caf\\udce9' is not valid UTF-8.*\n", error
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["generate", "a", "--out", ""], "--out"),
+        (["generate", "a", "--model", ""], "--model"),
+        (["generate", "a", "--image", ""], "--image"),
+        (["convert", "", "out"], "IN"),
+        (["convert", "emoji", ""], "OUT"),
+        (["data", "shapes", "--out", ""], "--out"),
+        (["plan", "--config", ""], "--config"),
+        (["ema", "", "--list"], "RUN"),
+        (["eval", "judge", "emoji", "", "--out", "out"], "DATA"),
+        (["eval", "distance", "", "b"], "DRAWN"),
+    ],
+)
+def test_empty_names_are_refused(
+    arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Path("") is the current folder, into which images went."""
+    assert run(*arguments) == 2
+    assert f"{name} must not be empty" in capsys.readouterr().err
+
+
+def test_a_terminal_without_the_prompts_letters_loses_no_image(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line that it could not print ended the command, before the other images."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert generate(model, tmp_path, "猫", "a dog", "--seed", "7") == 0
+    assert len(list(tmp_path.iterdir())) == 3
+    terminal.flush()
+    assert rb"\u732b" in terminal.buffer.getvalue()

@@ -1,6 +1,7 @@
 """The work of `latentdiff generate`: draw prompts, or an earlier image again, into a folder."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,14 +18,12 @@ from latentdiff.cli.record import (
     same_file,
     warn_of_changes,
 )
+from latentdiff.data.decode import Decoding, decode
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
 from latentdiff.formats.png import LoraRecord, Record, save_png
-from latentdiff.images import image_grid
+from latentdiff.images import MASK_WITH_TRANSPARENCY, image_grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_PIXELS = 64_000_000
 
 
 def draw(arguments: argparse.Namespace) -> None:
@@ -39,7 +38,10 @@ def draw(arguments: argparse.Namespace) -> None:
     dtype = user_options.get("dtype", record["dtype"] if record else "float32")
     loras = _loras(user_options.get("lora"), record)
     images = _images(user_options, record)
-    request = _request(user_options, again, images)  # checked before a model is loaded
+    # Checked and read before a model is loaded: what is drawn must not be lost to a file that is
+    # deleted meanwhile.
+    request = _request(user_options, again, images)
+    files = {name: file_record(path) for name, path in images.items()}
 
     pipeline = load_pipeline(
         model,
@@ -56,7 +58,6 @@ def draw(arguments: argparse.Namespace) -> None:
     output = pipeline.draw(request)
 
     paths = _free_paths(arguments.out, output.seeds)
-    files = {name: file_record(path) for name, path in images.items()}
     for i, (path, image) in enumerate(zip(paths, output.images, strict=True)):
         if arguments.no_metadata:
             save_png(image, path)
@@ -114,20 +115,16 @@ def _images(user_options: dict[str, Any], record: Record | None) -> dict[str, Pa
 
 
 def _opened(option: str, path: Path) -> Image.Image:
+    """An image as training would read it."""
     if not path.is_file():
         raise ValueError(f"--{option}: {path} is not a file")
+    data = path.read_bytes()
     try:
-        image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"--{option}: {path} has {image.width} x {image.height} pixels; at most "
-                f"{MAX_PIXELS:,} are read"
-            )
-        image.load()
-    except OSError as error:
-        raise ValueError(
-            f"--{option}: {path} is not a complete image of {', '.join(FORMATS)}"
-        ) from error
+        image = decode(data, Decoding()).image
+        if option == "mask_image" and decode(data, Decoding(background="black")).image != image:
+            raise ValueError(MASK_WITH_TRANSPARENCY)
+    except ValueError as error:
+        raise ValueError(f"--{option}: {path}: {error}") from error
     return image
 
 
@@ -145,6 +142,8 @@ def _loras(arguments: Sequence[str] | None, record: Record | None) -> list[LoraR
             factor = float(scale)
         except ValueError:
             name, factor = text, 1.0
+        if not math.isfinite(factor):
+            raise ValueError(f"--lora {text}: the scale {scale} must be a finite number")
         if not name or not Path(name).is_file():
             raise ValueError(f"--lora {text}: {name or text} is not a file")
         loras.append({**file_record(Path(name)), "scale": factor})
