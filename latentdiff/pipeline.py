@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
-from latentdiff.guidance import Guidance, guided_denoiser
+from latentdiff.guidance import Guidance, guided_denoiser, why_not_finite
 from latentdiff.images import to_pil
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
@@ -35,7 +35,6 @@ from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
 MOST_PIXELS = 64_000_000
-LARGE_SCALE = 100.0  # of guidance, and far beyond use
 
 
 @dataclass(frozen=True)
@@ -255,24 +254,11 @@ class Pipeline:
         dtype = next(self.vae.parameters()).dtype
         images = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
         if not images.isfinite().all():
-            raise ValueError(self._why_not_finite(latents, request))
+            scale = 1.0 if request is None else request.guidance_scale
+            raise ValueError(why_not_finite(latents, scale, dtypes={dtype, self.dtype}))
         if request is not None and request.masks:
             images = composite(images, request)
         return [to_pil(image) for image in images]
-
-    def _why_not_finite(self, latents: Tensor, request: Request | None) -> str:
-        scale = 1.0 if request is None else request.guidance_scale
-        dtypes = {next(network.parameters()).dtype for network in (self.unet, self.vae)}
-        if scale > LARGE_SCALE:
-            why = f"guidance_scale={scale:g} leads too far; it is rarely above 20"
-        elif torch.float16 in dtypes:
-            why = "float16 overflows in some networks; load with dtype=torch.float32 or bfloat16"
-        else:
-            why = "a smaller guidance_scale may help, unless the weights are damaged"
-        return (
-            "the image has values that are not finite (its latents reach "
-            f"{latents.abs().max():.3g}, those of an image about 5): {why}"
-        )
 
     def to(self, target: str | torch.device | torch.dtype) -> Self:
         """Move the three networks to a device, or convert them to a dtype, in place."""

@@ -319,6 +319,61 @@ def test_empty_names_are_refused(
     assert f"{name} must not be empty" in capsys.readouterr().err
 
 
+JUDGE = ["eval", "judge", "model", "data", "--out", "out"]
+PLAN = ["plan", "--config", "x.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([*JUDGE, "--batch_size", "0"], "batch_size=0 must be at least 1"),
+        ([*JUDGE, "--batch_size", "-3"], "batch_size=-3 must be at least 1"),
+        ([*JUDGE, "--steps", "0"], "steps=0 must be a whole number from 1"),
+        ([*JUDGE, "--seed", "-1"], "seed=-1 must be a whole number from 0"),
+        ([*JUDGE, "--guidance_scale", "nan"], "guidance_scale=nan must be a finite number"),
+        ([*JUDGE, "--prompts", "{text}", "0"], "--prompts: the COUNTs are 0 together"),
+        (["eval", "vae", "model", "data", "--count", "0"], "count=0 must be at least 1"),
+        (["eval", "vae", "model", "data", "--count", "-3"], "count=-3 must be at least 1"),
+        (["eval", "vae", "model", "data", "--out", "."], "out=. is a folder; name a file"),
+        (["eval", "distance", "a", "b", "--image_size", "0"], "image_size=0 must be at least 1"),
+        (["eval", "distance", "a", "b", "--image_size", "-8"], "image_size=-8 must be at least"),
+        (["eval", "distance", "a", "b", "--out", "."], "out=. is a folder; name a file"),
+        (["data", "shapes", "--out", "o", "--size", "99999999999"], "must be from 16 to 4096"),
+        (["data", "emoji", "--out", "o", "--size", "60000"], "size=60000 must be from 1 to 4096"),
+        (["data", "check", "d", "--out", "o", "--upscale_limit", "nan"], "upscale_limit=nan must"),
+        ([*PLAN, "--device_memory", "-1"], "device_memory=-1.0 must be a number of GiB above 0"),
+        ([*PLAN, "--device_memory", "inf"], "device_memory=inf must be a number of GiB"),
+        ([*PLAN, "--efficiency", "inf"], "efficiency=inf must be above 0 and at most 1"),
+        ([*PLAN, "--images", "-1"], "images=-1 must be at least 1"),
+        (["generate", "a", "--device", "meta"], "device='meta' cannot be used on this machine"),
+        (["generate", "a", "--lora", "x:nan"], "--lora x:nan: the scale nan must be a finite"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_written(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Some were tracebacks, some counted from the end; one began a folder that then was taken."""
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert [path for path in tmp_path.rglob("*") if path.name != "outputs"] == []
+
+
+def test_options_of_drawing_are_refused_for_images_that_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were ignored without a word."""
+    drawn = [str(tmp_path), "data", "--out", "out"]
+    assert run("eval", "judge", *drawn, "--steps", "20") == 2
+    assert "--steps is for drawing, but" in capsys.readouterr().err
+
+
 def test_a_terminal_without_the_prompts_letters_loses_no_image(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

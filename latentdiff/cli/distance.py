@@ -12,15 +12,19 @@ from latentdiff.evaluation.distances import Comparison, compare
 from latentdiff.evaluation.features import images_of
 from latentdiff.evaluation.intervals import Interval
 from latentdiff.evaluation.looks import find_look
-from latentdiff.evaluation.results import Figure, Result, write_result
+from latentdiff.evaluation.results import Figure, Result, check_result_path, write_result
 
 
 def distance(arguments: argparse.Namespace) -> None:
     """Say how far two folders are apart; see `latentdiff eval distance --help`."""
+    side = arguments.image_size
+    if side is not None and side < 1:
+        raise ValueError(f"image_size={side} must be at least 1")
+    check_result_path(arguments.out)
     # The folders first, so that their errors come before a network is loaded.
     sets = [images_of(folder) for folder in (arguments.drawn, arguments.true)]
     named = find_look(arguments.features, whole=True)
-    side, digests = arguments.image_size, [hashlib.sha256(), hashlib.sha256()]
+    digests = [hashlib.sha256(), hashlib.sha256()]
     drawn, true = (
         named.look(_sized(images, side, digest))
         for images, digest in zip(sets, digests, strict=True)

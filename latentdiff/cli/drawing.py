@@ -28,7 +28,11 @@ from latentdiff.request import Request
 
 def draw(arguments: argparse.Namespace) -> None:
     """Draw, and write the images with how they were drawn; see `latentdiff generate --help`."""
-    arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"--out: {arguments.out} cannot be a folder: {reason}") from error
     user_options = vars(arguments)
     device = find_device(arguments.device)
     again, record = (
@@ -173,7 +177,9 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.zeros(1, device=name)
+        device.item()  # which "meta" cannot
+        return device.device
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used on this machine: {reason}") from error

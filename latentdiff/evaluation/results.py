@@ -46,6 +46,14 @@ class Difference(NamedTuple):
     interval: Interval
 
 
+def check_result_path(path: Path | None) -> None:
+    """Raise ValueError for a folder: before what takes minutes is measured, and lost."""
+    if path is not None:
+        if path.is_dir():
+            raise ValueError(f"out={path} is a folder; name a file for the result, such as a.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_result(result: Result, path: Path) -> None:
     """Write a result as JSON."""
     content = {"format": FORMAT, "latentdiff": latentdiff.__version__, **asdict(result)}

@@ -168,7 +168,8 @@ def without_texts(data: bytes, *, keep: Container[str] = ()) -> bytes:
 
 def _info(path: Path) -> dict[Any, Any]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a PNG image")
+        what = "is no file" if path.exists() else "no such file"
+        raise ValueError(f"{path}: {what}; expected a PNG image")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, too large to be read")
     try:
