@@ -244,6 +244,17 @@ def test_a_setting_that_we_cannot_take_is_named(key: str, value: str, part: str)
         pipeline_options({"Sampler": "Euler", "Schedule type": "KL Optimal"})
 
 
+def test_lines_of_extensions_after_the_settings_are_no_prompt() -> None:
+    """The web UI makes a prompt of all settings then, and we drew that with every default."""
+    text = "a cat\nNegative prompt: ugly\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 9\n"
+    parsed = parse_parameters(f"{text}Template: a {{cat|dog}}: 2\nNegative Template: ugly")
+    assert parsed["Prompt"] == "a cat"
+    assert parsed["Negative prompt"] == "ugly"
+    options, left_out = pipeline_options(parsed)
+    assert (options["steps"], options["seed"]) == (20, 9)
+    assert left_out == ["Template: a {cat|dog}: 2", "Negative Template: ugly"]
+
+
 def test_a_text_without_settings_is_a_prompt() -> None:
     assert parse_parameters("a cat: black, a dog") == {
         "Prompt": "a cat: black, a dog",

@@ -46,6 +46,7 @@ BREAKS = re.compile(r'[,:"\n]|^\s|\s$|^$')
 ENTRY = re.compile(r'\s*([^,:"]+):\s*(?:("(?:[^"\\]|\\.)*")\s*|([^,]*))(?:,|$)')
 EXTRA_NETWORK = re.compile(r"<\w+:[^>]+>")  # such as <lora:ink:0.8>
 NEGATIVE = "Negative prompt:"
+SETTINGS = "Steps: "  # how their line begins
 FEWEST_ENTRIES = 3  # fewer in the last line, and it is a prompt
 QUIET = ("Prompt", "Negative prompt", "Model hash", "Version", "User")
 # A setting's option, and what kind of number it is.
@@ -108,12 +109,11 @@ def parse_parameters(text: str) -> dict[str, str]:
     """Parse such a text: settings by their names in the web UI, "Prompt" and "Negative prompt" too.
 
     As in the web UI, spaces at both ends of a line are lost, and a last line of fewer than three
-    settings belongs to the prompt. Takes time linear in the text.
+    settings belongs to the prompt. Unlike there, lines of extensions may follow the settings, such
+    as "Template: ...", each of which is a setting; there they make all settings a prompt. Takes
+    time linear in the text.
     """
-    *lines, last = text.strip().split("\n")
-    settings = _entries(last)
-    if len(settings) < FEWEST_ENTRIES:
-        lines, settings = [*lines, last], {}
+    lines, settings = _split(text.strip().split("\n"))
     prompts: list[list[str]] = [[], []]
     negative = False
     for line in map(str.strip, lines):
@@ -126,6 +126,19 @@ def parse_parameters(text: str) -> dict[str, str]:
         "Prompt": "\n".join(prompts[False]),
         "Negative prompt": "\n".join(prompts[True]),
     }
+
+
+def _split(lines: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The lines of the prompts, and the settings of the last line that has some."""
+    for i in reversed(range(len(lines))):
+        if i == len(lines) - 1 or lines[i].startswith(SETTINGS):
+            settings = _entries(lines[i])
+            if len(settings) >= FEWEST_ENTRIES:
+                further = (line.partition(":") for line in lines[i + 1 :] if line.strip())
+                return lines[:i], settings | {
+                    key.strip(): value.strip() for key, _, value in further
+                }
+    return lines, {}
 
 
 def pipeline_options(settings: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
