@@ -125,7 +125,7 @@ def _data_check(arguments: argparse.Namespace) -> None:
     for name, value in rows.items():
         print(f"{name:16}{value}")
     print(f"written: {out}/bad_samples.jsonl, summary.json")
-    if summary.bad > config.max_bad * summary.samples:
+    if summary.bad / max(1, summary.samples) > config.max_bad:
         raise ValueError(
             f"{summary.bad} of {summary.samples} samples are bad, more than "
             f"max_bad={config.max_bad}: {breakdown(summary.reasons)}"
