@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from latentdiff.formats.header import short_repr
@@ -177,7 +178,7 @@ class Request:
             raise ValueError(f"strength={short_repr(self.strength)} needs an image to start from")
         for name in ("strength", "variation_strength"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value <= 1:
+            if not isinstance(value, Real) or not 0 <= float(value) <= 1:
                 raise ValueError(f"{name}={short_repr(value)} must be a number from 0 to 1")
             self._set(name, float(value))
         if self.num_denoising_steps < 1:
@@ -204,15 +205,14 @@ class Request:
                 "above 0"
             )
         for name, step in (("seed", 0 if varied else 1), ("variation_seed", 1)):
-            seeds = getattr(self, name)
-            if seeds is None:
-                seeds = [random.SystemRandom().randrange(2**32) for _ in range(count)]
-            try:
-                seeds = [operator.index(seeds) + step * i for i in range(count)]
-            except TypeError:
-                several = isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1) > 0
-                seeds = list(seeds) if several else [seeds]
-            seeds = tuple(_whole(name, seed, 0, 2**64 - 1) for seed in seeds)
+            given = getattr(self, name)
+            if given is None:
+                given = [random.SystemRandom().randrange(2**32) for _ in range(count)]
+            if hasattr(given, "__index__") and getattr(given, "ndim", 0) == 0:
+                given = [_whole(name, given, 0, 2**64 - 1) + step * i for i in range(count)]
+            several = isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
+            listed = given if several else [given]
+            seeds = tuple(_whole(name, seed, 0, 2**64 - 1) for seed in listed)
             if len(seeds) != count:
                 raise ValueError(
                     f"{name} lists {len(seeds)} seeds for {count} images; give one for each"
@@ -273,7 +273,7 @@ def _check_mask(mask: Image.Image, image: Image.Image) -> None:
             f"mask_image has {_pixels(mask.size)} pixels and its image {_pixels(image.size)}; give "
             "a mask of the image's shape"
         )
-    lightest = mask.getextrema()[1]
+    lightest = int(np.asarray(mask).max())
     if lightest <= LIGHTEST_KEPT:
         raise ValueError(
             f"mask_image is white nowhere, so that nothing would be drawn: its lightest pixel is "

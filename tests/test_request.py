@@ -160,7 +160,8 @@ def test_any_integer_is_a_seed(seed: Any) -> None:
     request = Request("a cat", num_images=2, seed=seed)
     assert request.seeds == (5, 6)
     assert all(type(one) is int for one in request.seeds)
-    json.dumps(Request("a", seed=np.int64(3), steps=np.int64(4), height=np.int32(8)).record(0))
+    numbers: dict[str, Any] = {"seed": np.int64(3), "steps": np.int64(4), "height": np.int32(8)}
+    json.dumps(Request("a", **numbers).record(0))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,17 +20,17 @@ THEIR_TOKEN = re.compile(
 def their_reading(prompt: str) -> list[tuple[str, float]]:
     """What the web UI understands, written from the rules of its parser: each bracket that closes
     multiplies all texts since the last of its kind that opened, and at the end so do the open."""
-    pieces: list[list[object]] = []
+    pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def multiply(kind: str, factor: float) -> None:
-        for piece in pieces[opened[kind].pop() :]:
-            piece[1] *= factor
+        start = opened[kind].pop()
+        pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
 
     for token in THEIR_TOKEN.finditer(prompt):
         text, weight = token[0], token[1]
         if text.startswith("\\"):
-            pieces.append([text[1:], 1.0])
+            pieces.append((text[1:], 1.0))
         elif text in opened:
             opened[text].append(len(pieces))
         elif weight is not None and opened["("]:
@@ -39,14 +40,14 @@ def their_reading(prompt: str) -> list[tuple[str, float]]:
         elif text == "]" and opened["["]:
             multiply("[", 1 / 1.1)
         else:
-            pieces.append([text, 1.0])
+            pieces.append((text, 1.0))
     for kind, factor in (("(", 1.1), ("[", 1 / 1.1)):
         while opened[kind]:
             multiply(kind, factor)
-    return [(str(text), float(str(weight))) for text, weight in pieces if text]
+    return [(text, weight) for text, weight in pieces if text]
 
 
-def flat(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
+def flat(pieces: list[tuple[str, float]]) -> list[tuple[str, Any]]:
     """A weight for each letter, which is the same however the texts are joined."""
     return [(letter, pytest.approx(weight, rel=1e-4)) for text, weight in pieces for letter in text]
 
