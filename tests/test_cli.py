@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.broken_images import animated, floats, forged, saved
+from support.broken_images import animated, floats, forged, photograph, saved
 from support.tiny import tiny_pipeline
 
 from latentdiff.cli import main
@@ -363,6 +363,21 @@ def test_numbers_that_cannot_be_are_refused_before_anything_is_written(
     assert sentence in error
     assert error.count("\n") == 1
     assert [path for path in tmp_path.rglob("*") if path.name != "outputs"] == []
+
+
+def test_images_of_formats_that_are_not_read_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a folder was left out of a distance without a word."""
+    for folder in ("drawn", "true"):
+        (tmp_path / folder).mkdir()
+        for i in range(4):
+            photograph((32, 32), seed=i).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "drawn" / "a.psd").write_bytes(b"")
+    (tmp_path / "drawn" / "b.sgi").write_bytes(b"")
+    folders = [str(tmp_path / "drawn"), str(tmp_path / "true")]
+    assert run("eval", "distance", *folders, "--features", "edges") == 0
+    assert "drawn: 2 files such as a.psd are of formats that are not" in capsys.readouterr().err
 
 
 def test_options_of_drawing_are_refused_for_images_that_are_drawn(

@@ -228,16 +228,6 @@ def test_features_are_the_projected_states_of_transformers_own_tower(
     assert features([]).shape == (0, 8)
 
 
-def test_images_of_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
-    """Half a folder was left out of a distance without a word."""
-    folder = noise(tmp_path / "set", 3)
-    for name in ("a.psd", "b.sgi"):
-        (folder / name).write_bytes(b"")
-    (folder / "metadata.jsonl").write_text("")
-    with pytest.warns(UserWarning, match=r"2 files such as [ab]\.\w+ are of formats that are not"):
-        assert len(list(images_of(folder))) == 3
-
-
 def test_of_a_image_the_square_in_the_middle_is_seen(tower: Path) -> None:
     features = Features.from_pretrained(tower)
     square = Image.new("RGB", (SIDE, SIDE), "navy")

