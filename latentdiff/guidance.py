@@ -6,7 +6,7 @@ the second output through the first. The other options reduce the artefacts of a
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -16,8 +16,6 @@ from torch import Tensor
 from latentdiff.diffusion import Diffusion, Network
 from latentdiff.formats.header import short_repr
 from latentdiff.levels import Denoise, NoiseLevel
-
-LARGE_SCALE = 100.0  # far beyond use
 
 
 @dataclass(frozen=True)
@@ -161,20 +159,3 @@ def guided_denoiser(
         return torch.cat([x0, v], dim=1) if with_v and v is not None else x0
 
     return denoise
-
-
-def why_not_finite(latents: Tensor, scale: float, *, dtypes: Collection[torch.dtype]) -> str:
-    """The sentence for latents (B, C, H, W) of which no finite image was made.
-
-    `dtypes` are those of the networks, one of which may have overflowed.
-    """
-    if scale > LARGE_SCALE:
-        why = f"guidance_scale={scale:g} leads too far; it is rarely above 20"
-    elif torch.float16 in dtypes:
-        why = "float16 overflows in some networks; load with dtype=torch.float32 or bfloat16"
-    else:
-        why = "a smaller guidance_scale may help, unless the weights are damaged"
-    return (
-        "the image has values that are not finite (its latents reach "
-        f"{latents.abs().max():.3g}, those of an image about 5): {why}"
-    )

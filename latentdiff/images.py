@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ MASK_WITH_TRANSPARENCY = (
     "a mask with transparent pixels does not say what becomes of them; make them white, to be "
     "drawn, or black, to be kept"
 )
+LARGE_GUIDANCE = 100.0  # far beyond use
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -45,6 +46,23 @@ def to_pil(image: Tensor) -> Image.Image:
     if not image.isfinite().all():
         raise ValueError("the image has values that are not finite")
     return Image.fromarray(rearrange(to_pixels(image.detach()), "c h w -> h w c").cpu().numpy())
+
+
+def why_not_finite(latents: Tensor, scale: float, *, dtypes: Collection[torch.dtype]) -> str:
+    """The sentence for latents (B, C, H, W) of which no finite image was made.
+
+    scale is that of guidance; `dtypes` are those of the networks, one of which may have overflowed.
+    """
+    if scale > LARGE_GUIDANCE:
+        why = f"guidance_scale={scale:g} leads too far; it is rarely above 20"
+    elif torch.float16 in dtypes:
+        why = "float16 overflows in some networks; load with dtype=torch.float32 or bfloat16"
+    else:
+        why = "a smaller guidance_scale may help, unless the weights are damaged"
+    return (
+        "the image has values that are not finite (its latents reach "
+        f"{latents.abs().max():.3g}, those of an image about 5): {why}"
+    )
 
 
 def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
-from latentdiff.guidance import Guidance, guided_denoiser, why_not_finite
-from latentdiff.images import to_pil
+from latentdiff.guidance import Guidance, guided_denoiser
+from latentdiff.images import to_pil, why_not_finite
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
