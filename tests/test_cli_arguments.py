@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -150,8 +152,10 @@ PLAN = ["plan", "--config", "x.yaml"]
         (["eval", "vae", "model", "data", "--count", "0"], "count=0 must be at least 1"),
         (["eval", "vae", "model", "data", "--count", "-3"], "count=-3 must be at least 1"),
         (["eval", "vae", "model", "data", "--out", "."], "out=. is a folder; name a file"),
-        (["eval", "distance", "a", "b", "--image_size", "0"], "image_size=0 must be at least 1"),
-        (["eval", "distance", "a", "b", "--image_size", "-8"], "image_size=-8 must be at least"),
+        (["eval", "distance", "a", "b", "--image_size", "0"], "image_size=0 must be from 1"),
+        (["eval", "distance", "a", "b", "--image_size", "-8"], "image_size=-8 must be from 1"),
+        (["eval", "distance", "a", "b", "--image_size", "99999999999"], "from 1 to 4096"),
+        (["eval", "vae", "model", "data", "--image_size", "0"], "image_size=0 must be from 1"),
         (["eval", "distance", "a", "b", "--out", "."], "out=. is a folder; name a file"),
         (["data", "shapes", "--out", "o", "--size", "99999999999"], "must be from 16 to 4096"),
         (["data", "emoji", "--out", "o", "--size", "60000"], "size=60000 must be from 1 to 4096"),
@@ -214,3 +218,22 @@ def test_a_terminal_without_the_prompts_letters_loses_no_image(
     assert len(list(tmp_path.iterdir())) == 3
     terminal.flush()
     assert rb"\u732b" in terminal.buffer.getvalue()
+
+
+@pytest.mark.processes
+def test_too_little_memory_is_one_sentence(model: str, tmp_path: Path) -> None:
+    """The largest image in a process that may not have its memory was a traceback of torch's."""
+    command = [sys.executable, "-m", "latentdiff.cli", "generate", "a", "--model", model]
+    command += ["--height", "8000", "--width", "8000", "--out", str(tmp_path), "--steps", "1"]
+    limit = 6_000_000_000
+    done = subprocess.run(
+        command,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("latentdiff")]
+    assert "not enough memory (" in sentence
+    assert "Traceback" not in done.stderr

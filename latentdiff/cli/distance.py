@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.data.crop_flip import crop_to
+from latentdiff.data.folder import check_side
 from latentdiff.evaluation.distances import Comparison, compare
 from latentdiff.evaluation.features import images_of, warn_of_unread
 from latentdiff.evaluation.intervals import Interval
@@ -18,8 +19,8 @@ from latentdiff.evaluation.results import Figure, Result, check_result_path, wri
 def distance(arguments: argparse.Namespace) -> None:
     """Say how far two folders are apart; see `latentdiff eval distance --help`."""
     side = arguments.image_size
-    if side is not None and side < 1:
-        raise ValueError(f"image_size={side} must be at least 1")
+    if side is not None:
+        check_side(side, name="image_size")
     check_result_path(arguments.out)
     # The folders first, so that their errors come before a network is loaded.
     sets = [images_of(folder) for folder in (arguments.drawn, arguments.true)]

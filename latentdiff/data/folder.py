@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TextIO
 from PIL import Image
 
 Split = Literal["train", "test"]
-LARGEST_SIDE = 4096  # of drawn images; one is 48 MiB in memory
+LARGEST_SIDE = 4096  # of images; one is 48 MiB in memory
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
@@ -24,10 +24,10 @@ class Example(NamedTuple):
     metadata: Mapping[str, object]
 
 
-def check_side(size: int, *, least: int = 1) -> None:
-    """Raise ValueError for a side of images that nobody draws, and that may fill the memory."""
+def check_side(size: int, *, least: int = 1, name: str = "size") -> None:
+    """Raise ValueError for a side of images that no memory holds, or that is no side."""
     if not least <= size <= LARGEST_SIDE:
-        raise ValueError(f"size={size} must be from {least} to {LARGEST_SIDE}")
+        raise ValueError(f"{name}={size} must be from {least} to {LARGEST_SIDE}")
 
 
 def check_free(out: Path) -> None:
