@@ -1,5 +1,7 @@
 """Files to RGB: every row of the table of data faults that is about an image."""
 
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -113,3 +115,65 @@ def test_every_cut_of_a_file_is_refused() -> None:
 def test_impossible_rules_are_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(RULES, **{field: value})
+
+
+def with_texts(*texts: tuple[bytes, bytes], after: bool = False) -> bytes:
+    """A PNG, 4 x 2 pixels, with chunks of these kinds and contents before or after its pixels."""
+    whole = saved(photograph((4, 2)))
+    end = len(whole) - 12 if after else 33
+    chunks = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in texts
+    )
+    return whole[:end] + chunks + whole[end:]
+
+
+WORKFLOW = zlib.compress(b"a large workflow of ComfyUI" * 100_000)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        (b"zTXt", b"workflow\0\0" + WORKFLOW),
+        (b"iTXt", b"prompt\0\1\0\0\0" + WORKFLOW),
+        (b"tEXt", b"workflow\0" + b"x" * (65 << 20)),
+        (b"iCCP", b"profile\0\0" + WORKFLOW),
+        (b"tEXt", b"transparency\0none"),
+        (b"tEXt", b"interlace\0none"),
+        (b"iTXt", b"exif\0\0\0\0\0none"),
+    ],
+)
+def test_what_else_a_png_says_leaves_its_pixels_alone(
+    text: tuple[bytes, bytes], after: bool
+) -> None:
+    """One text above a MiB made the file undecodable, one called transparency ended the run."""
+    image, notes = decode(with_texts(text, after=after), RULES)
+    np.testing.assert_array_equal(image, photograph((4, 2)))
+    assert notes == ()
+
+
+def test_a_png_may_say_in_a_text_which_side_is_up() -> None:
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    for text in (
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_raw_profile())),
+    ):
+        large = (b"zTXt", b"workflow\0\0" + WORKFLOW)
+        image, notes = decode(with_texts(large, text), RULES)
+        assert image.size == (2, 4)
+        assert notes == ("turned upright",)
+
+
+def _raw_profile() -> bytes:
+    """EXIF as ImageMagick writes it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = exif.tobytes()
+    return b"\nexif\n%8d\n" % len(body) + body.hex().encode() + b"\n"
+
+
+def test_a_png_that_is_cut_within_a_text_is_refused() -> None:
+    whole = with_texts((b"tEXt", b"key\0" + b"x" * 100), after=True)
+    with pytest.raises(BadSample, match="cannot be decoded"):
+        decode(whole[:-60], RULES)
