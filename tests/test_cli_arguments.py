@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from support.broken_images import animated, floats, forged, photograph, saved
 from support.tiny import tiny_pipeline
 
@@ -76,6 +76,14 @@ def test_a_photo_on_its_side_is_drawn_upright(model: str, tmp_path: Path) -> Non
     assert generate(model, tmp_path / "out", "a", *given) == 0
     with Image.open(tmp_path / "out" / "0000-0.png") as image:
         assert image.size == (16, 24)
+
+
+def test_an_image_with_a_long_text_is_drawn_over(model: str, tmp_path: Path) -> None:
+    """A workflow of ComfyUI above Pillow's limit was no complete image."""
+    theirs = PngImagePlugin.PngInfo()
+    theirs.add_itxt("workflow", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "comfy.png", pnginfo=theirs)
+    assert generate(model, tmp_path / "out", "a", "--image", str(tmp_path / "comfy.png")) == 0
 
 
 COMMANDS = [

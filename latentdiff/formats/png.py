@@ -34,7 +34,8 @@ RECORD_VERSION = 1
 LONG = 1000  # characters; a longer record is compressed
 MAX_BYTES = 2**28  # of a file; Pillow reads a text chunk whole before it asks how long it is
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-LONGEST_KEYWORD = 79  # of a text chunk
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # which all begin with a keyword
+LONGEST_KEYWORD = 79
 
 
 class FileRecord(TypedDict):
@@ -144,10 +145,11 @@ def read_png(path: str | Path) -> Metadata:
 
 
 def without_texts(data: bytes, *, keep: Container[str] = ()) -> bytes:
-    """A PNG file without its text chunks, but for those with a keyword in `keep`.
+    """A PNG file without its texts and colour profile, but for texts of the keywords in `keep`.
 
-    Pillow refuses the whole image for a text that is longer than it likes. What is no PNG file, or
-    follows a chunk that is cut off, stays as it is.
+    Pillow refuses the whole image for a compressed text of more than a MiB, such as a large
+    workflow of ComfyUI, and takes a text with the keyword `transparency` or `interlace` for the
+    property of that name. What is no PNG file, or follows a chunk that is cut off, stays as it is.
     """
     if not data.startswith(SIGNATURE):
         return data
@@ -157,7 +159,7 @@ def without_texts(data: bytes, *, keep: Container[str] = ()) -> bytes:
         end = position + 12 + int.from_bytes(data[position : position + 4])
         if end > len(data):
             break
-        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+        if kind in TEXTS:
             keyword = data[position + 8 : position + 9 + LONGEST_KEYWORD].split(b"\0")[0]
             if keyword.decode("latin-1") not in keep:
                 kept.append(data[begin:position])
