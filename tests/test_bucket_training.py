@@ -15,6 +15,7 @@ from test_cache import vae, write_images
 from latentdiff.data.cache import LatentCache
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.pipeline import Pipeline
+from latentdiff.tasks.denoiser.latents import warn_of_small_sizes
 
 # The networks have learned nothing, and the latent check before a cache says so.
 pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore:the VAE in .* is not fit")]
@@ -84,3 +85,14 @@ def test_the_pipeline_draws_squares_by_default_and_other_shapes_when_asked(home:
     assert [image.size for image in drawn] == [(16, 16)]
     drawn = pipeline("a", seed=0, steps=1, width=32, height=8, progress=False).images
     assert [image.size for image in drawn] == [(32, 8)]
+
+
+def test_sizes_of_less_than_a_batch_are_told(home: Path) -> None:
+    """Their batches repeat images, which nobody was told."""
+    cache = LatentCache(home / "cache")
+    names, counts = np.unique(cache.buckets, return_counts=True)
+    few = int(counts.min())
+    val = np.flatnonzero(cache.buckets == names[counts.argmin()])[:1]
+    warn_of_small_sizes(cache, val, few - 1)
+    with pytest.warns(UserWarning, match=rf"^1 of 3 sizes have fewer .*x\d+ has {few - 1};"):
+        warn_of_small_sizes(cache, val, few)

@@ -229,3 +229,27 @@ def test_workers_replace_the_same_samples(spoilt: Path) -> None:
         [["6"], ["9"], ["9"]],
         [["0"], ["0"], ["9"]],
     ]
+
+
+def test_the_sizes_of_buckets_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`data check` could not be told of bucket_step, as its page asks for."""
+    shapes = [(16, 16)] * 3 + [(16, 32)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i, shape in enumerate(shapes):
+        (folder / f"{i}.png").write_bytes(saved(photograph(shape)))
+    command = ["data", "check", str(folder), "--image_size", "16", "--bucket_step", "4"]
+    command += ["--caption_columns", "", "--batch_size", "2"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "sizes           1 12x20, 3 16x16 train" in out
+    assert "train: 1 of 2 sizes have fewer images than batch_size=2, so that each" in out
+    assert "12x20 has 1;" in out
+    assert json.loads((folder / "summary.json").read_text())["buckets"] == {
+        "train": {"12x20": 1, "16x16": 3}
+    }
+    command[command.index("--bucket_step") + 1] = "0"
+    assert main(command) == 2
+    assert "--batch_size has no effect without --bucket_step" in capsys.readouterr().err

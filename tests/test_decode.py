@@ -177,3 +177,15 @@ def test_a_png_that_is_cut_within_a_text_is_refused() -> None:
     whole = with_texts((b"tEXt", b"key\0" + b"x" * 100), after=True)
     with pytest.raises(BadSample, match="cannot be decoded"):
         decode(whole[:-60], RULES)
+
+
+def test_damaged_frames_after_the_first_are_no_traceback() -> None:
+    """To count the frames of a TIFF Pillow reads each frame's header, and may raise anything."""
+    whole = saved(photograph(), "TIFF")
+    (start,) = struct.unpack_from("<I", whole, 4)
+    (count,) = struct.unpack_from("<H", whole, start)
+    after = start + 2 + 12 * count
+    linked = whole[:after] + struct.pack("<I", len(whole)) + whole[after + 4 :] + bytes(6)
+    for rules in (RULES, replace(RULES, first_frame=True)):
+        with pytest.raises(BadSample, match="cannot be decoded: Missing dimensions"):
+            decode(linked, rules)

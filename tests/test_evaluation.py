@@ -228,6 +228,20 @@ def test_features_are_the_projected_states_of_transformers_own_tower(
     assert features([]).shape == (0, 8)
 
 
+def test_linked_folders_are_compared_and_hidden_files_are_not(tmp_path: Path) -> None:
+    """Images in a linked folder were not there, and what macOS hides ended the comparison."""
+    folder = noise(tmp_path / "set", 3)
+    (tmp_path / "set" / "more" / "._000.png").write_bytes(b"of a Mac")
+    (folder / "a").mkdir()
+    (folder / "more").rename(folder / "a" / "b")
+    (folder / "link").symlink_to(folder / "a" / "b")
+    assert len(list(images_of(folder / "a"))) == 1
+    assert len(list(images_of(folder))) == 3
+    (folder / "gone.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"gone\.png: .*No such file"):
+        list(images_of(folder))
+
+
 def test_of_a_image_the_square_in_the_middle_is_seen(tower: Path) -> None:
     features = Features.from_pretrained(tower)
     square = Image.new("RGB", (SIDE, SIDE), "navy")
@@ -290,7 +304,7 @@ def broken(folder: Path) -> Path:
     ("make", "sentence"),
     [
         (lambda folder: folder / "nowhere", "nowhere is not a folder of images"),
-        (nothing, r"empty holds no images \(.bmp, "),
+        (nothing, r"empty holds no images \(.apng, "),
         (broken, r"zzz\.png: cannot be decoded: none of PNG, "),
         (lambda folder: noise(folder / "one", 1), "1 images have no 3 neighbours each; at least 4"),
     ],

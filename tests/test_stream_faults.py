@@ -214,8 +214,9 @@ def test_hostile_and_broken_tars_are_refused_as_by_random_access(tmp_path: Path)
         for name in ("/absolute.png", "../up.png", "a.pkl", "pipe:touch canary.png"):
             add(tar, name, IMAGES[0])
         add(tar, "pipe:touch canary.txt", b"only a name")
-    stream = opened(tmp_path / "set")
+    stream = opened(tmp_path / "set", max_bad=0.7)
     assert list(stream.some_captions(9)) == ["only a name"]
+    assert stream.left_out == {"unsafe name": 2}
     whole = (tmp_path / "set" / "a.tar").read_bytes()
     (tmp_path / "set" / "b.tar").write_bytes(whole[:2000])
     with pytest.raises(ValueError, match=r"b\.tar ends with"):

@@ -10,6 +10,7 @@ import pytest
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from latentdiff.data.caption_lengths import MAX_READ, cut_captions, some_captions
 from latentdiff.models.text import save_tokenizer
 from latentdiff.tasks.clip.tokenizer import train_tokenizer
 
@@ -178,3 +179,20 @@ def test_padding_and_truncation_keep_the_length_the_beginning_and_the_end(
 def test_a_vocabulary_without_room_for_a_merge_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size=514 must be at least 515"):
         train_tokenizer(CAPTIONS, vocab_size=514, length=LENGTH)
+
+
+def test_captions_that_are_cut_are_counted(tokenizer: CLIPTokenizer) -> None:
+    """Training reads LENGTH tokens of a caption, and nobody was told of the rest."""
+    long = "a red cat " * 30
+    rows = [["a red cat"], [], [long, long, "two red cats' hats"]]
+    captions = some_captions(rows)
+    assert captions == ["a red cat", long, "two red cats' hats"]
+    count = len(tokenizer(long).input_ids)
+    assert count > LENGTH
+    sentence = cut_captions(captions, tokenizer)
+    assert sentence.startswith("captions: 1 of 3 looked at have more than 16 tokens")
+    assert sentence.endswith(f"{long[:60] + '…'!r} has {count}")
+    assert cut_captions(captions[::2], tokenizer) == ""
+    full = "red " * (LENGTH - 2)
+    assert cut_captions([full], tokenizer) == "" != cut_captions([full + "cat"], tokenizer)
+    assert len(some_captions([[str(i)] for i in range(5000)])) == MAX_READ

@@ -1,10 +1,12 @@
 """Train a tokenizer and both CLIP towers, or train on: accelerate launch train/train_clip.py."""
 
 from functools import partial
+from itertools import islice
 
 from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
+from latentdiff.data.caption_lengths import MAX_READ, cut_captions, some_captions
 from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.opening import open_images
 from latentdiff.tasks.ahead import ahead
@@ -36,8 +38,14 @@ def main() -> None:
     elif config.val_fraction > 0:
         run.accelerator.print("a stream has no validation split: no retrieval is reported")
     resident = hold_in_memory(dataset, run) if config.compute.in_memory else None
-    captions = None if resident is None else resident.captions
-    task = CLIPTask(config, run, dataset=dataset, pool=pool, num_val=num_val, captions=captions)
+    table = None if resident is None else resident.captions
+    task = CLIPTask(config, run, dataset=dataset, pool=pool, num_val=num_val, captions=table)
+    if dataset.captions is None:
+        captions = list(islice(dataset.some_captions(MAX_READ), MAX_READ))
+    else:
+        captions = some_captions(dataset.captions)
+    if sentence := cut_captions(captions, task.tokenizer):
+        run.accelerator.print(sentence)
     loader = partial(image_batches, dataset=dataset, resident=resident, run=run, val=val)
     fit(task, ahead(loader, task.prepare, run.device), run)
 

@@ -6,11 +6,12 @@ from functools import partial
 from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
+from latentdiff.data.caption_lengths import cut_captions, some_captions
 from latentdiff.formats.diffusers import find_component
 from latentdiff.models.text import TextEncoder
 from latentdiff.tasks.ahead import ahead
 from latentdiff.tasks.denoiser.config import TrainUNet
-from latentdiff.tasks.denoiser.latents import latent_batches, open_cache
+from latentdiff.tasks.denoiser.latents import latent_batches, open_cache, warn_of_small_sizes
 from latentdiff.tasks.denoiser.task import DenoiserTask
 from latentdiff.training.command_line import parse_config, run_script
 from latentdiff.training.loop import fit
@@ -27,7 +28,11 @@ def main() -> None:
     cache, vae = open_cache(config, run)
     val = val_indices(len(cache), config.val_fraction, seed=config.loop.seed)
     check_batch(config.loop.batch_size, len(cache) - len(val))
+    if run.processes.rank == 0:
+        warn_of_small_sizes(cache, val, config.loop.batch_size)
     text_encoder = TextEncoder.from_pretrained(find_component(config.text_encoder, "text_encoder"))
+    if sentence := cut_captions(some_captions(cache.captions), text_encoder.tokenizer):
+        run.accelerator.print(sentence)
     task = DenoiserTask(config, run, cache=cache, val=val, vae=vae, text_encoder=text_encoder)
     loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
     fit(task, ahead(loader, task.prepare, run.device), run)

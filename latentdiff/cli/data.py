@@ -50,6 +50,11 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_bad", type=float, default=0.01, help="fraction that may be bad")
     parser.add_argument("--image_size", type=int, default=1, help="smaller images are bad")
     parser.add_argument("--upscale_limit", type=float, default=1.0, help="unless by this factor")
+    parser.add_argument("--bucket_step", type=int, default=0, help="sizes by aspect ratio")
+    parser.add_argument("--max_aspect", type=float, default=2.0, help="the longest of these")
+    parser.add_argument(
+        "--batch_size", type=int, help="with --bucket_step: say which sizes have fewer images"
+    )
     parser.add_argument("--image_column", default="image")
     parser.add_argument(
         "--caption_columns", type=_names, default=("text",), help='such as text,text_zh; "" is none'
@@ -100,11 +105,14 @@ def _data_check(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from latentdiff.data.bad_samples import breakdown
+    from latentdiff.data.buckets import small_buckets
     from latentdiff.data.check import check_data
     from latentdiff.data.config import DataConfig
 
     names = {field.name for field in fields(DataConfig)} - {"split"}
     config = DataConfig(**{name: v for name, v in vars(arguments).items() if name in names})
+    if arguments.batch_size is not None and not config.bucket_step:
+        raise ValueError("--batch_size has no effect without --bucket_step")
     out = arguments.out
     if out is None:
         if not Path(config.data).exists():
@@ -117,13 +125,22 @@ def _data_check(arguments: argparse.Namespace) -> None:
         "converted": breakdown(summary.notes) or "0",
         "shorter side": _range(summary.shorter_side),
         "aspect ratios": breakdown(summary.aspect_ratios),
+        "sizes": "; ".join(
+            ", ".join(f"{count} {size}" for size, count in counts.items()) + f" {split}"
+            for split, counts in summary.buckets.items()
+        ),
         "captions each": _range(summary.captions_each),
         "characters each": _range(summary.caption_lengths),
         "same files": str(summary.duplicates["files"]),
         "extra files": str(summary.extra_files["count"]),
     }
     for name, value in rows.items():
-        print(f"{name:16}{value}")
+        if value:
+            print(f"{name:16}{value}")
+    if arguments.batch_size is not None:
+        for split, counts in summary.buckets.items():
+            if sentence := small_buckets(counts, arguments.batch_size):
+                print(f"{split}: {sentence}")
     print(f"written: {out}/bad_samples.jsonl, summary.json")
     if summary.bad / max(1, summary.samples) > config.max_bad:
         raise ValueError(

@@ -6,7 +6,7 @@ here are (width, height) in pixels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from latentdiff.data.decode import BadSample
@@ -59,3 +59,20 @@ def check_scale(size: Size, bucket: Size, upscale_limit: float) -> None:
             f"{size[0]} x {size[1]} for {bucket[0]} x {bucket[1]} and "
             f"upscale_limit={upscale_limit}",
         )
+
+
+def small_buckets(counts: Mapping[str, int], batch_size: int) -> str:
+    """Say which sizes have fewer images than a batch, of how many each has; "" if none has.
+
+    A batch of such a size has images more than once (see `SampleOrder`).
+    """
+    filled = {size: count for size, count in counts.items() if count > 0}
+    small = {size: count for size, count in filled.items() if count < batch_size}
+    if not small:
+        return ""
+    listed = ", ".join(f"{size} has {count}" for size, count in small.items())
+    return (
+        f"{len(small)} of {len(filled)} sizes have fewer images than batch_size={batch_size}, so "
+        f"that each batch of theirs repeats images: {listed}; a smaller max_aspect or a larger "
+        "bucket_step makes fewer sizes"
+    )

@@ -128,14 +128,24 @@ class Captions(Sequence[list[str]]):
                 yield self.rules.of(dict(zip(batch, values, strict=True)))
 
     def present(self) -> np.ndarray:
-        """Tell which rows have a caption, (N,) bool; the table must not be a selection of rows."""
+        """Tell which rows have a caption, (N,) bool; the table must not be a selection of rows.
+
+        Raises ValueError for text that is not UTF-8, which only a broken parquet file can hold.
+        """
         assert self.rows._indices is None
         present = np.zeros(len(self.rows), dtype=bool)
         for name in self.rules.columns:
             start = 0
             for chunk in self.rows.data.column(name).chunks:
-                present[start : start + len(chunk)] |= _nonempty(chunk)
-                start += len(chunk)
+                end = start + len(chunk)
+                try:
+                    present[start:end] |= _nonempty(chunk)
+                except pa.ArrowInvalid as error:
+                    raise ValueError(
+                        f"the column {name!r} holds text that is not UTF-8, in one of the rows "
+                        f"{start} to {end - 1}"
+                    ) from error
+                start = end
         return present
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from latentdiff.data.bad_samples import BAD_SAMPLES, DUPLICATE
+from latentdiff.data.buckets import nearest
 from latentdiff.data.captions import Captions
 from latentdiff.data.config import DataConfig
 from latentdiff.data.dataset import index_captions, known_faults, open_captioned
@@ -45,12 +46,14 @@ class Summary:
     shorter_side: dict[str, float] = field(default_factory=dict)
     aspect_ratios: Counter[str] = field(default_factory=Counter)
     """Width to height, by the nearest of ASPECT_RATIOS."""
+    buckets: dict[str, dict[str, int]] = field(default_factory=dict)
+    """With bucket_step: how many good images of each split have each size, as "640x384"."""
     captions_each: dict[str, float] = field(default_factory=dict)
     caption_lengths: dict[str, float] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     """Good samples whose file is equal to an earlier sample's; they stay in the training set."""
     extra_files: dict[str, Any] = field(default_factory=dict)
-    """Images that no row of metadata names."""
+    """Images that no row of metadata names; captions that no image has, or what else has them."""
 
 
 class _Good(NamedTuple):
@@ -77,6 +80,7 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
                 index = open_captioned(of_split)
                 captions = index_captions(index, of_split)
                 summary.splits[name] = len(index.rows)
+                buckets = Counter[int]()
                 for row, result in _checked(index, captions, of_split):
                     if isinstance(result, BadSample):
                         summary.reasons[result.reason] += 1
@@ -85,6 +89,7 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                         continue
                     sizes[result.size] += 1
+                    buckets[nearest(result.size, config.buckets())] += 1
                     sides.append(min(result.size))
                     digests.append(result.digest)
                     summary.notes.update(result.notes)
@@ -93,6 +98,9 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
                         counts.append(len(texts))
                         lengths.extend(map(len, texts))
                 unlisted += index.unlisted()
+                if config.bucket_step:
+                    shapes = [f"{width}x{height}" for width, height in config.buckets()]
+                    summary.buckets[name] = {shapes[i]: buckets[i] for i in sorted(buckets)}
         summary.samples = sum(summary.splits.values())
         summary.bad = sum(summary.reasons.values())
         summary.sizes = Counter({f"{w}x{h}": n for (w, h), n in sizes.most_common(EXAMPLES)})

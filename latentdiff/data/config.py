@@ -1,12 +1,13 @@
 """DataConfig: which images and captions a script reads, at what size, and which samples are bad."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentdiff.data.buckets import Size, bucket_sizes
-from latentdiff.data.captions import CaptionRules
+from latentdiff.data.captions import CaptionRules, as_list
 from latentdiff.data.decode import Decoding
 from latentdiff.data.forms.detect import splits
 from latentdiff.data.shapes import build_shapes
@@ -44,7 +45,8 @@ class DataConfig:
     allow_empty_caption: bool = False
     """Train on images without a caption as if they had an empty one."""
     exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """For each column, values; rows with one of these values are left out."""
+    """For each column, values; rows with one of these values, or with one in a list, are left out.
+    A number or true is given as its text."""
     upscale_limit: float = 1.0
     """Images that would have to be enlarged by more than this factor are bad."""
     max_megapixels: float = 64
@@ -110,6 +112,12 @@ class DataConfig:
     def splits(self) -> list[str]:
         """List the names of the data's splits. Raises ValueError for data that cannot be read."""
         return splits(self.location())
+
+    def excluding(self, name: str, value: object) -> set[str]:
+        """Return which values of `exclude` a row has in a column: it is left out if it has any."""
+        values = self.exclude[name]
+        known = (v if v in values or isinstance(v, str) else json.dumps(v) for v in as_list(value))
+        return {text for text in known if text in values}
 
     def columns(self) -> list[str]:
         """List the columns that the options name, the images' column first."""

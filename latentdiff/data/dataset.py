@@ -214,7 +214,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
 
 def open_captioned(config: DataConfig) -> Index:
     """Open the data by random access. Raises ValueError unless it has the columns of `config`."""
-    index = open_index(config.location(), config.split)
+    _, *columns = config.columns()
+    index = open_index(config.location(), config.split, columns=columns)
     config.check_columns(index.columns, index.image_columns)
     return index
 
@@ -252,9 +253,17 @@ def _without_excluded(rows: datasets.Dataset, config: DataConfig) -> np.ndarray:
     """Select the rows that have none of the excluded values, (N,) bool."""
     selected = np.ones(len(rows), dtype=bool)
     for name, values in config.exclude.items():
-        start = 0
-        for chunk in rows.data.column(name).chunks:
+        start, found = 0, set[str]()
+        for chunk in rows.data.column(name).chunks if values else ():
             for i, value in enumerate(chunk.to_pylist(), start=start):
-                selected[i] &= value not in values
+                if excluding := config.excluding(name, value):
+                    selected[i] = False
+                    found |= excluding
             start += len(chunk)
+        if missing := [value for value in values if value not in found]:
+            warnings.warn(
+                f"data={config.data!r}: exclude leaves out nothing by {missing[0]!r}, which no row "
+                f"has in the column {name!r}",
+                stacklevel=3,
+            )
     return selected

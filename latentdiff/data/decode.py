@@ -112,8 +112,11 @@ def _open(data: bytes, rules: Decoding) -> Image.Image:
     width, height = image.size
     if width * height > rules.max_megapixels * 1e6:
         raise BadSample("too large", f"{width} x {height}")
-    # The further frames of a phone's MPO are a depth map or thumbnail, not an animation.
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    try:
+        # The further frames of a phone's MPO are a depth map or thumbnail, not an animation.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception as error:  # as above
+        raise BadSample("cannot be decoded", _one_line(error)) from error
     if frames > 1 and not rules.first_frame:
         raise BadSample("animated", f"{frames} frames")
     return image

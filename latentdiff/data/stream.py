@@ -201,7 +201,7 @@ class StreamedImages:
             listed = ListedBadSamples(self.listed)
             for record in shard.records(ask):
                 row = record.row
-                if any(row.get(name) in values for name, values in self.config.exclude.items()):
+                if any(self.config.excluding(name, row.get(name)) for name in self.config.exclude):
                     continue
                 try:
                     captions = self._captions(record, listed)

@@ -26,9 +26,9 @@ class Member(NamedTuple):
 def members(file: BinaryIO, tar: str) -> Iterator[Member]:
     """Yield the regular files of a tar in order; `file` is then at the start of their bytes.
 
-    Links, devices and folders are passed over, as are unsafe names: absolute ones and those with
-    `..` or a backslash. Raises ValueError for a file that is no tar or is truncated; the message
-    calls it `tar`.
+    Links, devices and folders are passed over. A name may lead out of the tar's folder, see
+    `is_safe`: it is no path to open. Raises ValueError for a file that is no tar or is truncated;
+    the message calls it `tar`.
     """
     end, position = file.seek(0, io.SEEK_END), 0
     override = dict[str, str]()
@@ -52,9 +52,15 @@ def members(file: BinaryIO, tar: str) -> Iterator[Member]:
         else:
             name = override.get("path", name)
             override = {}
-            if kind in (b"0", b"\0", b"7") and _is_safe(name):
+            if kind in (b"0", b"\0", b"7"):
                 yield Member(name, start, size)
         position = start + -(-size // BLOCK) * BLOCK
+
+
+def is_safe(name: str) -> bool:
+    """Whether a member's name is UTF-8 and a path below the tar's folder, with `/`."""
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name)
 
 
 def _header(tar: str, header: bytes, position: int) -> tuple[bytes, str, int]:
@@ -109,8 +115,3 @@ def _text(field: bytes) -> str:
 
 def _is_number(digits: bytes) -> bool:
     return digits.isdigit() and len(digits) <= MAX_DIGITS
-
-
-def _is_safe(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not (path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name)

@@ -19,6 +19,7 @@ from transformers import CLIPModel
 
 from latentdiff.data.crop_flip import crop_to
 from latentdiff.data.decode import SUFFIXES, BadSample, Decoding, decode
+from latentdiff.data.forms.files import images_in
 from latentdiff.images import from_pil
 from latentdiff.models.clip_start import Pixels, load_clip
 
@@ -80,11 +81,7 @@ def images_of(folder: Path) -> Iterator[Image.Image]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.name != GRID and path.is_file()
-    )
+    paths = sorted(folder / name for name in images_in(folder, folder) if Path(name).name != GRID)
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return map(_read, paths)
@@ -93,7 +90,7 @@ def images_of(folder: Path) -> Iterator[Image.Image]:
 def _read(path: Path) -> Image.Image:
     try:
         return decode(path.read_bytes(), Decoding()).image
-    except BadSample as error:
+    except (BadSample, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -6,7 +6,7 @@ read, so that a drawing can be found near any of them.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.config import DataConfig
-from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.dataset import CaptionedImages, open_captioned
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,9 @@ def read_references(
             exclude={concept: (), style: ()},  # which asks for the columns, and leaves nothing out
             upscale_limit=image_size,
         )
+        index = open_captioned(config)
+        others = set(index.columns) - set(index.image_columns)
+        config = replace(config, exclude=dict.fromkeys(sorted(others), ()))
         parts.append((split, CaptionedImages(config)))
     rows = [row for _, part in parts for row in _texts(part)]
     for name in (concept, style):

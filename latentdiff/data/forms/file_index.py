@@ -1,14 +1,21 @@
 """FileIndex: random access to images that are files or members of tars."""
 
+import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pyarrow.compute as pc
 
 from latentdiff.data.decode import BadSample
+from latentdiff.data.forms.files import (
+    CAPTION,
+    captions_without_image,
+    images_in,
+    printable,
+)
 from latentdiff.data.forms.form import FileRange, is_public
-from latentdiff.data.forms.metadata import images_in
 
 
 class FileIndex:
@@ -25,13 +32,15 @@ class FileIndex:
         root: Path,
         *,
         tars: Sequence[str] = (),
-        described: Path | None = None,
+        folder: Path | None = None,
+        listed: bool = False,
     ) -> None:
         """Take rows with a `file_name` and, for `tars`, `_shard`, `_offset` and `_bytes`.
 
-        `described` is the folder whose images the metadata files list, None without such files.
+        `folder` is that of the images, None for `tars`; `listed`: metadata files list them.
         """
-        self.rows, self.root, self.tars, self.described = rows, root, tars, described
+        self.rows, self.root, self.tars = rows, root, tars
+        self.folder, self.listed = folder, listed
         self.image_columns = ["image"]
         self.columns = ["image", *filter(is_public, rows.column_names)]
         within_tars = ["_shard", "_offset", "_bytes"] if tars else []
@@ -60,7 +69,17 @@ class FileIndex:
         return FileRange(self.root, tar, row["_offset"], row["_bytes"]).read()
 
     def unlisted(self) -> list[str]:
-        """List the image files that no row names."""
-        if self.described is None:
+        """List the files that no row uses: images without metadata, captions without an image.
+
+        What has a caption and is no image by its name counts as an image.
+        """
+        if self.folder is None:
             return []
-        return sorted(set(images_in(self.described, self.root)) - set(self.names()))
+        captions = captions_without_image(self.folder, self.root)
+        if not self.listed:
+            return captions
+        captioned = (name for name in captions if not name.endswith(CAPTION))
+        composed = partial(unicodedata.normalize, "NFC")
+        known = set(map(composed, self.names()))
+        images = map(printable, images_in(self.folder, self.root))
+        return sorted(name for name in (*images, *captioned) if composed(name) not in known)

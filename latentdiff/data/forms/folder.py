@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,16 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from latentdiff.data.decode import BadSample
+from latentdiff.data.decode import FORMATS, BadSample
 from latentdiff.data.forms.file_index import FileIndex
+from latentdiff.data.forms.files import (
+    CAPTION,
+    caption_beside,
+    captions_without_image,
+    images_in,
+    is_image,
+    walk,
+)
 from latentdiff.data.forms.form import (
     FileRange,
     Record,
@@ -24,11 +33,13 @@ from latentdiff.data.forms.form import (
     file_stamps,
     is_inside,
     noted_fault,
+    on_disk,
 )
-from latentdiff.data.forms.metadata import images_in, is_image, metadata_tables, text_tables
+from latentdiff.data.forms.metadata import metadata_tables, text_tables
 from latentdiff.data.forms.table import cached_table
 
 ROWS = 64  # rows of a metadata file that are converted at a time while it is streamed
+SHOWN = 3  # names of files in a warning
 
 
 @dataclass(frozen=True)
@@ -40,25 +51,29 @@ class Folder:
     folder: str
     """The split's folder with a `/` at the end; empty if the root has no split folders."""
     metadata: Sequence[str]
+    """The metadata files in the folder, and one of the root that lists images of several splits."""
 
-    def index(self) -> FileIndex:
+    def index(self, columns: Sequence[str]) -> FileIndex:
         """Open the folder for random access; the size and time of every image file are read."""
-        data, metadata = str(self.root), self.metadata
+        metadata = self.metadata
         folders = {name.rpartition("/")[0] for name in metadata}
         if len(folders) < len(metadata):
-            raise ValueError(f"data={data!r} has two metadata files in one folder: {metadata}")
+            raise ValueError(
+                f"data={str(self.root)!r} has two metadata files in one folder: {metadata}"
+            )
         if metadata:
-            names, key = [], file_stamps(self.root, metadata)
+            names, key = [], [file_stamps(self.root, metadata), sorted(columns)]
         else:
             names = images_in(self.root / self.folder, self.root)
             key = _texts_digest(self.root, names)
+            self._warn_of_unused()
             if not names:
-                raise ValueError(f"data={data!r} holds no images")
+                raise ValueError(_no_images(self.root))
 
         def tables() -> Iterator[pa.Table]:
             if not metadata:
                 return text_tables(self.root, names)
-            return chain.from_iterable(_tables_of(self.root, name) for name in metadata)
+            return chain.from_iterable(self._tables_of(columns, name) for name in metadata)
 
         resolved = str(self.root.resolve())
         rows = cached_table(resolved, [self.folder.removesuffix("/"), key], tables)
@@ -66,18 +81,40 @@ class Folder:
         index = FileIndex(
             datasets.Dataset(rows.data, fingerprint=fingerprint),
             self.root,
-            described=self.root / self.folder if metadata else None,
+            folder=self.root / self.folder,
+            listed=bool(metadata),
         )
         index.faults = missing | index.faults
         return index
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
         """Open the folder as shards: one for each metadata file, or for each folder with images."""
-        files = self.metadata or _folders_with_images(self.root / self.folder, self.root)
-        tables_of = _tables_of if self.metadata else _tables_of_folder
-        shards = [FolderShard(self.root, partial(tables_of, self.root, file)) for file in files]
+        if self.metadata:
+            files, tables_of = self.metadata, partial(self._tables_of, columns)
+        else:
+            files = _folders_with_images(self.root / self.folder, self.root)
+            tables_of = partial(_tables_of_folder, self.root)
+            self._warn_of_unused()
+        shards = [FolderShard(self.root, partial(tables_of, file)) for file in files]
         fingerprint = digest(["folder", self.split, file_stamps(self.root, files)])
         return Shards(shards, None, ["image"], fingerprint)
+
+    def _tables_of(self, columns: Sequence[str], metadata: str) -> Iterator[pa.Table]:
+        inside = metadata.rpartition("/")[0]
+        return metadata_tables(self.root / metadata, inside, columns, within=self.folder)
+
+    def _warn_of_unused(self) -> None:
+        """Warn of files with a caption that are no images by their names."""
+        lonely = captions_without_image(self.root / self.folder, self.root)
+        unused = [name for name in lonely if not name.endswith(CAPTION)]
+        if unused:
+            more = ", …" if len(unused) > SHOWN else ""
+            warnings.warn(
+                f"data={str(self.root)!r}: {len(unused)} files with a caption are not used, since "
+                f"their names are no image's: {', '.join(map(repr, unused[:SHOWN]))}{more}; "
+                f"convert them to {', '.join(FORMATS)}, or rename them",
+                stacklevel=2,
+            )
 
 
 @dataclass(frozen=True)
@@ -97,10 +134,6 @@ class FolderShard:
                     yield Record(name, row, FileRange(self.root, name), noted_fault(row))
 
 
-def _tables_of(root: Path, metadata: str) -> Iterator[pa.Table]:
-    return metadata_tables(root / metadata, metadata.rpartition("/")[0])
-
-
 def _tables_of_folder(root: Path, folder: str) -> Iterator[pa.Table]:
     inside = f"{folder}/" if folder else ""
     with os.scandir(root / folder) as entries:
@@ -112,8 +145,9 @@ def _texts_digest(root: Path, names: Sequence[str]) -> str:
     """SHA-256 of the images' names and the stamps of the text files beside them."""
     key = hashlib.sha256()
     for name in names:
-        text = (root / name).with_suffix(".txt")
-        key.update(f"{name}/{file_stamp(text) if text.is_file() else None}".encode())
+        text = caption_beside(root, name)
+        stamp = None if text is None else file_stamp(text)
+        key.update(f"{name}/{stamp}".encode("utf-8", "surrogateescape"))
     return key.hexdigest()
 
 
@@ -129,6 +163,7 @@ def _stat_images(root: Path, rows: datasets.Dataset) -> tuple[dict[int, BadSampl
             folder = name.rpartition("/")[0] if "/" in name else ""
             if folder not in inside:
                 inside[folder] = is_inside(root / folder, root)
+            name = on_disk(root, name)
             try:
                 status = os.lstat(prefix + name)
                 within = inside[folder]
@@ -147,11 +182,22 @@ def _stat_images(root: Path, rows: datasets.Dataset) -> tuple[dict[int, BadSampl
 
 def _folders_with_images(folder: Path, root: Path) -> list[str]:
     """List the folders that have images, relative to the root, sorted; "" is the root itself."""
-    folders = []
-    for path, inner, names in os.walk(folder):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        if any(map(is_image, names)):
-            folders.append(Path(path).relative_to(root).as_posix().removeprefix("."))
+    above = "" if folder == root else folder.relative_to(root).as_posix()
+    folders = [
+        f"{above}/{inside}".strip("/")
+        for inside, names in walk(folder, root)
+        if any(map(is_image, names))
+    ]
     if not folders:
-        raise ValueError(f"data={str(root)!r} holds no images")
+        raise ValueError(_no_images(root))
     return sorted(folders)
+
+
+def _no_images(root: Path) -> str:
+    saved = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    hint = (
+        "; it was written by datasets' save_to_disk: write it with to_parquet instead"
+        if saved
+        else ""
+    )
+    return f"data={str(root)!r} holds no images{hint}"

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ class FileRange:
 
     def read(self) -> bytes:
         """Return the bytes. Raises BadSample when the file is missing or outside `root`."""
-        path = self.root / self.name
+        path = self.root / on_disk(self.root, self.name)
         # A tar may be a link to another disk; a file that metadata names must be inside.
         if self.size is None and not is_inside(path, self.root):
             raise BadSample("leads outside")
@@ -88,6 +90,19 @@ def unreadable(data: str, error: Exception) -> ValueError:
 def is_inside(path: Path, root: Path) -> bool:
     """Whether a path, with its links resolved, is below the root."""
     return path.resolve().is_relative_to(root.resolve())
+
+
+def on_disk(root: Path, name: str) -> str:
+    """Return a file's name as the disk has it: macOS may have written é as e and an accent (NFD).
+
+    A name without a file stays as it is.
+    """
+    if not name.isascii() and not os.path.lexists(root / name):
+        for form in ("NFC", "NFD"):
+            other = unicodedata.normalize(form, name)
+            if os.path.lexists(root / other):
+                return other
+    return name
 
 
 def is_public(column: str) -> bool:

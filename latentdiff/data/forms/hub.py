@@ -33,8 +33,8 @@ class Hub:
         except ValueError as error:
             raise unreadable(data, error) from error
 
-    def index(self) -> EmbeddedIndex:
-        """Open the split for random access; the data set is downloaded once."""
+    def index(self, columns: Sequence[str]) -> EmbeddedIndex:
+        """Open the split for random access, with all columns; it is downloaded once."""
         loaded = self.load(self.data)
         check_split(self.data, self.split, loaded)
         return EmbeddedIndex(loaded[self.split], self.split)

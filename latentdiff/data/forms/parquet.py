@@ -24,31 +24,67 @@ class Parquet:
     splits: Mapping[str, Sequence[str]]
     """The files of every split."""
 
-    def index(self) -> EmbeddedIndex:
-        """Open the split for random access; `datasets` copies all splits into its cache, once."""
+    def index(self, columns: Sequence[str]) -> EmbeddedIndex:
+        """Open the split for random access; `datasets` copies all splits into its cache, once.
+
+        Columns that not all files have, or not in one form, are left out. Raises ValueError when
+        one of `columns` is among them.
+        """
         files = {split: [str(self.root / f) for f in fs] for split, fs in self.splits.items()}
-        loaded = datasets.load_dataset("parquet", data_files=files)
+        schemas = {path: pq.read_schema(path) for paths in files.values() for path in paths}
+        schema = _common(schemas, columns)
+        first = next(iter(schemas.values()))
+        alike = {} if schema.equals(first) else {"columns": schema.names}
+        if alike:  # what agrees has no options, and so keeps its copy in the cache
+            alike["features"] = datasets.Features.from_arrow_schema(schema)
+        loaded = datasets.load_dataset("parquet", data_files=files, **alike)
         return EmbeddedIndex(loaded[self.split], self.split)
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
         """Open the split as shards: the row groups of all files, of which the footers are read."""
         files = self.splits[self.split]
-        shards, first, schema = list[Shard](), 0, None
+        shards, first, schemas = list[Shard](), 0, dict[str, pa.Schema]()
         for path in (self.root / name for name in files):
             with pq.ParquetFile(path) as file:
-                if schema is None:
-                    schema = file.schema_arrow
-                elif missing := set(schema.names) - set(file.schema_arrow.names):
-                    raise ValueError(f"{path} has no column {min(missing)!r}, as other files do")
+                schemas[str(path)] = file.schema_arrow
                 for group in range(file.num_row_groups):
                     shards.append(
                         RowGroup(path, group, self.split, first, image_column, tuple(columns))
                     )
                     first += file.metadata.row_group(group).num_rows
-        assert schema is not None
+        schema = _common(schemas, [image_column, *columns])
         features = datasets.Features.from_arrow_schema(schema)
         fingerprint = digest(["parquet", self.split, file_stamps(self.root, files)])
         return Shards(shards, schema.names, image_columns(features), fingerprint)
+
+
+def _common(schemas: Mapping[str, pa.Schema], columns: Sequence[str]) -> pa.Schema:
+    """Return the columns that all files have, in a form that holds what each has.
+
+    `schemas` are those of the files by their paths. Raises ValueError, with the file, for one of
+    `columns` that a file lacks or has in another form; others of this kind are left out.
+    """
+    (first, common), *others = schemas.items()
+    for path, schema in others:
+        for name in dict.fromkeys((*common.names, *schema.names)):
+            without = [p for p, s in ((first, common), (path, schema)) if name not in s.names]
+            if without:
+                fault = f"{without[0]} has no column {name!r}, as other files do"
+            else:
+                kinds = [pa.schema([s.field(name)]).remove_metadata() for s in (common, schema)]
+                at = common.get_field_index(name)
+                try:
+                    wider = pa.unify_schemas(kinds, promote_options="permissive")
+                    common = common.set(at, wider.field(name))
+                    continue
+                except (pa.ArrowInvalid, pa.ArrowTypeError):
+                    types = [kind.field(name).type for kind in kinds]
+                    fault = f"{path} has {types[1]} in the column {name!r}, {first} {types[0]}"
+            if name in columns:
+                raise ValueError(fault)
+            if name in common.names:
+                common = common.remove(common.get_field_index(name))
+    return common
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import datasets.config
 import pyarrow as pa
 from datasets.table import MemoryMappedTable
 
-VERSION = 1  # version of the readers of metadata; tables of other versions are written anew
+VERSION = 2  # version of the readers of metadata; tables of other versions are written anew
 ROWS = 20_000  # rows in memory at a time
 
 
@@ -38,18 +38,42 @@ def cached_table(
     return datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=digest[:16])
 
 
-def batched(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
-    """Yield rows as tables of up to ROWS rows, with a column for each key that any row has."""
+def batched(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield rows as tables of up to ROWS rows, with a column for each key that any row has.
+
+    Only `file_name`, `columns` and a reader's own columns, whose names begin with `_`, have values.
+    The others are empty and tell their names alone: whatever they hold does no harm.
+    """
     rows = iter(rows)
     while batch := list(islice(rows, ROWS)):
         names = dict.fromkeys(name for row in batch for name in row)
-        columns = {}
+        table = {}
         for name in names:
-            try:
-                columns[name] = pa.array([row.get(name) for row in batch])
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise _Kinds(f"the column {name!r} holds different kinds of values") from error
-        yield pa.table(columns)
+            if is_kept(name, columns):
+                table[name] = _column(batch, name)
+            else:
+                table[name.encode("utf-8", "replace").decode("utf-8")] = pa.nulls(len(batch))
+        yield pa.table(table)
+
+
+def is_kept(name: str, columns: Sequence[str]) -> bool:
+    """Whether a table has the values of a column, and not only its name."""
+    return name == "file_name" or name in columns or name.startswith("_")
+
+
+def _column(batch: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
+    try:
+        return pa.array([row.get(name) for row in batch])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        kinds = dict[str, str]()
+        for row in batch:
+            if row.get(name) is not None:
+                kinds.setdefault(type(row[name]).__name__, row["file_name"])
+        if len(kinds) > 1:
+            found = ", ".join(f"a {kind} in {file!r}" for kind, file in kinds.items())
+            raise _Kinds(f"the column {name!r} holds different kinds of values: {found}") from error
+        message = " ".join(str(error).split())
+        raise _Kinds(f"the column {name!r} cannot be read: {message}") from error
 
 
 class _Kinds(ValueError):

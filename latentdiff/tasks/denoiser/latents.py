@@ -1,5 +1,6 @@
 """The latent cache that a denoiser is trained on, opened or written first, and its batches."""
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from latentdiff.data.batches import batches, check_batch
+from latentdiff.data.buckets import small_buckets
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.latent_check import check_latents
@@ -69,6 +71,15 @@ def check_sizes(cache: LatentCache, vae: VAE, unet: UNet | DiT) -> None:
                 f"patch_size={unet.multiple} needs sides divisible by {multiple} pixels, and the "
                 f"cache has {width}x{height}; choose another patch_size, image_size or bucket_step"
             )
+
+
+def warn_of_small_sizes(cache: LatentCache, val: np.ndarray, batch_size: int) -> None:
+    """Warn of sizes with fewer examples than a batch, without those of the validation split."""
+    buckets = np.delete(cache.buckets, val)
+    counts = np.bincount(buckets, minlength=len(cache.sizes)).tolist()
+    names = (f"{width}x{height}" for width, height in cache.sizes)
+    if sentence := small_buckets(dict(zip(names, counts, strict=True)), batch_size):
+        warnings.warn(sentence, stacklevel=2)
 
 
 def latent_batches(
