@@ -159,12 +159,12 @@ PLAN = ["plan", "--config", "x.yaml"]
         ([*JUDGE, "--prompts", "{text}", "0"], "--prompts: the COUNTs are 0 together"),
         (["eval", "vae", "model", "data", "--count", "0"], "count=0 must be at least 1"),
         (["eval", "vae", "model", "data", "--count", "-3"], "count=-3 must be at least 1"),
-        (["eval", "vae", "model", "data", "--out", "."], "out=. is a folder; name a file"),
+        (["eval", "vae", "model", "data", "--out", "."], "out=. is a folder; name a new file"),
         (["eval", "distance", "a", "b", "--image_size", "0"], "image_size=0 must be from 1"),
         (["eval", "distance", "a", "b", "--image_size", "-8"], "image_size=-8 must be from 1"),
         (["eval", "distance", "a", "b", "--image_size", "99999999999"], "from 1 to 4096"),
         (["eval", "vae", "model", "data", "--image_size", "0"], "image_size=0 must be from 1"),
-        (["eval", "distance", "a", "b", "--out", "."], "out=. is a folder; name a file"),
+        (["eval", "distance", "a", "b", "--out", "."], "out=. is a folder; name a new file"),
         (["data", "shapes", "--out", "o", "--size", "99999999999"], "must be from 16 to 4096"),
         (["data", "emoji", "--out", "o", "--size", "60000"], "size=60000 must be from 1 to 4096"),
         (["data", "check", "d", "--out", "o", "--upscale_limit", "nan"], "upscale_limit=nan must"),
@@ -205,6 +205,13 @@ def test_images_of_formats_that_are_not_read_are_counted(
     folders = [str(tmp_path / "drawn"), str(tmp_path / "true")]
     assert run("eval", "distance", *folders, "--features", "edges") == 0
     assert "drawn: 2 files such as a.psd are of formats that are not" in capsys.readouterr().err
+
+
+def test_a_result_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    for kind in ("vae", "distance"):
+        assert run("eval", kind, "a", "b", "--out", str(tmp_path / "a.json")) == 2
+        assert "a.json is there already; name a new file" in capsys.readouterr().err
 
 
 def test_options_of_drawing_are_refused_for_images_that_are_drawn(

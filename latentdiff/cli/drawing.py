@@ -74,6 +74,8 @@ def draw(arguments: argparse.Namespace) -> None:
         print(f"{path}  {request.prompts[i]}")
     if arguments.grid or (arguments.grid is None and len(paths) > 1):
         path = arguments.out / "grid.png"
+        if path.exists():  # of earlier images
+            path = arguments.out / f"grid-{paths[0].name.split('-')[0]}.png"
         names = [path.name for path in paths]
         image_grid(output.images, request.prompts, plain=names).save(path)
         print(path)

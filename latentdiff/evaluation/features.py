@@ -6,6 +6,7 @@ features of an Inception trained on ImageNet classes. Distances by different tow
 compared.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -23,7 +24,7 @@ from latentdiff.data.forms.files import images_in
 from latentdiff.images import from_pil
 from latentdiff.models.clip_start import Pixels, load_clip
 
-GRID = "grid.png"  # which `latentdiff generate` writes beside its images
+GRID = re.compile(r"grid(-\d+)?\.png")  # which `latentdiff generate` writes beside its images
 
 
 class Features:
@@ -76,12 +77,13 @@ class Features:
 def images_of(folder: Path) -> Iterator[Image.Image]:
     """Iterate over the images in a folder and its subfolders, RGB, sorted by path.
 
-    `grid.png` is skipped. Raises ValueError when there are no images and, during the iteration,
-    for one that cannot be decoded.
+    Grids of `latentdiff generate` are skipped. Raises ValueError when there are no images and,
+    during the iteration, for one that cannot be decoded.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
-    paths = sorted(folder / name for name in images_in(folder, folder) if Path(name).name != GRID)
+    names = (name for name in images_in(folder, folder) if not GRID.fullmatch(Path(name).name))
+    paths = sorted(folder / name for name in names)
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return map(_read, paths)

@@ -47,10 +47,11 @@ class Difference(NamedTuple):
 
 
 def check_result_path(path: Path | None) -> None:
-    """Raise ValueError for a folder: before what takes minutes is measured, and lost."""
+    """Raise ValueError for what is there already: before minutes are measured, and lost."""
     if path is not None:
-        if path.is_dir():
-            raise ValueError(f"out={path} is a folder; name a file for the result, such as a.json")
+        if path.exists():
+            what = "is a folder" if path.is_dir() else "is there already"
+            raise ValueError(f"out={path} {what}; name a new file for the result, such as a.json")
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
