@@ -122,6 +122,28 @@ def test_another_model_is_said_to_be_another(
     assert "torch" not in line
 
 
+def test_another_model_is_said_without_metadata_too(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing was compared where nothing was to be written."""
+    assert run("a", "--model", model, "--steps", "2", "--out", str(tmp_path / "out")) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    again = ["--from", str(path), "--out", str(tmp_path / "again"), "--no-metadata"]
+    assert run(*again, "--dtype", "bfloat16") == 0
+    assert "it was drawn with dtype float32 (here bfloat16)" in capsys.readouterr().err
+
+
+def test_an_image_of_another_program_needs_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was drawn with the embedded model of emoji without a word, or refused for its levels."""
+    path = of_the_webui(tmp_path / "theirs.png", "a cat", "Model: v1-5")
+    assert run("--from", str(path), "--out", str(tmp_path / "out")) == 2
+    assert (
+        "theirs.png does not say which file its model is: name the one" in capsys.readouterr().err
+    )
+
+
 def test_an_image_of_the_webui_is_drawn_with_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,7 +38,7 @@ def draw(arguments: argparse.Namespace) -> None:
     again, record = (
         ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
     )
-    model = user_options.get("model") or _recorded_model(record)
+    model = user_options.get("model") or _recorded_model(record, arguments.again)
     dtype = user_options.get("dtype", record["dtype"] if record else "float32")
     loras = _loras(user_options.get("lora"), record)
     images = _images(user_options, record)
@@ -54,8 +54,9 @@ def draw(arguments: argparse.Namespace) -> None:
         variant=arguments.variant,
         revision=arguments.revision,
     )
-    digest = "" if arguments.no_metadata else pipeline.fingerprint()
-    if record is not None and digest:
+    records = record is not None or not arguments.no_metadata
+    digest = pipeline.fingerprint() if records else ""
+    if record is not None:
         warn_of_changes(record, pipeline, digest)
     for lora in loras:
         pipeline.loras.load(lora["name"], scale=lora["scale"])
@@ -81,12 +82,18 @@ def draw(arguments: argparse.Namespace) -> None:
         print(path)
 
 
-def _recorded_model(record: Record | None) -> str:
+def _recorded_model(record: Record | None, again: Path | None) -> str:
     """The model of the drawing to repeat, if it is on this machine; else the embedded one.
 
-    An image may come from anybody, and must not cause a download from the Hub.
+    An image may come from anybody, and must not cause a download from the Hub. One without a record
+    of ours was hardly drawn with the embedded model.
     """
     if record is None:
+        if again is not None:
+            raise ValueError(
+                f"{again} does not say which file its model is: name the one to draw it with as "
+                "--model"
+            )
         return "emoji"
     model = record["model"]
     if model not in EMBEDDED_MODELS and not Path(model).exists():
