@@ -200,13 +200,12 @@ def test_a_schedule_type_is_found_wherever_a_version_of_the_web_ui_kept_it(
         {"Denoising strength": "0.4", "Hires upscale": "2"},
         {"Denoising strength": "0.7", "First pass size": "0x0"},  # before 2023
         {"Denoising strength": "0"},  # of the API
+        {"Variation seed": "5"},  # of no strength
     ],
 )
-def test_the_strength_of_text_to_image_is_not_that_of_image_to_image(
-    settings: dict[str, str],
-) -> None:
+def test_what_had_no_effect_there_is_no_option_here(settings: dict[str, str]) -> None:
     options, left_out = pipeline_options(settings)
-    assert "strength" not in options
+    assert options == {"prompt": "", "negative_prompt": ""}
     assert left_out == [f"{key}: {value}" for key, value in settings.items()]
 
 

@@ -147,7 +147,7 @@ def pipeline_options(settings: Mapping[str, str]) -> tuple[dict[str, Any], list[
     A setting that is absent gives no option, and the caller chooses the model. In a prompt that we
     did not write, brackets weight words, as always in the web UI, and a `<lora:…>` is left out.
     A denoising strength is that of image-to-image, unless there was a second pass ("hires fix") or
-    it is 0, which the web UI's API writes for text-to-image.
+    it is 0, which the web UI's API writes for text-to-image. A variation seed needs its strength.
     Raises ValueError, naming setting and value, for an invalid number and for a sampler or schedule
     type that we do not have; see `without` to choose another.
     """
@@ -164,9 +164,12 @@ def pipeline_options(settings: Mapping[str, str]) -> tuple[dict[str, Any], list[
     for key, (option, kind) in numbers.items():
         options[option] = _number(key, settings[key], kind)
     second_pass = any(key.startswith(("Hires ", "First pass ")) for key in settings)
-    if second_pass or options.get("strength") == 0:
-        numbers.pop("Denoising strength", None)
-        options.pop("strength", None)
+    without_effect = ["Denoising strength"] if second_pass or not options.get("strength") else []
+    if not options.get("variation_strength"):
+        without_effect.append("Variation seed")
+    for key in without_effect:
+        numbers.pop(key, None)
+        options.pop(NUMBERS[key][0], None)
     if "Size" in settings:
         options["width"], options["height"] = _size(settings["Size"])
     if "Sampler" in settings:
