@@ -234,12 +234,15 @@ class Pipeline:
         return size[0], size[1]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, chunks: int = 1, weighting: bool = False) -> Tensor:
+    def encode(
+        self, prompts: str | Sequence[str], *, chunks: int = 1, weighting: bool = False
+    ) -> Tensor:
         """Text states of the prompts, (B, L, D), each encoded alone: its bits fit any batch.
 
         Prompts longer than the text encoder reads at once need more `chunks`, each of which makes
         L longer; `weighting` is the request's `prompt_weighting`.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         encode = self.text_encoder.encode
         states = {p: encode(p, chunks=chunks, weighting=weighting) for p in dict.fromkeys(prompts)}
         return torch.cat([states[prompt] for prompt in prompts])

@@ -210,6 +210,11 @@ def test_an_image_that_is_not_finite_is_refused_and_not_drawn_black(pipeline: Pi
         pipeline.decode(torch.full((1, 4, 8, 8), float("nan")))
 
 
+def test_one_prompt_is_encoded_as_one(pipeline: Pipeline) -> None:
+    """A text is a sequence of texts, too: its letters were encoded, each alone."""
+    assert torch.equal(pipeline.encode("a cat"), pipeline.encode(["a cat"]))
+
+
 def test_too_much_guidance_is_not_blamed_on_half_precision(pipeline: Pipeline) -> None:
     """Whatever was not finite was said to be half precision's overflow."""
     with pytest.raises(ValueError, match=r"guidance_scale=1e\+30 leads too far") as raised:
