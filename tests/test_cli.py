@@ -57,9 +57,17 @@ def test_one_image_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> Non
 
 
 def test_earlier_images_are_never_overwritten(model: str, tmp_path: Path) -> None:
+    """Images were not, but grid.png was: the grid of the last call replaced all before."""
     for prompt in ("a cat", "a dog"):
-        assert generate(model, tmp_path, prompt, "--seed", "0") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000-0.png", "0001-0.png"]
+        assert generate(model, tmp_path, prompt, "--seed", "0", "--grid") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000-0.png",
+        "0001-0.png",
+        "grid-0001.png",
+        "grid.png",
+    ]
+    grids = [(tmp_path / name).read_bytes() for name in ("grid.png", "grid-0001.png")]
+    assert grids[0] != grids[1]
 
 
 def test_the_command_line_draws_what_the_pipeline_draws(model: str, tmp_path: Path) -> None:
@@ -126,7 +134,7 @@ def test_help_and_version_need_neither_torch_nor_transformers() -> None:
     ("arguments", "sentence"),
     [
         (["a", "--sampler", "dpmpp2m"], r"sampler=dpmpp2m is unknown; did you mean dpmpp_2m\?"),
-        (["a", "--steps", "0"], r"steps=0 must be a whole number of at least 1"),
+        (["a", "--steps", "0"], r"steps=0 must be a whole number from 1"),
         (["a", "--steps", "two"], r"--steps: invalid int value: 'two'"),
         (["a", "--height", "17"], r"height=17 must be divisible by 2"),
         (["a", "--guidance_scale", "nan"], r"guidance_scale=nan must be a finite number"),

@@ -88,6 +88,14 @@ def test_floats_of_an_unknown_range_are_refused(value: float) -> None:
         decode(floats(value), RULES)
 
 
+def test_sixteen_bits_of_a_pgm_are_read_as_those_of_a_png() -> None:
+    """Pillow makes 32-bit integers of them, whose white is unknown."""
+    grey = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
+    image, notes = decode(saved(grey, "PPM"), RULES)
+    assert image.getpixel((0, 0)) == (128, 128, 128)
+    assert notes == ("more than 8 bits",)
+
+
 def test_every_cut_of_a_file_is_refused() -> None:
     for kind in ("PNG", "JPEG", "WEBP"):
         whole = saved(photograph(), kind)

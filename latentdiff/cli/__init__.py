@@ -7,10 +7,12 @@ once.
 
 import argparse
 import difflib
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import latentdiff
@@ -27,11 +29,16 @@ USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or 2 after one sentence about what was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A prompt that the terminal cannot show must not end the command that is saving its image.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parsed, unknown = _parser().parse_known_args(arguments)
     if unknown:
         parsed.parser.unknown(unknown[0])
     try:
         with _one_line_warnings():
+            _check_texts(parsed, arguments)
             parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"{parsed.parser.prog}: {error}", file=sys.stderr)
@@ -44,10 +51,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[:1] or ["no more of it"]
+        print(
+            f"{parsed.parser.prog}: not enough memory ({reason[0]}); fewer or smaller images at "
+            "once need less",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     except KeyboardInterrupt:
         print(f"{parsed.parser.prog}: interrupted", file=sys.stderr)
         return 130  # what shells report for SIGINT
     return 0
+
+
+MAY_BE_EMPTY = ("negative_prompt", "caption_columns")
+
+
+def _check_texts(parsed: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is no UTF-8, and for a path or name that is empty."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the argument {argument!r} is not valid UTF-8, in which files and records are "
+                "written; write it, or name the file, in UTF-8"
+            ) from error
+    if "" in arguments:  # Path("") is the current folder
+        for action in parsed.parser._actions:
+            value = getattr(parsed, action.dest, None)
+            if value in ("", Path()) and action.dest not in MAY_BE_EMPTY:
+                name = action.option_strings[0] if action.option_strings else action.metavar
+                raise ValueError(f"{name} must not be empty")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -259,7 +259,7 @@ def _check_left_out(left_out: Counter[str], total: int, config: DataConfig) -> N
     bad = left_out.total()
     if bad == total and config.max_bad == 1:
         raise ValueError(f"data={config.data!r}: no image is left of {total}")
-    if bad > config.max_bad * total:
+    if bad / max(1, total) > config.max_bad:
         raise ValueError(
             f"data={config.data!r}: {bad} of {total} samples cannot be encoded, more than "
             f"max_bad={config.max_bad}: {breakdown(left_out)}; `latentdiff data check` finds them"

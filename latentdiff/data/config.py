@@ -80,7 +80,7 @@ class DataConfig:
             raise ValueError(f"max_aspect={self.max_aspect} must be in [1, {MAX_ASPECT}]")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must not be negative")
-        if self.upscale_limit < 1:
+        if not self.upscale_limit >= 1:  # nor is NaN
             raise ValueError(f"upscale_limit={self.upscale_limit} must be at least 1")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad={self.max_bad} must be in [0, 1]")

@@ -47,7 +47,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self.left_out = Counter(faults[i].reason for i in sorted(faults) if selected[i])
         total = int(selected.sum())
         selected[list(faults)] = False
-        if sum(self.left_out.values()) > config.max_bad * total:
+        if sum(self.left_out.values()) / max(1, total) > config.max_bad:
             first = min(faults)
             raise ValueError(
                 f"data={config.data!r}: {sum(self.left_out.values())} of {total} samples are bad, "
@@ -197,7 +197,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def _replace(self, index: int, error: BadSample) -> None:
         """Record a bad sample. Raises ValueError when there are too many."""
         self.replaced[index] = error
-        if len(self.replaced) > min(self.config.max_bad * len(self), len(self) - 1):
+        bad = len(self.replaced)
+        if bad / len(self) > self.config.max_bad or bad == len(self):
             reasons = Counter(error.reason for error in self.replaced.values())
             raise ValueError(
                 f"{len(self.replaced)} of {len(self)} samples turned out to be bad, more than "

@@ -308,7 +308,8 @@ class StreamedImages:
         Before an epoch is `complete`, their number must exceed `max_bad` by more than chance.
         """
         bad = reasons.total()
-        allowed = min(self.config.max_bad * total, total - 1)
+        # 0.29 * 100 is 28.999999999999996.
+        allowed = min(self.config.max_bad * total + 1e-6, total - 1)
         if not complete:
             expected = self.config.max_bad * max(total, MIN_COUNTED)
             allowed = expected + 3 * math.sqrt(expected)  # three standard deviations of a Poisson
