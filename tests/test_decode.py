@@ -104,6 +104,14 @@ def test_every_cut_of_a_file_is_refused() -> None:
                 decode(whole[: int(share * len(whole))], RULES)
 
 
+def test_a_pointer_in_place_of_an_image_is_named() -> None:
+    """A clone without Git LFS has one for each image: "none of PNG, JPEG, …" did not say so."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+    with pytest.raises(BadSample, match="cannot be decoded") as bad:
+        decode(pointer, RULES)
+    assert "git lfs pull" in bad.value.detail
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from latentdiff.formats.png import without_texts
+from latentdiff.formats.stand_in import stand_in
 from latentdiff.images import to_rgb
 
 # Only these of Pillow's dozens of decoders open a file: rare formats have most vulnerabilities.
@@ -108,7 +109,7 @@ def _open(data: bytes, rules: Decoding) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("too large", _one_line(error)) from error
     except Exception as error:  # as above
-        raise BadSample("cannot be decoded", _one_line(error)) from error
+        raise BadSample("cannot be decoded", stand_in(data[:100]) or _one_line(error)) from error
     width, height = image.size
     if width * height > rules.max_megapixels * 1e6:
         raise BadSample("too large", f"{width} x {height}")
