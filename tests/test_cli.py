@@ -47,6 +47,22 @@ def test_images_are_named_by_index_and_seed_and_never_by_prompt(
     assert all(str(path) in printed for path in tmp_path.iterdir())
 
 
+def test_a_tilde_is_the_users_home_but_in_a_prompt(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No shell expands --out=~/images, which was made as a folder called "~"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    options = ("--model=~/model", "--out=~/images", "--steps=2", "--seed=0")
+    assert run("generate", *options, "~/a cat") == 0
+    (path,) = (tmp_path / "images").iterdir()
+    with Image.open(path) as image:
+        assert "~/a cat" in image.info["parameters"]
+    assert str(path) in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "model"]
+
+
 def test_one_image_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> None:
     assert generate(model, tmp_path / "one", "a cat", "--seed", "0") == 0
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["0000-0.png"]

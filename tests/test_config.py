@@ -147,6 +147,7 @@ def test_the_written_configuration_reads_back_as_itself(tmp_path: Path) -> None:
         (["--rate", "-1"], "rate=-1.0 must be positive"),
         (["--size.width", "0"], "width=0 must be at least 1"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--size", "{width: 1, width: 2}"], "^the key 'width' is there twice, in lines 1 and 1;"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_sentence(args: list[str], message: str) -> None:
@@ -162,7 +163,16 @@ def test_wrong_arguments_are_refused_in_one_sentence(args: list[str], message: s
         ("size: {widht: 1}", "^size.widht is no option; did you mean size.width[?]$"),
         ("size: 3", "^size=3 must be names with values"),
         ("rate: fast", "^rate=fast must be a number$"),
-        ("rate: [", "Problems parsing config.*line 2"),
+        # PyYAML takes the last of two and says nothing.
+        (
+            "rate: 1\nnorm: l2\nrate: 2",
+            "^example\\.yaml: the key 'rate' is there twice, in lines 1 and 3",
+        ),
+        (
+            "size: {width: 1, width: 2}",
+            "^example\\.yaml: the key 'width' is there twice, in lines 1",
+        ),
+        ("rate: [", "Problems parsing config: .*line 1"),
     ],
 )
 def test_wrong_files_are_refused_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -170,6 +180,20 @@ def test_wrong_files_are_refused_in_one_sentence(tmp_path: Path, text: str, mess
     with pytest.raises(ValueError, match=message) as caught:
         parse("--config", str(tmp_path / "example.yaml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No shell expands --data=~/images, none reads YAML, and "~" was made as a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "example.yaml"
+    path.write_text("cache: ~/cache\nnames: [~/no path]\n", encoding="utf-8")
+    found = parse("--config=~/example.yaml", "--output_dir=~/runs")
+    expected = Example(output_dir=tmp_path / "runs", cache=tmp_path / "cache", names=["~/no path"])
+    assert found == plain(expected)
+    script, text = parse_config(config_class("train_vae"), ["--data=~/images", "--init=~/vae"])
+    assert (script.data.data, script.init) == (f"{tmp_path}/images", f"{tmp_path}/vae")
+    assert yaml.safe_load(text)["data"] == f"{tmp_path}/images"
+    assert parse("--output_dir=~nobody-of-this-name/x")["output_dir"] == "~nobody-of-this-name/x"
 
 
 def test_help_says_what_the_script_does(capsys: pytest.CaptureFixture[str]) -> None:

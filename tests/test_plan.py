@@ -323,6 +323,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     for text, sentence in (
         ("- 1", "must be a YAML mapping"),
         ("a: [", "is not YAML"),
+        ("a: 1\nb: 2\na: 3", r"config\.yaml: the key 'a' is there twice, in lines 1 and 3; keep"),
         ("accumulation: 2", "accumulation is named gradient_accumulation_steps now"),
     ):
         path.write_text(text)

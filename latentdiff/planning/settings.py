@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
+from latentdiff.formats.yaml_text import check_keys
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.dit import DiTConfig
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
-from latentdiff.options import former_names
+from latentdiff.options import expanded, former_names
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.vae.config import TrainVAE
@@ -42,16 +43,20 @@ def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for a file that is no configuration, or has the former name of an option.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_keys(text)
+        settings = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a YAML mapping, such as a training script reads")
     for name in settings:
         if name in RENAMED:
             raise ValueError(f"{path}: {name} is named {RENAMED[name]} now")
     settings |= {key: value for key, value in overrides.items() if value is not None}
-    return settings
+    return {key: expanded(value) for key, value in settings.items()}
 
 
 def positive_int(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -9,13 +9,23 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
-from latentdiff.options import compose, former_names, groups
+from latentdiff.formats.yaml_text import check_keys
+from latentdiff.options import check_effects, compose, expanded, former_names, groups
 from latentdiff.training.processes import leaving
 
 T = TypeVar("T")
 
+LOAD_YAML = get_loader("yaml")  # jsonargparse's, which takes the last of two equal keys
 ALLOWED = {
     "int": "a whole number",
     "float": "a number",
@@ -29,11 +39,14 @@ ALLOWED = {
 def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, str]:
     """Read `--config file.yaml` and `--key value`; returns the configuration and its full YAML.
 
-    Raises ValueError, in one sentence, for unknown keys, wrong types and values that the
-    dataclass refuses. `--help` and `--print_config` print and end the program.
+    Raises ValueError, in one sentence, for unknown keys, wrong types, values that the dataclass
+    refuses, and options that are given and have no effect. `--help` and `--print_config` print and
+    end the program.
     """
+    args = sys.argv[1:] if args is None else args
     # So that --help says of each option what its field's docstring does.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     description = (cls.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
@@ -44,21 +57,36 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
         parser.set_defaults({each.name: getattr(default, each.name) for each in fields(default)})
     try:
         namespace: Namespace = parser.parse_args(args)
+        for name, value in list(vars(namespace).items()):
+            namespace[name] = expanded(value)
         text = parser.dump(namespace, skip_unset=False)
         namespace.pop("config", None)
         for name, kind in get_type_hints(cls).items():
             is_flat = name in {one.name for one in groups(cls)}
             if is_dataclass(kind) and not is_flat and not isinstance(namespace[name], Namespace):
                 raise ValueError(f"{name}={namespace[name]} must be {ALLOWED['Mapping']}")
-        return compose(cls, vars(parser.instantiate(namespace))), text
+        config = compose(cls, vars(parser.instantiate(namespace)))
+        typed = [arg.removeprefix("--").partition("=")[0] for arg in args if arg.startswith("--")]
+        check_effects(config, typed)
+        return config, text
     except (ArgumentError, ValueError) as error:
         raise ValueError(_sentence(str(error), cls)) from error
 
 
+def _load_yaml(text: str, path: str = "") -> Any:
+    """YAML without a key that is there twice; `path` is the file's, for the message."""
+    try:
+        check_keys(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from error
+    return LOAD_YAML(text)
+
+
 def _option_paths(config: Any) -> Iterator[str]:
     """How options are typed: those of a group flat, those of another dataclass as outer.inner."""
-    flat = {one.name for one in groups(config)}
-    for name, kind in get_type_hints(config).items():
+    flat, kinds = {one.name for one in groups(config)}, get_type_hints(config)
+    for name in (one.name for one in fields(config)):
+        kind = kinds[name]
         if name in flat:
             yield from _option_paths(kind)
             continue
