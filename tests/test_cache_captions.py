@@ -160,7 +160,7 @@ def test_a_begun_cache_goes_on_with_the_captions_that_it_began_with(
     shutil.rmtree(tmp_path / "cache")
     images = open_images(data_config(data))
     with pytest.raises(Cut):
-        write_cache(tmp_path / "cache", Watched(images, 1), vae(), batch_size=4, chunk_size=3)  # pyright: ignore[reportArgumentType]
+        write_cache(tmp_path / "cache", Watched(images, 1), vae(), batch_size=4, chunk_size=3)
     with pytest.raises(ValueError, match=f"holds another cache: {named}"):
         write(tmp_path, **fields)
 
