@@ -110,14 +110,23 @@ def check_effects(config: Any, typed: Collection[str]) -> None:
     Given are those of the command line, `typed`, and in a file those whose value is not the
     default: a file that --print_config wrote, or a run, has all of them.
     """
-    declared = [(one.name, one.metadata.get(NEEDS)) for one in flat_fields(type(config))]
-    for name, needs in (*getattr(config, "NEEDS", {}).items(), *declared):
-        if needs is not None and _is_given(config, name, typed) and not _is_met(config, needs):
-            beside = ", ".join(
-                _shown(config, one.partition("=")[0]) for one in needs.split(" or ") if one
-            )
+    for name, needs in idle_options(config):
+        if _is_given(config, name, typed):
+            conditions = [one.partition("=")[0] for one in needs.split(" or ") if one]
+            beside = ", ".join(_shown(config, one) for one in conditions)
             beside = f"with {beside}" if beside else "in this script"
             raise ValueError(f"{_shown(config, name)} has no effect {beside}; leave it out")
+
+
+def idle_options(config: Any) -> list[tuple[str, str]]:
+    """The options that have no effect beside the others, each with what it needs."""
+    declared = {one.name: one.metadata.get(NEEDS) for one in flat_fields(type(config))}
+    conditions = (*getattr(config, "NEEDS", {}).items(), *declared.items())
+    return [
+        (name, needs)
+        for name, needs in conditions
+        if needs is not None and not _is_met(config, needs)
+    ]
 
 
 def expanded(value: Any) -> Any:

@@ -20,7 +20,14 @@ from jsonargparse import (
 )
 
 from latentdiff.formats.yaml_text import check_keys
-from latentdiff.options import check_effects, compose, expanded, former_names, groups
+from latentdiff.options import (
+    check_effects,
+    compose,
+    expanded,
+    former_names,
+    groups,
+    idle_options,
+)
 from latentdiff.training.processes import leaving
 
 T = TypeVar("T")
@@ -37,7 +44,8 @@ ALLOWED = {
 
 
 def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, str]:
-    """Read `--config file.yaml` and `--key value`; returns the configuration and its full YAML.
+    """Read `--config file.yaml` and `--key value`; returns the configuration and its YAML, which
+    has every option but those without an effect.
 
     Raises ValueError, in one sentence, for unknown keys, wrong types, values that the dataclass
     refuses, and options that are given and have no effect. `--help` and `--print_config` print and
@@ -59,7 +67,6 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
         namespace: Namespace = parser.parse_args(args)
         for name, value in list(vars(namespace).items()):
             namespace[name] = expanded(value)
-        text = parser.dump(namespace, skip_unset=False)
         namespace.pop("config", None)
         for name, kind in get_type_hints(cls).items():
             is_flat = name in {one.name for one in groups(cls)}
@@ -68,7 +75,10 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
         config = compose(cls, vars(parser.instantiate(namespace)))
         typed = [arg.removeprefix("--").partition("=")[0] for arg in args if arg.startswith("--")]
         check_effects(config, typed)
-        return config, text
+        for name, _ in idle_options(config):
+            if "." not in name:
+                namespace.pop(name, None)
+        return config, parser.dump(namespace, skip_unset=False, skip_validation=True)
     except (ArgumentError, ValueError) as error:
         raise ValueError(_sentence(str(error), cls)) from error
 
