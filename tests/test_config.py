@@ -11,6 +11,7 @@ import yaml
 from support.scripts import CONFIGS, ROOT, config_class
 
 from latentdiff.options import changeable, compose, group, groups, idle_options, option
+from latentdiff.planning.settings import read_settings
 from latentdiff.training.command_line import parse_config, run_script, write_config
 
 # Which script reads which of configs/*/.
@@ -144,6 +145,7 @@ def test_the_written_configuration_reads_back_as_itself(tmp_path: Path) -> None:
         (["--norm", "l3"], "^norm=l3 must be one of 'l1', 'l2'$"),
         (["--size.width", "wide"], "^size.width=wide must be a whole number$"),
         (["--names", "one"], "^names=one must be a list"),
+        (["--names", "[a, 3]"], "^names=3 must be a text, in quotes where it looks like"),
         (["--rate", "-1"], "rate=-1.0 must be positive"),
         (["--size.width", "0"], "width=0 must be at least 1"),
         (["--config", "missing.yaml"], "missing.yaml"),
@@ -180,6 +182,31 @@ def test_wrong_files_are_refused_in_one_sentence(tmp_path: Path, text: str, mess
     with pytest.raises(ValueError, match=message) as caught:
         parse("--config", str(tmp_path / "example.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "value"),
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("split: on", "split", "on"),
+        ("caption_columns: [no, y]", "caption_columns", ["no", "y"]),
+        ("exclude: {country: [NO, 2020-01-01]}", "exclude", {"country": ["NO", "2020-01-01"]}),
+        ("data: trueish", "data", "trueish"),
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("random_flip: true", "random_flip", True),
+    ],
+)
+def test_no_is_a_word_and_1e_3_a_number(
+    tmp_path: Path, text: str, option: str, value: object
+) -> None:
+    """`mixed_precision: no` was false, which "must be one of 'auto', 'no'", and Norway too."""
+    (tmp_path / "vae.yaml").write_text(text, encoding="utf-8")
+    config, written = parse_config(config_class("train_vae"), ["--config", f"{tmp_path}/vae.yaml"])
+    assert flat_values(config)[option] == value
+    (tmp_path / "again.yaml").write_text(written, encoding="utf-8")
+    again, _ = parse_config(config_class("train_vae"), ["--config", f"{tmp_path}/again.yaml"])
+    assert again == config
+    assert read_settings(tmp_path / "vae.yaml", {})[option] == value
 
 
 def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from latentdiff.formats.yaml_text import check_keys
+from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.dit import DiTConfig
 from latentdiff.models.unet import UNetConfig
@@ -43,9 +43,7 @@ def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for a file that is no configuration, or has the former name of an option.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        check_keys(text)
-        settings = yaml.safe_load(text)
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:

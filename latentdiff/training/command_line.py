@@ -14,12 +14,11 @@ from jsonargparse import (
     ArgumentError,
     ArgumentParser,
     Namespace,
-    get_loader,
     set_loader,
     set_parsing_settings,
 )
 
-from latentdiff.formats.yaml_text import check_keys
+from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.options import (
     check_effects,
     compose,
@@ -32,8 +31,8 @@ from latentdiff.training.processes import leaving
 
 T = TypeVar("T")
 
-LOAD_YAML = get_loader("yaml")  # jsonargparse's, which takes the last of two equal keys
 ALLOWED = {
+    "str": "a text, in quotes where it looks like something else",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -84,12 +83,14 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
 
 
 def _load_yaml(text: str, path: str = "") -> Any:
-    """YAML without a key that is there twice; `path` is the file's, for the message."""
+    """A configuration file at `path`, or without one a value of the command line."""
     try:
-        check_keys(text)
+        value = parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path else str(error)) from error
-    return LOAD_YAML(text)
+    # {} with words alone, such as "{a cat}", is a text of the command line.
+    words = isinstance(value, dict) and value and not any(value.values()) and not path
+    return text if words else value
 
 
 def _option_paths(config: Any) -> Iterator[str]:
