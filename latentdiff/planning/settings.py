@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from latentdiff.data.cache import LatentCache
 from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.dit import DiTConfig
@@ -54,7 +55,16 @@ def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         if name in RENAMED:
             raise ValueError(f"{path}: {name} is named {RENAMED[name]} now")
     settings |= {key: value for key, value in overrides.items() if value is not None}
-    return {key: expanded(value) for key, value in settings.items()}
+    settings = {key: expanded(value) for key, value in settings.items()}
+    return _of_cache(settings) | settings
+
+
+def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run takes from its latent cache, if there is one yet: size, crops and flips."""
+    if settings.get("cache") is None or not Path(settings["cache"]).is_dir():
+        return {}
+    cache = LatentCache(Path(settings["cache"]))
+    return {"image_size": cache.image_size, **vars(cache.crop_flip)}
 
 
 def positive_int(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
