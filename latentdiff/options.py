@@ -5,7 +5,7 @@ the dataclass is composed of groups (`config.optimizer.learning_rate`).
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,6 +127,18 @@ def idle_options(config: Any) -> list[tuple[str, str]]:
         for name, needs in conditions
         if needs is not None and not _is_met(config, needs)
     ]
+
+
+def check_utf8(arguments: Iterable[str]) -> None:
+    """Raise ValueError, naming it, for an argument of the command line that is no UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the argument {argument!r} is not valid UTF-8, in which files and records are "
+                "written; write it, or name the file, in UTF-8"
+            ) from error
 
 
 def expanded(value: Any) -> Any:

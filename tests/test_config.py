@@ -344,3 +344,17 @@ def test_scripts_refuse_values_of_every_part_of_their_configuration(
     """A script's configuration has three bases, and only the first of their checks was run."""
     with pytest.raises(ValueError, match=message):
         parse_config(config_class(name), args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--output_dir="], "output_dir must not be empty"),
+        (["--max_steps", "3", "--data", ""], "data must not be empty"),
+        (["--data", "caf\udce9"], r"'caf\\udce9' is not valid UTF-8"),
+    ],
+)
+def test_arguments_that_are_empty_or_no_utf8_are_refused(args: list[str], message: str) -> None:
+    """`--output_dir=` was the current folder."""
+    with pytest.raises(ValueError, match=message):
+        parse_config(config_class("train_vae"), args)

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import latentdiff
 from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
-from latentdiff.options import expanded
+from latentdiff.options import check_utf8, expanded
 
 EXTRAS = {  # of pyproject.toml, where it is not "train"
     "peft": "lora",
@@ -80,14 +80,7 @@ MAY_BE_EMPTY = ("negative_prompt", "caption_columns")
 
 def _check_texts(parsed: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Raise ValueError for an argument that is no UTF-8, and for a path or name that is empty."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the argument {argument!r} is not valid UTF-8, in which files and records are "
-                "written; write it, or name the file, in UTF-8"
-            ) from error
+    check_utf8(arguments)
     if "" in arguments:  # Path("") is the current folder
         for action in parsed.parser._actions:
             value = getattr(parsed, action.dest, None)

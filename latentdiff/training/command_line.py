@@ -21,6 +21,7 @@ from jsonargparse import (
 from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.options import (
     check_effects,
+    check_utf8,
     compose,
     expanded,
     former_names,
@@ -51,6 +52,8 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
     end the program.
     """
     args = sys.argv[1:] if args is None else args
+    check_utf8(args)
+    _check_not_empty(args)
     # So that --help says of each option what its field's docstring does.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
@@ -80,6 +83,14 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
         return config, parser.dump(namespace, skip_unset=False, skip_validation=True)
     except (ArgumentError, ValueError) as error:
         raise ValueError(_sentence(str(error), cls)) from error
+
+
+def _check_not_empty(args: Sequence[str]) -> None:
+    """Raise ValueError for an option without a value: an empty path is the current folder."""
+    for before, argument in zip(("", *args), args, strict=False):
+        name = before if argument == "" else argument.removesuffix("=")
+        if name != argument and name.startswith("--"):
+            raise ValueError(f"{name.removeprefix('--')} must not be empty")
 
 
 def _load_yaml(text: str, path: str = "") -> Any:
