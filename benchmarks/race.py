@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
     "muon 1.2e-2": {"muon_learning_rate": 1.2e-2},
     "uniform times": {"timestep_distribution": "uniform"},
-    "no pooled text": {"unet": {"addition_embed_type": None}},
+    "no pooled text": {"unet": {"addition_embed_type": None, "addition_embed_type_num_heads": 64}},
     "min-SNR": {"weighting": "min_snr"},
     "learned weights": {"weighting": "uncertainty"},
     "batch 128": {"batch_size": 128},
@@ -158,7 +158,12 @@ def copy_true(drawings: Path, data: Path, out: Path) -> None:
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, which may change single keys of an inner mapping."""
+    """`base` with `changes`, which may change single keys of an inner mapping.
+
+    A DiT stands in the UNet's place.
+    """
+    if "dit" in changes:
+        base = {name: value for name, value in base.items() if name != "unet"}
     result = dict(base)
     for name, value in changes.items():
         inner = result.get(name)

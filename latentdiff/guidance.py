@@ -8,11 +8,13 @@ the second output through the first. The other options reduce the artefacts of a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion, Network
+from latentdiff.formats.header import short_repr
 from latentdiff.levels import Denoise, NoiseLevel
 
 
@@ -41,15 +43,20 @@ class Guidance:
     it is negative, -0.5, and emphasises what is new in a step."""
 
     def __post_init__(self) -> None:
+        for name in ("scale", "rescale", "eta", "norm_threshold", "momentum"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (name == "norm_threshold" and value is None):
+                raise ValueError(f"guidance_{name}={short_repr(value)} must be a number")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"guidance_scale={self.scale} must be a finite number >= 0")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale} must be from 0 to 1")
-        interval = (0.0, 1.0) if self.interval is None else tuple(self.interval)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] < math.inf:
+        interval = (0.0, 1.0) if self.interval is None else self.interval
+        numbers = isinstance(interval, Sequence) and all(isinstance(x, Real) for x in interval)
+        if not numbers or len(interval) != 2 or not 0 <= interval[0] <= interval[1] < math.inf:
             raise ValueError(
-                f"guidance_interval={interval} must be two finite numbers, 0 <= low <= high, "
-                "of sigma / alpha"
+                f"guidance_interval={short_repr(interval)} must be two finite numbers, "
+                "0 <= low <= high, of sigma / alpha"
             )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"guidance_eta={self.eta} must be from 0 to 1")

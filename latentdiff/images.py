@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,11 @@ SYSTEM_FONTS = (
     "Arial Unicode.ttf",  # macOS
     "msyh.ttc",  # Windows
 )
+MASK_WITH_TRANSPARENCY = (
+    "a mask with transparent pixels does not say what becomes of them; make them white, to be "
+    "drawn, or black, to be kept"
+)
+LARGE_GUIDANCE = 100.0  # far beyond use
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -39,11 +44,25 @@ def to_pixels(images: Tensor) -> Tensor:
 def to_pil(image: Tensor) -> Image.Image:
     """An image (3, H, W) in [-1, 1] as RGB. Raises ValueError if it is not finite."""
     if not image.isfinite().all():
-        raise ValueError(
-            "the image has values that are not finite: half precision overflows in some VAEs; "
-            "load with dtype=torch.float32 or torch.bfloat16"
-        )
+        raise ValueError("the image has values that are not finite")
     return Image.fromarray(rearrange(to_pixels(image.detach()), "c h w -> h w c").cpu().numpy())
+
+
+def why_not_finite(latents: Tensor, scale: float, *, dtypes: Collection[torch.dtype]) -> str:
+    """The sentence for latents (B, C, H, W) of which no finite image was made.
+
+    scale is that of guidance; `dtypes` are those of the networks, one of which may have overflowed.
+    """
+    if scale > LARGE_GUIDANCE:
+        why = f"guidance_scale={scale:g} leads too far; it is rarely above 20"
+    elif torch.float16 in dtypes:
+        why = "float16 overflows in some networks; load with dtype=torch.float32 or bfloat16"
+    else:
+        why = "a smaller guidance_scale may help, unless the weights are damaged"
+    return (
+        "the image has values that are not finite (its latents reach "
+        f"{latents.abs().max():.3g}, those of an image about 5): {why}"
+    )
 
 
 def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -53,20 +72,50 @@ def from_pil(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def to_rgb(image: Image.Image, *, background: str = "white") -> Image.Image:
-    """An RGB image as a viewer shows it: upright, in 8 bits, on `background` if transparent."""
+    """An RGB image as a viewer shows it: upright, in 8 bits, on `background` if transparent.
+
+    Raises ValueError for 32-bit integers, and for floats that are not all from 0 to 1: which value
+    is white is unknown, and Pillow's own conversion clips at 255.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
+def to_mask(image: Image.Image) -> Image.Image:
+    """A mask as a viewer shows it, in grey. Raises ValueError as `to_rgb`, and for transparency.
+
+    A transparent pixel would be drawn for one program, which erases what it wants drawn, and kept
+    for another, which paints it in white.
+    """
+    on_white, on_black = (to_rgb(image, background=colour) for colour in ("white", "black"))
+    if on_white != on_black:
+        raise ValueError(MASK_WITH_TRANSPARENCY)
+    return on_white.convert("L")
+
+
 def mask_from_pil(mask: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A mask as (1, H, W), 1 where it is nearer to white than to black and 0 elsewhere."""
-    grey = torch.from_numpy(np.array(_resized(mask.convert("L"), size)))
+    """A mask in grey as (1, H, W), 1 where it is nearer to white than to black and 0 elsewhere."""
+    grey = torch.from_numpy(np.array(_resized(mask, size)))
     return (grey.float() / 255 >= 0.5).float()[None]
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more bits in 8: 16-bit integers, and floats from 0 to 1."""
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((values / 257).round().astype(np.uint8))
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "I" or not (low >= 0 and high <= 1):  # nor is NaN
+        raise ValueError(
+            f"mode {image.mode} with values from {low:g} to {high:g}; white is known of 8 and 16 "
+            "bits, and of floats from 0 to 1"
+        )
+    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

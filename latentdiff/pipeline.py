@@ -23,7 +23,7 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
 from latentdiff.formats.weights import check_numbers
 from latentdiff.guidance import Guidance, guided_denoiser
-from latentdiff.images import to_pil
+from latentdiff.images import to_pil, why_not_finite
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
@@ -34,6 +34,8 @@ from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
+
+MOST_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -225,15 +227,23 @@ class Pipeline:
                     f"image has a {field} of {pixels}; it must be at least {multiple} pixels"
                 )
             size.append((pixels // multiple * multiple if requested is None else requested) // f)
+        if size[0] * size[1] * f**2 > MOST_PIXELS:
+            raise ValueError(
+                f"height={size[0] * f} and width={size[1] * f} are too large; an image has at most "
+                f"{MOST_PIXELS:,} pixels"
+            )
         return size[0], size[1]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, chunks: int = 1, weighting: bool = False) -> Tensor:
+    def encode(
+        self, prompts: str | Sequence[str], *, chunks: int = 1, weighting: bool = False
+    ) -> Tensor:
         """Text states of the prompts, (B, L, D), each encoded alone: its bits fit any batch.
 
         Prompts longer than the text encoder reads at once need more `chunks`, each of which makes
         L longer; `weighting` is the request's `prompt_weighting`.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         encode = self.text_encoder.encode
         states = {p: encode(p, chunks=chunks, weighting=weighting) for p in dict.fromkeys(prompts)}
         return torch.cat([states[prompt] for prompt in prompts])
@@ -247,6 +257,9 @@ class Pipeline:
         """
         dtype = next(self.vae.parameters()).dtype
         images = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
+        if not images.isfinite().all():
+            scale = 1.0 if request is None else request.guidance_scale
+            raise ValueError(why_not_finite(latents, scale, dtypes={dtype, self.dtype}))
         if request is not None and request.masks:
             images = composite(images, request)
         return [to_pil(image) for image in images]

@@ -1,15 +1,27 @@
 """The options of one call of the pipeline, checked as far as is possible without a model."""
 
+import math
+import operator
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Real
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from latentdiff.formats.header import short_repr
 from latentdiff.guidance import Guidance
+from latentdiff.images import to_mask, to_rgb
 from latentdiff.levels import LevelSpacing
+from latentdiff.models.prompts import parse_weights
 from latentdiff.samplers import find_sampler
+
+MOST = {"steps": 1_000_000, "num_images": 100_000, "height": 65_536, "width": 65_536}
+WITH_GUIDANCE = tuple(f"guidance_{f.name}" for f in fields(Guidance) if f.name != "scale")
+LIGHTEST_KEPT = 127  # of a mask's 0 … 255
 
 
 @dataclass(frozen=True)
@@ -54,12 +66,14 @@ class Request:
     level_spacing: LevelSpacing | None = None
     """The spacing of the noise levels; None is that of the model's configuration."""
     image: Image.Image | Sequence[Image.Image] | None = None
-    """Image-to-image: the image to start from, one for all prompts or one for each."""
+    """Image-to-image: the image to start from, one for all prompts or one for each. Of different
+    sizes they need `height` and `width`."""
     strength: float | None = None
     """0 … 1: the fraction of `steps` that is taken, from `image` with noise of that level; by
     default 0.8, or 1 with a mask."""
     mask_image: Image.Image | Sequence[Image.Image] | None = None
-    """Inpainting: white is redrawn, black is kept; one for all prompts or one for each."""
+    """Inpainting: white is redrawn, black is kept; one for all prompts or one for each. A mask has
+    the shape of its image, in any size."""
     variation_seed: int | Sequence[int] | None = None
     """As `seed`, for the noise that `variation_strength` goes towards."""
     variation_strength: float = 0.0
@@ -69,7 +83,8 @@ class Request:
     """Whether a bar shows the steps."""
 
     prompts: tuple[str, ...] = field(init=False, repr=False)
-    """This field and the next five have an entry for each image, prompt by prompt."""
+    """This field and the next five have an entry for each image, prompt by prompt. The images are
+    upright and RGB, the masks grey."""
     negative_prompts: tuple[str, ...] = field(init=False, repr=False)
     seeds: tuple[int, ...] = field(init=False, repr=False)
     variation_seeds: tuple[int, ...] = field(init=False, repr=False)
@@ -78,77 +93,137 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.num_inference_steps is not None:
+            if self.steps not in (Request.steps, self.num_inference_steps):
+                raise ValueError(
+                    f"steps={self.steps!r} and num_inference_steps={self.num_inference_steps!r} "
+                    "are two names of one option; give one"
+                )
             self._set("steps", self.num_inference_steps)
             self._set("num_inference_steps", None)
-        for name in ("steps", "num_images", "height", "width"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if value is None and name in ("height", "width"):
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+            if value is not None or name not in ("height", "width"):
+                self._set(name, _whole(name, value, 1, most))
         find_sampler(self.sampler)
         for name in ("prompt", "negative_prompt"):
-            self._set(f"{name}s", self._for_each_image(name, str, "a text"))
-        for name, plural in (("image", "images"), ("mask_image", "masks")):
+            self._set(f"{name}s", self._for_each_image(name, str, "a text", str))
+            for text in dict.fromkeys(getattr(self, f"{name}s")):
+                try:
+                    text.encode()
+                    if self.prompt_weighting:
+                        parse_weights(text)
+                except UnicodeEncodeError as error:
+                    raise ValueError(
+                        f"{name}: {short_repr(text)} is not valid Unicode at character "
+                        f"{error.start + 1}, half of a pair or a byte of another encoding; write "
+                        "it in UTF-8"
+                    ) from error
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        for name, plural, read in (("image", "images", to_rgb), ("mask_image", "masks", to_mask)):
             absent = getattr(self, name) is None
-            values = () if absent else self._for_each_image(name, Image.Image, "an image")
+            values = () if absent else self._for_each_image(name, Image.Image, "a PIL image", read)
             self._set(plural, values)
         self._check_image()
         self._check_seeds()
-        _ = self.guidance  # which checks its fields
+        off = [name for name in WITH_GUIDANCE if getattr(self, name) != getattr(Request, name)]
+        off += ["negative_prompt"] if any(self.negative_prompts) else []
+        if self.guidance.scale == 1 and off:  # which checks its fields
+            warnings.warn(
+                f"{', '.join(off)}: without effect, since guidance_scale=1 turns guidance off",
+                stacklevel=2,
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
-    def _for_each_image(self, name: str, kind: type, one: str) -> tuple[Any, ...]:
+    def _for_each_image(
+        self, name: str, kind: type, one: str, read: Callable[[Any], Any]
+    ) -> tuple[Any, ...]:
         """The option of each image: it is one for all prompts, or one for each."""
         value = getattr(self, name)
-        values = [value] if isinstance(value, str | Image.Image) else list(value)
+        try:
+            values = [value] if isinstance(value, str | bytes | Image.Image) else list(value)
+        except TypeError:
+            values = [value]
         if not values:
             raise ValueError(f"{name} is an empty list; give at least {one}")
         for item in values:
             if not isinstance(item, kind):
-                raise ValueError(f"{name} holds {item!r}; it must be {one} or a list of them")
-        prompts = 1 if isinstance(self.prompt, str) else len(self.prompt)
-        if len(values) == 1:
-            values *= prompts
-        if len(values) != prompts:
+                raise ValueError(
+                    f"{name} holds {short_repr(item)}; it must be {one} or a list of them"
+                )
+        prompts = len(values) if name == "prompt" else len(self.prompts) // self.num_images
+        if prompts * self.num_images > MOST["num_images"]:
+            raise ValueError(
+                f"num_images={self.num_images} of {prompts} prompts are more than "
+                f"{MOST['num_images']:,} images, the most of one call"
+            )
+        if len(values) not in (1, prompts):
             raise ValueError(
                 f"{name} lists {len(values)} for {prompts} prompts; give one, or one for each"
             )
+        try:
+            values = [read(value) for value in values]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if len(values) == 1:
+            values *= prompts
         return tuple(value for value in values for _ in range(self.num_images))
 
     def _check_image(self) -> None:
         if self.strength is None:
             self._set("strength", 1.0 if self.masks else 0.8 if self.images else 1.0)
         elif not self.images:
-            raise ValueError(f"strength={self.strength} needs an image to start from")
-        if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
-            raise ValueError(f"strength={self.strength!r} must be a number from 0 to 1")
+            raise ValueError(f"strength={short_repr(self.strength)} needs an image to start from")
+        for name in ("strength", "variation_strength"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+                raise ValueError(f"{name}={short_repr(value)} must be a number from 0 to 1")
+            self._set(name, float(value))
         if self.num_denoising_steps < 1:
             raise ValueError(
                 f"strength={self.strength} leaves none of steps={self.steps}: it must be at least "
-                f"{1 / self.steps:.3g}"
+                f"1/{self.steps}, such as {math.ceil(1000 / self.steps) / 1000:g}"
+            )
+        sizes = sorted({image.size for image in self.images})
+        if len(sizes) > 1 and None in (self.height, self.width):
+            raise ValueError(
+                f"image lists images of {_pixels(sizes[0])} and of {_pixels(sizes[1])}, which are "
+                "drawn in one size; give height and width"
             )
         if self.masks and not self.images:
             raise ValueError("mask_image needs an image, of which it says what to keep")
+        for mask, image in zip(self.masks, self.images, strict=False):  # images may have no masks
+            _check_mask(mask, image)
 
     def _check_seeds(self) -> None:
-        count, varied = len(self.prompts), self.variation_strength
-        if not isinstance(varied, int | float) or not 0 <= varied <= 1:
-            raise ValueError(f"variation_strength={varied!r} must be a number from 0 to 1")
+        count, varied = len(self.prompts), self.variation_strength > 0
         if self.variation_seed is not None and not varied:
             raise ValueError(
-                f"variation_seed={self.variation_seed} needs a variation_strength above 0"
+                f"variation_seed={short_repr(self.variation_seed)} needs a variation_strength "
+                "above 0"
             )
-        same = varied > 0 and isinstance(self.seed, int)
-        self._set("seeds", _seeds("seed", [self.seed] * count if same else self.seed, count))
-        self._set("variation_seeds", _seeds("variation_seed", self.variation_seed, count))
+        for name, step in (("seed", 0 if varied else 1), ("variation_seed", 1)):
+            given = getattr(self, name)
+            if given is None:
+                given = [random.SystemRandom().randrange(2**32) for _ in range(count)]
+            if hasattr(given, "__index__") and getattr(given, "ndim", 0) == 0:
+                given = [_whole(name, given, 0, 2**64 - 1) + step * i for i in range(count)]
+            several = isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
+            listed = given if several else [given]
+            seeds = tuple(_whole(name, seed, 0, 2**64 - 1) for seed in listed)
+            if len(seeds) != count:
+                raise ValueError(
+                    f"{name} lists {len(seeds)} seeds for {count} images; give one for each"
+                )
+            self._set(f"{name}s", seeds)
 
     @property
     def num_denoising_steps(self) -> int:
         """The number of steps that are taken, the last ones: all unless `strength` is below 1."""
-        return int(self.steps * (1 if self.strength is None else self.strength))
+        # 100 * 0.29 is 28.999999999999996, of which diffusers makes 28.
+        return math.floor(self.steps * (1 if self.strength is None else self.strength) + 1e-6)
 
     @property
     def guidance(self) -> Guidance:
@@ -175,13 +250,36 @@ class Request:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _seeds(name: str, seed: Any, count: int) -> tuple[int, ...]:
-    if seed is None:
-        return tuple(random.SystemRandom().randrange(2**32) for _ in range(count))
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"{name} lists {len(seeds)} seeds for {count} images; give one for each")
-    for one in seeds:
-        if not isinstance(one, int) or not 0 <= one < 2**64:
-            raise ValueError(f"{name}={one!r} must be a whole number from 0 to 2**64 - 1")
-    return tuple(seeds)
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """The integer that a value is, NumPy's and a tensor's too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        high = "2**64 - 1" if most == 2**64 - 1 else f"{most:,}"
+        raise ValueError(
+            f"{name}={short_repr(value)} must be a whole number from {least} to {high}"
+        )
+    return number
+
+
+def _check_mask(mask: Image.Image, image: Image.Image) -> None:
+    """Raise ValueError for a mask of another shape than its image, and for one that keeps all."""
+    apart = abs(mask.width * image.height - mask.height * image.width)
+    # Of two sizes of one shape, the smaller one was rounded by up to half a pixel on each side.
+    if 2 * apart > max(sum(mask.size), sum(image.size)):
+        raise ValueError(
+            f"mask_image has {_pixels(mask.size)} pixels and its image {_pixels(image.size)}; give "
+            "a mask of the image's shape"
+        )
+    lightest = int(np.asarray(mask).max())
+    if lightest <= LIGHTEST_KEPT:
+        raise ValueError(
+            f"mask_image is white nowhere, so that nothing would be drawn: its lightest pixel is "
+            f"{lightest}, and white is 255"
+        )
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

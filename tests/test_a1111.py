@@ -16,6 +16,7 @@ from latentdiff.formats.a1111 import (
     format_parameters,
     parse_parameters,
     pipeline_options,
+    without,
 )
 
 # AUTOMATIC1111/stable-diffusion-webui, modules/infotext_utils.py, version 1.10.
@@ -193,10 +194,33 @@ def test_a_schedule_type_is_found_wherever_a_version_of_the_web_ui_kept_it(
     assert (options["sampler"], options.get("level_spacing")) == expected
 
 
-def test_the_strength_of_a_second_pass_is_not_that_of_image_to_image() -> None:
-    options, left_out = pipeline_options({"Denoising strength": "0.4", "Hires upscale": "2"})
-    assert "strength" not in options
-    assert left_out == ["Denoising strength: 0.4", "Hires upscale: 2"]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"Denoising strength": "0.4", "Hires upscale": "2"},
+        {"Denoising strength": "0.7", "First pass size": "0x0"},  # before 2023
+        {"Denoising strength": "0"},  # of the API
+        {"Variation seed": "5"},  # of no strength
+    ],
+)
+def test_what_had_no_effect_there_is_no_option_here(settings: dict[str, str]) -> None:
+    options, left_out = pipeline_options(settings)
+    assert options == {"prompt": "", "negative_prompt": ""}
+    assert left_out == [f"{key}: {value}" for key, value in settings.items()]
+
+
+def test_a_schedule_type_without_its_sampler_is_named() -> None:
+    """With another sampler given it was dropped without a word."""
+    settings = without({"Sampler": "DPM fast", "Schedule type": "Karras"}, {"sampler"})
+    assert pipeline_options(settings)[1] == ["Schedule type: Karras"]
+
+
+def test_every_setting_that_an_option_replaces_is_not_read() -> None:
+    """A damaged setting was a dead end: the option in its place did not help."""
+    settings = {"Steps": "many", "CFG scale": "7,5", "Size": "big", "Seed": "?", "Sampler": "?"}
+    given = {"steps", "guidance_scale", "width", "height", "seed", "sampler"}
+    assert without(settings, given) == {}
+    assert without(settings, given - {"width"}) == {"Size": "big"}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +241,17 @@ def test_a_setting_that_we_cannot_take_is_named(key: str, value: str, part: str)
     assert len(str(caught.value)) < 250
     with pytest.raises(ValueError, match=r"^Schedule type: 'KL Optimal'"):
         pipeline_options({"Sampler": "Euler", "Schedule type": "KL Optimal"})
+
+
+def test_lines_of_extensions_after_the_settings_are_no_prompt() -> None:
+    """The web UI makes a prompt of all settings then, and we drew that with every default."""
+    text = "a cat\nNegative prompt: ugly\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 9\n"
+    parsed = parse_parameters(f"{text}Template: a {{cat|dog}}: 2\nNegative Template: ugly")
+    assert parsed["Prompt"] == "a cat"
+    assert parsed["Negative prompt"] == "ugly"
+    options, left_out = pipeline_options(parsed)
+    assert (options["steps"], options["seed"]) == (20, 9)
+    assert left_out == ["Template: a {cat|dog}: 2", "Negative Template: ugly"]
 
 
 def test_a_text_without_settings_is_a_prompt() -> None:

@@ -1,16 +1,24 @@
-"""Whether a run is compiled."""
+"""Whether a run is compiled, and what accelerate's own variables and options come to."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
+import accelerate
 import pytest
+import torch
+from support.scripts import ROOT
 
 from latentdiff.training.accelerator import (
     MIN_COMPILED_STEPS,
     ComputeConfig,
     ParallelConfig,
     Sharding,
+    check_environment,
+    choose_precision,
+    computes_bf16,
     decide_compile,
+    make_accelerator,
 )
 
 
@@ -51,3 +59,74 @@ def test_long_runs_in_bf16_are_compiled_where_there_is_a_compiler(
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_what_is_asked_for_is_done(precision: str, *, compiled: bool) -> None:
     assert compiles(compiled, precision=precision, max_steps=1) == compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps"),
+        ("USE_FSDP", "true", "--sharding full"),
+        ("USE_DEEPSPEED", "1", "--sharding zero2"),
+        ("USE_MEGATRON_LM", "true", "--sharding full"),
+        ("USE_PARALLELISM_CONFIG", "true", "--sharding full"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "--compile true"),
+        ("MIXED_PRECISION", "fp8", "--mixed_precision"),
+    ],
+)
+def test_what_a_script_has_an_option_for_is_not_accelerates(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, ours: str
+) -> None:
+    """ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 quartered the gradients, and nobody was told."""
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    message = rf"^ACCELERATE_{name}={value} must be \w+: .*; give the script {ours} in its place$"
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(ComputeConfig(), ParallelConfig())
+    with pytest.raises(ValueError, match=message):
+        check_environment()
+
+
+def test_what_accelerate_launch_sets_by_itself_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "DYNAMO_MODE": "default"}
+    given |= {"USE_FSDP": "False", "GRADIENT_ACCUMULATION_STEPS": "1", "USE_CPU": "True"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    check_environment()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "asked", "precision"),
+    [
+        ("auto", "bf16", "bf16"),  # it was overruled by "no", as in diffusers' scripts once
+        ("no", "bf16", "no"),
+        ("bf16", "no", "bf16"),
+        ("auto", "no", "bf16" if computes_bf16(torch.device("cpu")) else "no"),
+    ],
+)
+def test_accelerates_precision_is_that_of_auto(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, asked: str, precision: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    assert choose_precision(wanted, torch.device("cpu")) == precision
+
+
+@pytest.mark.parametrize("wanted", ["fp16", "auto"])
+def test_fp16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """accelerate computed in float32 there, while log and config.yaml said fp16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"^mixed_precision=fp16 must be bf16 or no on a CPU"):
+        choose_precision(wanted, torch.device("cpu"))
+
+
+def test_every_variable_of_accelerate_is_in_the_documents() -> None:
+    """One that a new version reads should be looked at: is it refused, honoured, or no matter?"""
+    folder = Path(accelerate.__file__).parent
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    found = set[str]()
+    for path in folder.rglob("*.py"):
+        if not path.is_relative_to(folder / "test_utils"):
+            found |= set(re.findall(r"ACCELERATE_[A-Z0-9_]+", path.read_text("utf-8")))
+    assert len(found) > 30
+    told = set(re.findall(r"`([A-Z0-9_*]+)`", text))
+    wild = tuple(name.removesuffix("*") for name in told if name.endswith("*"))
+    names = {name.removeprefix("ACCELERATE_") for name in found} - {"", "DYNAMO_"}  # prefixes
+    assert {name for name in names if name not in told and not name.startswith(wild)} == set()

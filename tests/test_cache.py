@@ -216,14 +216,13 @@ def test_finished_chunks_are_kept(tmp_path: Path, images: CaptionedImages) -> No
 
 
 CHANGES = [
-    ({"seed": 1}, {}, {}, "vae"),
-    ({}, {"caption_columns": ("text",)}, {}, "data"),
-    ({}, {"exclude": {"text": ["image 0"]}}, {}, "data"),
-    ({}, {"image_size": 24}, {}, "data and other buckets"),
-    ({}, {"bucket_step": 16}, {}, "buckets"),
-    ({}, {}, {"crop_flip": CropFlip()}, "views"),
-    ({}, {}, {"chunk_size": 4}, "chunk_size"),
-    ({"seed": 1}, {"allow_empty_caption": True}, {}, "vae and other data"),
+    ({"seed": 1}, {}, {}, "its VAE is another"),
+    ({}, {"image_size": 24}, {}, "image_size was 16 and is 24"),
+    ({}, {"bucket_step": 16}, {}, "bucket_step was 8 and is 16"),
+    ({}, {"background": "black"}, {}, "background was 'white' and is 'black'"),
+    ({}, {}, {"crop_flip": CropFlip()}, "crops was 2 and is 1; flip was True and is False"),
+    ({}, {}, {"chunk_size": 4}, "chunk_size was 5 and is 4"),
+    ({"seed": 1}, {"image_size": 24}, {}, "its VAE is another; image_size was 16 and is 24"),
 ]
 
 
@@ -238,6 +237,7 @@ def test_the_cache_of_something_else_is_refused_and_named(
     named: str,
     finished: bool,
 ) -> None:
+    """It said "another data" of whatever had changed."""
     if finished:
         write(tmp_path / "cache", images)
     else:
@@ -245,9 +245,7 @@ def test_the_cache_of_something_else_is_refused_and_named(
             write(tmp_path / "cache", Watched(images, 2))
     before = contents(tmp_path / "cache")
     other = reopened(images, tmp_path, **data) if data else images
-    with pytest.raises(
-        ValueError, match=f"holds the cache of another {named}; choose a new folder"
-    ):
+    with pytest.raises(ValueError, match=f"holds another cache: {named}; choose a new folder"):
         write(tmp_path / "cache", other, vae(**network), **options)
     assert contents(tmp_path / "cache") == before
 

@@ -47,6 +47,22 @@ def test_images_are_named_by_index_and_seed_and_never_by_prompt(
     assert all(str(path) in printed for path in tmp_path.iterdir())
 
 
+def test_a_tilde_is_the_users_home_but_in_a_prompt(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No shell expands --out=~/images, which was made as a folder called "~"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    options = ("--model=~/model", "--out=~/images", "--steps=2", "--seed=0")
+    assert run("generate", *options, "~/a cat") == 0
+    (path,) = (tmp_path / "images").iterdir()
+    with Image.open(path) as image:
+        assert "~/a cat" in image.info["parameters"]
+    assert str(path) in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "model"]
+
+
 def test_one_image_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> None:
     assert generate(model, tmp_path / "one", "a cat", "--seed", "0") == 0
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["0000-0.png"]
@@ -57,9 +73,17 @@ def test_one_image_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> Non
 
 
 def test_earlier_images_are_never_overwritten(model: str, tmp_path: Path) -> None:
+    """Images were not, but grid.png was: the grid of the last call replaced all before."""
     for prompt in ("a cat", "a dog"):
-        assert generate(model, tmp_path, prompt, "--seed", "0") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000-0.png", "0001-0.png"]
+        assert generate(model, tmp_path, prompt, "--seed", "0", "--grid") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000-0.png",
+        "0001-0.png",
+        "grid-0001.png",
+        "grid.png",
+    ]
+    grids = [(tmp_path / name).read_bytes() for name in ("grid.png", "grid-0001.png")]
+    assert grids[0] != grids[1]
 
 
 def test_the_command_line_draws_what_the_pipeline_draws(model: str, tmp_path: Path) -> None:
@@ -126,7 +150,7 @@ def test_help_and_version_need_neither_torch_nor_transformers() -> None:
     ("arguments", "sentence"),
     [
         (["a", "--sampler", "dpmpp2m"], r"sampler=dpmpp2m is unknown; did you mean dpmpp_2m\?"),
-        (["a", "--steps", "0"], r"steps=0 must be a whole number of at least 1"),
+        (["a", "--steps", "0"], r"steps=0 must be a whole number from 1"),
         (["a", "--steps", "two"], r"--steps: invalid int value: 'two'"),
         (["a", "--height", "17"], r"height=17 must be divisible by 2"),
         (["a", "--guidance_scale", "nan"], r"guidance_scale=nan must be a finite number"),

@@ -101,6 +101,17 @@ def test_options_decide_what_is_bad(faults: Path) -> None:
     assert summary.reasons == {k: v for k, v in REASONS.items() if k not in forgiven}
 
 
+def test_as_many_may_be_bad_as_the_digits_say(tmp_path: Path) -> None:
+    """0.29 * 100 is 28.999999999999996, so that 29 bad samples of 100 were too many."""
+    for i in range(100):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image" if i < 29 else saved(photograph()))
+    command = ["data", "check", str(tmp_path), "--caption_columns", "", "--max_bad"]
+    assert main([*command, "0.29"]) == 0
+    assert main([*command, "0.28"]) == 2
+    data = config(tmp_path, caption_columns=(), bad_samples=tmp_path / "bad_samples.jsonl")
+    assert len(CaptionedImages(replace(data, max_bad=0.29))) == 71
+
+
 def test_training_leaves_out_what_the_check_found(faults: Path) -> None:
     check_data(config(faults), faults)
     with pytest.raises(ValueError, match=r"15 of 24 samples are bad, more than max_bad=0\.01: 4 "):

@@ -56,19 +56,38 @@ def test_the_suffixes_are_those_that_pillow_gives_the_decoders_formats() -> None
 def test_captioned_files_that_are_not_read_are_told(tmp_path: Path, stream: bool) -> None:
     """Of twelve captioned files eight were not there, not bad and not reported."""
     folder = write(tmp_path / "set", of_kinds())
-    with pytest.warns(UserWarning, match=r"5 files with a caption are not used, .*'4\.avif'"):
+    with pytest.warns(UserWarning, match=r"5 files with a caption are not used .*'4\.avif'"):
         dataset = open_images(config(folder, stream=stream))
     assert set(captions(dataset)) == KINDS.keys() - UNREAD
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_files_that_metadata_go_before_are_told(tmp_path: Path, stream: bool) -> None:
+    """Who edits 1.txt beside a metadata.jsonl would never see that it is not read."""
+    rows = b'{"file_name": "a.png", "text": "of the metadata"}\n'
+    folder = write(tmp_path / "set", captioned("a.png") | {"metadata.jsonl": rows})
+    with pytest.warns(UserWarning, match=r"1 text files beside images are not used \('a\.txt'\)"):
+        dataset = open_images(config(folder, stream=stream))
+    assert captions(dataset) == ["of the metadata"]
+
+
+def test_captions_may_be_in_upper_case_files(tmp_path: Path) -> None:
+    """Windows' programs write 1.TXT beside 1.JPG, which had "no caption" then."""
+    files = {name.upper(): content for name, content in captioned("a.png").items()}
+    folder = write(tmp_path / "set", files)
+    dataset = open_images(config(folder))
+    assert (len(dataset), dict(dataset.left_out)) == (1, {})
 
 
 def test_a_check_lists_captions_without_an_image_and_what_has_them(tmp_path: Path) -> None:
     files = captioned("a.png", "b.avif") | {"c.txt": b"alone", "a.npz": b"of another trainer"}
     folder = write(tmp_path / "set", files)
-    with pytest.warns(UserWarning, match=r"1 files with a caption are not used, .*: 'b\.avif';"):
+    with pytest.warns(UserWarning, match=r"1 files with a caption are not used \('b\.avif'\)"):
         summary = check_data(config(folder), tmp_path)
     assert summary.extra_files == {"count": 2, "first": ["b.avif", "c.txt"]}
     assert (summary.samples, summary.bad) == (1, 0)
     (folder / "metadata.csv").write_text("file_name,text\na.png,listed\n")
+    (folder / "a.txt").unlink()
     summary = check_data(config(folder), tmp_path)
     assert summary.extra_files == {"count": 1, "first": ["b.avif"]}
 

@@ -67,6 +67,7 @@ def test_images_of_no_split_are_told(tmp_path: Path) -> None:
         assert captions(opened(folder)) == ["3.png"]
     (folder / "metadata.csv").write_text("file_name,text\nmore/2.png,listed\n")
     (folder / "train").rename(tmp_path / "train")
+    (folder / "more/2.txt").unlink()
     with pytest.warns(UserWarning, match=r"images that 'metadata\.csv' lists, .* 'a\.tar'"):
         assert captions(opened(folder)) == ["listed"]
 

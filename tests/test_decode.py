@@ -88,12 +88,28 @@ def test_floats_of_an_unknown_range_are_refused(value: float) -> None:
         decode(floats(value), RULES)
 
 
+def test_sixteen_bits_of_a_pgm_are_read_as_those_of_a_png() -> None:
+    """Pillow makes 32-bit integers of them, whose white is unknown."""
+    grey = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
+    image, notes = decode(saved(grey, "PPM"), RULES)
+    assert image.getpixel((0, 0)) == (128, 128, 128)
+    assert notes == ("more than 8 bits",)
+
+
 def test_every_cut_of_a_file_is_refused() -> None:
     for kind in ("PNG", "JPEG", "WEBP"):
         whole = saved(photograph(), kind)
         for share in (0.1, 0.5, 0.9):
             with pytest.raises(BadSample, match="cannot be decoded"):
                 decode(whole[: int(share * len(whole))], RULES)
+
+
+def test_a_pointer_in_place_of_an_image_is_named() -> None:
+    """A clone without Git LFS has one for each image: "none of PNG, JPEG, …" did not say so."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+    with pytest.raises(BadSample, match="cannot be decoded") as bad:
+        decode(pointer, RULES)
+    assert "git lfs pull" in bad.value.detail
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ OPTIONS = {
 SHORT = (
     "--max_steps=6 --batch_size=4 --mixed_precision=no --log_every=1 --checkpoint_every=3 "
     "--preview_every=6 --validate_every=6 --val_fraction=0.1 --warmup_steps=1 --ema_lengths=[0.1] "
-    "--snapshot_every=1 --learning_rate=1e-2 --check_latents=false"
+    "--snapshot_every=1 --learning_rate=1e-2"
 )
 
 

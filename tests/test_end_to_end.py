@@ -37,7 +37,7 @@ TINY = {
         "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] "
         "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --caption_dropout=0.5 "
         "--weighting=uncertainty --timestep_distribution=logit_normal --stratified=true "
-        "--offset_noise=0.1 --check_latents=false"
+        "--offset_noise=0.1"
     ),
 }
 SHORT = "--batch_size=8 --warmup_steps=2 --cooldown_steps=0 --log_every=1 --mixed_precision=no"
@@ -202,7 +202,7 @@ def test_two_processes_train_as_one(home: Path, runs: Path, tmp_path: Path, name
     args = arguments(name, home, tmp_path / "run", 3)
     if name == "train_unet":  # which then encodes the data itself, each process its share
         args = [arg for arg in args if arg not in ("--cache", f"{runs}/cache")]
-        args += ["--data", f"{home}/data", "--image_size=32"]
+        args += ["--data", f"{home}/data", "--image_size=32", "--check_latents=false"]
     launch(TWO, name, *args)
     found, expected = log(tmp_path / "run"), log(runs / NETWORKS[name])
     assert [record["step"] for record in found] == [1, 2, 3]
@@ -232,11 +232,30 @@ def test_accumulation_trains_as_whole_batches_do(
 def test_default_networks_train_on_default_terms(home: Path, tmp_path: Path, name: str) -> None:
     """All that a script does without arguments, but for the number of images and steps."""
     args = ["--data", f"{home}/data", "--output_dir", str(tmp_path / "run")]
+    if name in ("cache_latents", "train_unet"):
+        args.append("--vae=emoji")
+    if name == "train_unet":
+        args.append("--text_encoder=emoji")
     if name != "cache_latents":
         args += ["--max_steps=1", "--mixed_precision=no"]
     run_here(name, *args)
     written = "header.json" if name == "cache_latents" else "checkpoints/step-1/manifest.json"
     assert (tmp_path / "run" / written).is_file()
+
+
+def not_their_vae(home: Path) -> list[str]:
+    """The embedded model's, of drawings, would be taken for any data, without a word."""
+    return ["cache_latents", "--data", f"{home}/data"]
+
+
+def not_its_vae(home: Path) -> list[str]:
+    return ["train_unet", "--data", f"{home}/data", "--text_encoder", f"{home}/runs/clip/model"]
+
+
+def not_their_text_encoder(home: Path) -> list[str]:
+    args = arguments("train_unet", home, home / "without", 1)
+    position = args.index("--text_encoder")
+    return ["train_unet", *args[:position], *args[position + 2 :]]
 
 
 def no_vae(home: Path) -> list[str]:
@@ -296,6 +315,9 @@ def large_batch(home: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (not_their_vae, "vae must be given: data="),
+        (not_its_vae, "vae must be given: data="),
+        (not_their_text_encoder, "text_encoder must be given: data="),
         (no_vae, "nowhere"),
         (no_text_encoder, "holds no text encoder: text_encoder/config.json is missing"),
         (other_vae, "was encoded by another VAE"),

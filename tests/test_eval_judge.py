@@ -111,8 +111,8 @@ def test_a_vae_is_judged_without_drawings(
     """The VAE of a model and the same one alone, as train_vae.py writes it, have one result."""
     shutil.copytree(Path(model) / "vae", tmp_path / "model")
     results = []
-    for name in (model, str(tmp_path / "model")):
-        path = tmp_path / "result.json"
+    for i, name in enumerate((model, str(tmp_path / "model"))):
+        path = tmp_path / f"{i}.json"
         command = ["eval", "vae", name, str(data), "--judge", "edges", "--count", "9"]
         assert main([*command, "--image_size", str(SIDE), "--out", str(path)]) == 0
         results.append(read_result(path))

@@ -169,7 +169,8 @@ def arguments(name: str, home: Path, output_dir: Path, **options: str) -> list[s
     args += ["--preview_every=6", f"--output_dir={output_dir}"]
     args += [f"--{key}={value}" for key, value in options.items()]
     if name == "train_unet":
-        return [*args, f"--cache={home}/cache", f"--vae={home}/vae", "--val_fraction=0.1"]
+        args += [f"--cache={home}/cache", f"--vae={home}/vae", "--text_encoder=emoji"]
+        return [*args, "--val_fraction=0.1"]
     args += ["--random_flip=true"] if name == "train_vae" else ["--val_fraction=0.1"]
     return [*args, f"--data={home}/data", "--image_size=32"]
 

@@ -242,7 +242,7 @@ class Counted:
                 yield number, (self.sample(i) for i in ids)
 
     def sample(self, i: int) -> Sample:
-        return Sample(str(i), Image.new("RGB", (8, 8), (i // 256, i % 256, 0)), [])
+        return Sample(str(i), Image.new("RGB", (8, 8), (i // 256, i % 256, 0)), [], b"")
 
 
 @pytest.mark.parametrize("count", [0, 2, 100, 256, 5000])

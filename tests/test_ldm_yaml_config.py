@@ -143,6 +143,18 @@ def test_any_other_yaml_is_refused(tmp_path: Path, text: str) -> None:
         load_ldm_config(path)
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """PyYAML took the last, so that a v-model's line could be undone unseen."""
+    path = tmp_path / "bad.yaml"
+    save_ldm_config(to_ldm_config(SD2, SD_VAE, compatibility.SD2_TOWER, V, open_clip=True), path)
+    text = path.read_text()
+    path.write_text(
+        text.replace("parameterization: v", "parameterization: v\n    parameterization: eps")
+    )
+    with pytest.raises(ValueError, match=r"bad\.yaml: .*the key 'parameterization' is there twice"):
+        load_ldm_config(path)
+
+
 @pytest.mark.parametrize("number", [".inf", "two", "[]", "0"])
 def test_numbers_that_are_none_are_refused(tmp_path: Path, number: str) -> None:
     path = tmp_path / "bad.yaml"

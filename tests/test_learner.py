@@ -58,6 +58,18 @@ def test_longer_runs_have_the_same_rates_until_either_cools_down() -> None:
         assert longer == CONFIG.learning_rate_at(step, max_steps=MAX_STEPS)
 
 
+def test_a_run_that_is_too_short_for_its_learning_rate_says_so() -> None:
+    """`max_steps` of a trial at the `warmup_steps` of a long run: it hardly learned, unsaid."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=100, cooldown_steps=300)
+    assert config.shortfall(400) is None
+    assert config.shortfall(399) is not None
+    said = config.shortfall(20)
+    assert said is not None
+    assert "warmup_steps=100 and cooldown_steps=300 are longer than max_steps=20: " in said
+    best = max(config.learning_rate_at(step, max_steps=20) for step in range(20)) / 0.1
+    assert f"gets to {100 * best:.2g} % of learning_rate=0.1" in said
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -1,6 +1,9 @@
 """The loop: an interrupted run goes on bit for bit, and its log knows no interruption."""
 
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 from support.cases import mostly_exhaustive
 from support.runs import options
 from support.scripts import without_curves
+from support.small_run import small_run
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -210,6 +214,29 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == "max_steps: 8\n"
     assert run(tmp_path) == []
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_is_ended_where_a_signal_stopped_it_has_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal leaves time for a checkpoint alone; with `max_steps` at its step, the model of an
+    earlier one, or none, was called the run's.
+    """
+
+    def stop(learner: Learner) -> Metrics:
+        if learner.num_updates == 4:  # which is seen after the next step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(SystemExit) as caught:
+        small_run(tmp_path, validate=stop, validate_every=4)
+    assert caught.value.code == 143
+    shutil.rmtree(tmp_path / "model")
+    small_run(tmp_path, max_steps=5)
+    assert (tmp_path / "model").is_dir()
+    assert "is behind" not in capsys.readouterr().out
+    small_run(tmp_path, max_steps=2)
+    assert "max_steps=2 is behind: the model is step 5's" in capsys.readouterr().out
 
 
 def test_the_last_step_is_logged_shown_and_kept_at_any_interval(tmp_path: Path) -> None:

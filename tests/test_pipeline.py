@@ -125,7 +125,8 @@ def test_guidance_one_ignores_the_negative_prompt_and_others_do_not(pipeline: Pi
         )
         return output.images[0].tobytes()
 
-    assert draw(1, "") == draw(1, "a dog")
+    with pytest.warns(UserWarning, match="negative_prompt: without effect"):
+        assert draw(1, "") == draw(1, "a dog")
     assert draw(3, "") != draw(3, "a dog")
 
 
@@ -207,6 +208,23 @@ def test_values_are_rounded_and_not_truncated() -> None:
 def test_an_image_that_is_not_finite_is_refused_and_not_drawn_black(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="not finite"):
         pipeline.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+def test_one_prompt_is_encoded_as_one(pipeline: Pipeline) -> None:
+    """A text is a sequence of texts, too: its letters were encoded, each alone."""
+    assert torch.equal(pipeline.encode("a cat"), pipeline.encode(["a cat"]))
+
+
+def test_too_much_guidance_is_not_blamed_on_half_precision(pipeline: Pipeline) -> None:
+    """Whatever was not finite was said to be half precision's overflow."""
+    with pytest.raises(ValueError, match=r"guidance_scale=1e\+30 leads too far") as raised:
+        pipeline("a cat", steps=2, seed=0, guidance_scale=1e30, progress=False)
+    assert "float16" not in str(raised.value)
+
+
+def test_a_size_beyond_what_is_read_is_refused_before_it_is_allocated(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="height=65536 and width=65536 are too large"):
+        pipeline("a cat", height=65_536, width=65_536, progress=False)
 
 
 @pytest.mark.parametrize(

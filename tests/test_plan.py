@@ -16,8 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from latentdiff.cli import main
 from latentdiff.cli import plan as command
+from latentdiff.data.cache_writer import write_cache
+from latentdiff.data.config import DataConfig
+from latentdiff.data.crop_flip import CropFlip
+from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.shapes import build_shapes
 from latentdiff.models.layers import Attention
 from latentdiff.models.unet import UNet
+from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.planning.devices import DEVICES
 from latentdiff.planning.footprint import Execution, Workload, footprint, nbytes
 from latentdiff.planning.plan import make_plan
@@ -318,11 +324,26 @@ def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], sente
         make_plan(settings, device=ANY, gpu=False, processes=2)
 
 
+def test_a_cache_says_its_size_crops_and_flips(tmp_path: Path) -> None:
+    """A run's config.yaml names the cache alone: options of encoding have no effect beside it."""
+    torch.manual_seed(0)
+    network = VAE(VAEConfig(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3))
+    build_shapes(tmp_path / "data", count=4, seed=0, size=32)
+    images = CaptionedImages(DataConfig(data=str(tmp_path / "data"), image_size=32))
+    write_cache(tmp_path / "cache", images, network, batch_size=4, crop_flip=CropFlip(2, True))
+    path = tmp_path / "config.yaml"
+    path.write_text(f"cache: {tmp_path / 'cache'}\nbatch_size: 4")
+    expected = {"batch_size": 4, "image_size": 32, "crops": 2, "flip": True}
+    settings = read_settings(path, {})
+    assert {key: settings[key] for key in expected} == expected
+
+
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for text, sentence in (
         ("- 1", "must be a YAML mapping"),
         ("a: [", "is not YAML"),
+        ("a: 1\nb: 2\na: 3", r"config\.yaml: the key 'a' is there twice, in lines 1 and 3; keep"),
         ("accumulation: 2", "accumulation is named gradient_accumulation_steps now"),
     ):
         path.write_text(text)

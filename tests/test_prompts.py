@@ -107,12 +107,17 @@ def test_text_without_brackets_is_itself(prompt: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("a (b", r"the \( at character 3 of the prompt, before 'b' has no bracket"),
+        ("a (b", r"the \( at character 3, in 'a \(b', has no bracket"),
         ("a [b (c) d", r"the \[ at character 3"),
-        ("a) b", r"the \) at character 2 .* write \\\) for a plain one"),
+        ("a) b", r"the \) at character 2, .* write \\\) for a plain one"),
         ("(a]", r"the \] at character 3"),
         ("[a:1.2)", r"the \) at character 7"),
-        ("(a:-1)", r"the weight '-1' at character 4 .* number from 0 to 10"),
+        ("(a:-1)", r"the weight '-1' in '\(a:-1\)' must be a number from 0 to 10"),
+        (
+            f"{'x' * 40} (a long word:12) {'y' * 40}",
+            r"the weight '12' in '\(a long word:12\)' must",
+        ),
+        (f"{'x' * 40}(word:1.2{'y' * 40}", r"41, in '…x{20}\(word:1\.2y{12}…', has no"),
         ("(a:11)", "the weight '11'"),
         ("(a:1e400)", "the weight '1e400'"),
         ("(a:nan)", "the weight 'nan'"),

@@ -122,6 +122,28 @@ def test_another_model_is_said_to_be_another(
     assert "torch" not in line
 
 
+def test_another_model_is_said_without_metadata_too(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing was compared where nothing was to be written."""
+    assert run("a", "--model", model, "--steps", "2", "--out", str(tmp_path / "out")) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    again = ["--from", str(path), "--out", str(tmp_path / "again"), "--no-metadata"]
+    assert run(*again, "--dtype", "bfloat16") == 0
+    assert "it was drawn with dtype float32 (here bfloat16)" in capsys.readouterr().err
+
+
+def test_an_image_of_another_program_needs_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was drawn with the embedded model of emoji without a word, or refused for its levels."""
+    path = of_the_webui(tmp_path / "theirs.png", "a cat", "Model: v1-5")
+    assert run("--from", str(path), "--out", str(tmp_path / "out")) == 2
+    assert (
+        "theirs.png does not say which file its model is: name the one" in capsys.readouterr().err
+    )
+
+
 def test_an_image_of_the_webui_is_drawn_with_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,3 +198,62 @@ def test_what_cannot_be_drawn_again_is_one_sentence(
     assert f"--image: {own} is not a file" in capsys.readouterr().err
     assert run(*out) == 2
     assert "nothing to draw" in capsys.readouterr().err
+
+
+def of_the_webui(path: Path, prompt: str, settings: str) -> Path:
+    theirs = PngImagePlugin.PngInfo()
+    line = f"Steps: 3, Sampler: Euler, CFG scale: 2, Seed: 9, Size: 16x16, {settings}"
+    theirs.add_text("parameters", f"{prompt}\n{line}")
+    Image.new("RGB", (16, 16)).save(path, pnginfo=theirs)
+    return path
+
+
+@pytest.fixture(scope="module")
+def discrete(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with the noise schedule of Stable Diffusion, as the web UI's are."""
+    folder = tmp_path_factory.mktemp("discrete")
+    diffusion = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading")
+    tiny_pipeline(folder / "tokens", diffusion).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "drawn", "said"),
+    [
+        ("a cat", "Denoising strength: 0.7", "a cat", "Denoising strength: 0.7 (of an image"),
+        ("a cat", "Denoising strength: 0, Version: v1.10.1", "a cat", "Denoising strength: 0"),
+        ("(a cat", "RNG: CPU", "(a cat:1.1)", "RNG: CPU"),
+        ("a cat :)", "RNG: CPU", "a cat :\\)", "RNG: CPU"),
+        ("(bad:-1) cat", "RNG: CPU", "(bad:0) cat", "the weight -1 of 'bad' (drawn with 0)"),
+        ("a [cat|dog] BREAK b", "RNG: CPU", "a [cat|dog]  b", "BREAK, [cat|dog]"),
+    ],
+)
+def test_no_image_of_the_webui_is_a_dead_end(
+    discrete: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prompt: str,
+    settings: str,
+    drawn: str,
+    said: str,
+) -> None:
+    """Strengths of text-to-image, unmatched brackets and negative weights were refused."""
+    path = of_the_webui(tmp_path / "theirs.png", prompt, settings)
+    assert run("--from", str(path), "--model", discrete, "--out", str(tmp_path / "out")) == 0
+    error = capsys.readouterr().err
+    assert "without a meaning here: " in error
+    assert said in error
+    record = read_png(tmp_path / "out" / "0000-9.png").record
+    assert record is not None
+    assert record["request"]["prompt"] == drawn
+
+
+def test_a_strength_of_the_webui_goes_with_an_image_that_is_given(
+    discrete: str, photo: str, tmp_path: Path
+) -> None:
+    path = of_the_webui(tmp_path / "theirs.png", "a cat", "Denoising strength: 0.7")
+    given = ["--image", photo, "--model", discrete, "--out", str(tmp_path / "out")]
+    assert run("--from", str(path), *given) == 0
+    record = read_png(tmp_path / "out" / "0000-9.png").record
+    assert record is not None
+    assert record["request"].get("strength") == 0.7

@@ -5,13 +5,19 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
 
 WHITE = Image.new("RGB", (16, 16), "white")
+
+
+def grey(value: float, dtype: type[np.generic], size: tuple[int, int] = (16, 16)) -> Image.Image:
+    return Image.fromarray(np.full(size[::-1], value, dtype))
 
 
 def test_the_arguments_of_a_call_are_the_fields_of_a_request_with_their_defaults() -> None:
@@ -66,21 +72,75 @@ def test_a_record_asks_for_its_image_again(options: dict[str, Any]) -> None:
     [
         ({"prompt": []}, "prompt is an empty list; give at least a text"),
         ({"prompt": ["a", 3]}, "prompt holds 3; it must be a text or a list of them"),
+        ({"prompt": None}, "prompt holds None; it must be a text or a list of them"),
+        ({"prompt": 3}, "prompt holds 3; it must be a text or a list of them"),
+        ({"prompt": ["a", None]}, "prompt holds None; it must be a text"),
+        ({"prompt": b"a cat"}, "prompt holds b'a cat'; it must be a text"),
+        ({"negative_prompt": None}, "negative_prompt holds None; it must be a text"),
+        ({"negative_prompt": ["a", 0.5]}, "negative_prompt holds 0.5; it must be a text"),
+        ({"prompt": "caf\udce9"}, "prompt: 'caf\\udce9' is not valid Unicode at character 4"),
+        ({"prompt": ["a", "\ud83d"]}, "prompt: '\\ud83d' is not valid Unicode at character 1"),
+        ({"negative_prompt": "\udc00"}, "negative_prompt: '\\udc00' is not valid Unicode"),
         ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt lists 3 for 2 prompts"),
-        ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
-        ({"num_images": 0}, "num_images=0 must be a whole number of at least 1"),
-        ({"height": 0}, "height=0 must be a whole number of at least 1"),
+        ({"steps": 0}, "steps=0 must be a whole number from 1 to 1,000,000"),
+        ({"steps": 2.5}, "steps=2.5 must be a whole number from 1"),
+        ({"steps": None}, "steps=None must be a whole number"),
+        ({"steps": 10**12}, "steps=1000000000000 must be a whole number from 1 to 1,000,000"),
+        ({"steps": 20, "num_inference_steps": 30}, "steps=20 and num_inference_steps=30 are two"),
+        ({"num_images": 0}, "num_images=0 must be a whole number from 1 to 100,000"),
+        ({"num_images": 60_000}, "num_images=60000 of 2 prompts are more than 100,000 images"),
+        ({"height": 0}, "height=0 must be a whole number from 1 to 65,536"),
+        ({"width": float("inf")}, "width=inf must be a whole number"),
         ({"seed": [1]}, "seed lists 1 seeds for 2 images; give one for each"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0 to 2**64 - 1"),
+        ({"seed": 5.0}, "seed=5.0 must be a whole number from 0 to 2**64 - 1"),
+        ({"seed": "5"}, "seed='5' must be a whole number"),
+        ({"seed": [1, 2.0]}, "seed=2.0 must be a whole number"),
+        ({"seed": torch.tensor(1.0)}, "seed=tensor(1.) must be a whole number"),
+        ({"seed": float("nan")}, "seed=nan must be a whole number"),
         ({"sampler": "hein"}, "sampler=hein is unknown; did you mean heun?"),
         ({"strength": 0.5}, "strength=0.5 needs an image to start from"),
         ({"strength": 1.5, "image": WHITE}, "strength=1.5 must be a number from 0 to 1"),
         ({"strength": 0.01, "image": WHITE}, "strength=0.01 leaves none of steps=50"),
+        (
+            {"strength": 0.333, "steps": 3, "image": WHITE},
+            "strength=0.333 leaves none of steps=3: it must be at least 1/3, such as 0.334",
+        ),
+        ({"strength": "half", "image": WHITE}, "strength='half' must be a number from 0 to 1"),
+        ({"image": grey(70_000, np.int32)}, "image: mode I with values from 70000 to 70000; white"),
+        ({"image": grey(3, np.float32)}, "image: mode F with values from 3 to 3; white is known"),
+        ({"image": grey(float("nan"), np.float32)}, "image: mode F with values from nan to nan"),
+        (
+            {"image": [WHITE, Image.new("RGB", (32, 16))]},
+            "image lists images of 16 x 16 and of 32 x 16, which are drawn in one size; give",
+        ),
+        (
+            {"image": WHITE, "mask_image": Image.new("L", (32, 16), 255)},
+            "mask_image has 32 x 16 pixels and its image 16 x 16; give a mask of the image's shape",
+        ),
+        (
+            {"image": WHITE, "mask_image": grey(1, np.uint8)},
+            "mask_image is white nowhere, so that nothing would be drawn: its lightest pixel is 1",
+        ),
+        (
+            {"image": WHITE, "mask_image": Image.new("RGBA", (16, 16))},
+            "mask_image: a mask with transparent pixels does not say what becomes of them",
+        ),
+        (
+            {"prompt_weighting": True, "negative_prompt": "a (b:-1)"},
+            "negative_prompt: the weight '-1' in '(b:-1)' must be a number from 0 to 10",
+        ),
         ({"mask_image": WHITE}, "mask_image needs an image"),
-        ({"image": "cat.png"}, "image holds 'cat.png'; it must be an image or a list of them"),
+        ({"image": "cat.png"}, "image holds 'cat.png'; it must be a PIL image or a list of them"),
         ({"variation_strength": 2}, "variation_strength=2 must be a number from 0 to 1"),
         ({"variation_seed": 3}, "variation_seed=3 needs a variation_strength above 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number >= 0"),
+        ({"guidance_scale": None}, "guidance_scale=None must be a number"),
+        ({"guidance_scale": "7"}, "guidance_scale='7' must be a number"),
+        ({"guidance_momentum": [1]}, "guidance_momentum=[1] must be a number"),
+        ({"guidance_interval": 3}, "guidance_interval=3 must be two finite numbers"),
+        ({"guidance_interval": ("a", "b")}, "guidance_interval=('a', 'b') must be two finite"),
+        ({"sampler": None}, "sampler=None must be a name: ddpm"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence_that_names_the_field(
@@ -90,3 +150,84 @@ def test_what_cannot_be_drawn_is_one_sentence_that_names_the_field(
     with pytest.raises(ValueError, match=re.escape(sentence)) as raised:
         Request(**options)
     assert str(raised.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "seed", [5, np.int64(5), np.uint8(5), torch.tensor(5), [5, 6], np.array([5, 6]), (5, 6)]
+)
+def test_any_integer_is_a_seed(seed: Any) -> None:
+    """NumPy's integers and tensors, which come out of loops and files, were tracebacks."""
+    request = Request("a cat", num_images=2, seed=seed)
+    assert request.seeds == (5, 6)
+    assert all(type(one) is int for one in request.seeds)
+    numbers: dict[str, Any] = {"seed": np.int64(3), "steps": np.int64(4), "height": np.int32(8)}
+    json.dumps(Request("a", **numbers).record(0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "taken"),
+    [(100, 0.29, 29), (3, 1 / 3, 1), (3, 0.334, 1), (50, 0.8, 40), (50, 0.999, 49), (10, 1.0, 10)],
+)
+def test_strength_is_the_share_of_the_steps_that_its_digits_say(
+    steps: int, strength: float, taken: int
+) -> None:
+    """100 * 0.29 is 28.999999999999996, of which 28 steps were made."""
+    assert Request("a", steps=steps, strength=strength, image=WHITE).num_denoising_steps == taken
+
+
+def test_images_are_upright_and_their_greys_are_read_as_in_training() -> None:
+    """A phone's photo was stretched into its sideways size, and floats were clipped to white."""
+    sideways = Image.new("RGB", (32, 16), "red")
+    sideways.getexif()[0x0112] = 6  # turn 90 degrees clockwise
+    greys = (grey(0.5, np.float32), grey(128 * 257, np.uint16), grey(128, np.uint8))
+    request = Request(["a"] * 4, image=(sideways, *greys), height=16, width=16)
+    assert request.images[0].size == (16, 32)
+    assert {image.getpixel((3, 3)) for image in request.images[1:]} == {(128, 128, 128)}
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ((16, 16), (16, 16)),
+        ((512, 384), (4000, 3000)),
+        ((500, 375), (4001, 3000)),
+        ((9, 9), (3, 3)),
+    ],
+)
+def test_a_mask_has_the_shape_of_its_image_in_any_size(
+    image: tuple[int, int], mask: tuple[int, int]
+) -> None:
+    Request("a", image=Image.new("RGB", image), mask_image=Image.new("L", mask, 255))
+
+
+def test_a_mask_is_read_as_a_viewer_shows_it() -> None:
+    """One of 16 bits was white all over, and one that lies sideways kept and drew other places."""
+
+    def read(mask: Image.Image) -> Image.Image:
+        return Request("a", image=WHITE, mask_image=mask).masks[0]
+
+    left = np.zeros((16, 16), np.uint16)
+    left[:, :8] = 65_535
+    mask = Image.fromarray((left // 257).astype(np.uint8))
+    assert read(Image.fromarray(left)) == mask
+    with pytest.raises(ValueError, match="white nowhere"):
+        read(grey(0, np.uint16))
+    assert read(Image.merge("LA", [mask, Image.new("L", (16, 16), 255)])) == mask
+    mask.getexif()[0x0112] = 6
+    turned = read(mask)
+    assert (turned.getpixel((15, 0)), turned.getpixel((0, 15))) == (255, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"negative_prompt": "green"}, "negative_prompt"),
+        ({"guidance_rescale": 0.7}, "guidance_rescale"),
+        ({"guidance_interval": [0.1, 1], "guidance_eta": 0.0}, "guidance_interval, guidance_eta"),
+    ],
+)
+def test_what_does_nothing_without_guidance_is_said(options: dict[str, Any], names: str) -> None:
+    """A negative prompt did nothing at guidance_scale=1, which few-step models want, unsaid."""
+    with pytest.warns(UserWarning, match=f"^{names}: without effect, since guidance_scale=1"):
+        Request("a", guidance_scale=1.0, **options)
+    Request("a", guidance_scale=1.0)

@@ -44,6 +44,17 @@ def test_keys_that_come_or_go_are_differences() -> None:
     ]
 
 
+def test_an_option_that_has_lost_its_effect_is_no_difference() -> None:
+    """What it depends on is: a run of an older version recorded all, with and without effect."""
+    before = {"optimizer": "muon", "muon_learning_rate": 0.1, "size": 3, "exclude": {"a": 1}}
+    assert differences(before, {"optimizer": "adamw", "size": 3, "exclude": {}}, ()) == [
+        "exclude was 'absent' and is {}",
+        "exclude.a was 1 and is 'absent'",
+        "optimizer was 'muon' and is 'adamw'",
+    ]
+    assert differences({**before, "old": 1}, before, ()) == []
+
+
 MAY_CHANGE = {
     # Where the run ends and how it gets there: its past is the same.
     *("max_steps", "cooldown_steps"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from support.clips import SIDE, tiny_clip
 from support.scripts import TWO, launch, run_here
 from support.small_run import logged
@@ -19,10 +20,12 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.shapes import build_shapes
 from latentdiff.formats.weights import load_safetensors, save_safetensors
+from latentdiff.options import compose
 from latentdiff.tasks.clip.augmentation import blur, crop
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.loss import contrastive_loss
 from latentdiff.tasks.clip.retrieval import validation_pool
+from latentdiff.tasks.clip.start import check_captions
 from latentdiff.training.randomness import MicroBatch
 from latentdiff.training.validation import val_indices
 
@@ -255,6 +258,48 @@ def test_a_stream_has_no_validation_split_which_is_said(
     assert "a stream has no validation split" in capsys.readouterr().out
     assert found(tmp_path / "run") == []
     assert "num_val" not in json.loads((tmp_path / "run" / "data.json").read_text())
+
+
+def tokens(texts: list[str]) -> Tensor:
+    """The first two letters of each text, (n, 2)."""
+    return torch.tensor([[ord(letter) for letter in text[:2]] for text in texts])
+
+
+def test_captions_that_are_all_alike_are_refused() -> None:
+    """Every caption is then as right as another: the loss stayed where it was, for ever."""
+    alike = [["a cat"], ["a dog"], ["a house"]]  # in the tokens that are read
+    with pytest.raises(ValueError, match=r"alike in the first 2 tokens, such as 'a cat'"):
+        check_captions(alike, tokens)
+    both = [["cat", "dog"], ["dog", "cat"]]
+    with pytest.raises(ValueError, match="the captions of all images are alike"):
+        check_captions(both, tokens)
+    check_captions([*alike, ["the cat"]], tokens)
+    check_captions([["cat", "dog"], ["dog"]], tokens)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_the_script_refuses_captions_that_are_all_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stream: str
+) -> None:
+    (tmp_path / "set").mkdir()
+    for i in range(10):
+        Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / "set" / f"{i}.png")
+    same = '"text": "a photo", "text_zh": "照片"'
+    lines = [f'{{"file_name": "{i}.png", {same}}}\n' for i in range(10)]
+    (tmp_path / "set" / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "set", tmp_path / "run", *TINY.split(), f"--stream={stream}")
+    assert caught.value.code == 2
+    assert "the captions of all images are alike" in capsys.readouterr().err
+
+
+def test_a_batch_of_one_is_refused() -> None:
+    """Its loss is 0 and stays so, since there is no other caption to compare with."""
+    for kind in ("softmax", "sigmoid"):
+        with pytest.raises(ValueError, match=r"^batch_size=1 must be at least 2: the contrastive"):
+            compose(TrainCLIP, {"batch_size": 1, "contrastive": kind})
+    compose(TrainCLIP, {"batch_size": 2})
 
 
 def test_a_fraction_that_is_none_is_refused() -> None:

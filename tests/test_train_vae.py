@@ -48,8 +48,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(images: Path, run: Path, *more: str) -> list[dict[str, float]]:
     """Run the script in this process; its log."""
-    run_here("train_vae", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more)
+    run_here("train_vae", *arguments(images, run, *more))
     return log(run)
+
+
+def arguments(images: Path, run: Path, *more: str) -> list[str]:
+    """The command line; an option of a discriminator that is not there would be refused."""
+    given = [*ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more]
+    without = "--disc_weight=0" in more
+    return [arg for arg in given if not (without and arg.startswith("--disc_start="))]
 
 
 def log(run: Path) -> list[dict[str, float]]:
@@ -121,6 +128,17 @@ def test_neither_step_takes_the_others_gradients(images: Path, tmp_path: Path) -
     assert not same("vae", "0", "0.5")
 
 
+@pytest.mark.training
+def test_a_discriminator_that_never_begins_is_said(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(images, tmp_path / "run", "--disc_start=4")
+    said = "disc_start=4 is not before max_steps=4: no step has the adversarial loss"
+    assert said in capsys.readouterr().out
+    train(images, tmp_path / "other", "--disc_start=3")
+    assert "no step has" not in capsys.readouterr().out
+
+
 @pytest.mark.processes
 def test_two_processes_train_both_as_one_does(images: Path, tmp_path: Path) -> None:
     alone = train(images, tmp_path / "one", "--learn_logvar=true")
@@ -141,7 +159,7 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def train_in_two(images: Path, run: Path, *more: str) -> None:
     """Run the script in two processes."""
-    launch(TWO, "train_vae", *ARGUMENTS, f"--data={images}", f"--output_dir={run}", *more)
+    launch(TWO, "train_vae", *arguments(images, run, *more))
 
 
 @pytest.mark.training
@@ -156,7 +174,7 @@ def test_the_perceptual_gradient_reaches_every_layer(images: Path, tmp_path: Pat
     gradients, records = [], []
     for weight in (0.0, 1.0, 2.0):
         run = tmp_path / str(weight)
-        more = [f"--perceptual_weight={weight}", f"--perceptual_weights={path}"]
+        more = [f"--perceptual_weight={weight}", f"--perceptual_weights={path}"] if weight else []
         records += train(images, run, *options, *more)
         gradients.append(gradients_of(run, "vae"))
         assert [file.stem for file in run.glob("checkpoints/*/*.safetensors")] == ["vae"]

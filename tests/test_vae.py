@@ -161,7 +161,7 @@ def test_every_key_of_diffusers_is_written_and_an_absent_one_means_what_it_means
     [
         ("act_fn", "gelu"),
         ("shift_factor", 0.1),
-        ("latents_mean", [0.0, 0.0, 0.0, 0.0]),
+        ("latents_mean", [0.0, 0.0, 0.0, 0.1]),
         ("down_block_types", ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]),
         ("up_block_types", ["UpDecoderBlock2D"]),
         ("block_out_channels", [8, 10]),

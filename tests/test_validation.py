@@ -170,7 +170,7 @@ TINY = (
     "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --val_fraction=0.2 "
     "--unet.up_block_types=[UpBlock2D,CrossAttnUpBlock2D] --batch_size=8 --warmup_steps=2 "
     "--cooldown_steps=0 --mixed_precision=no --preview_every=100 --checkpoint_every=100 "
-    "--image_size=32 --preview_prompts=[circle]"
+    "--image_size=32 --preview_prompts=[circle] --vae=emoji --text_encoder=emoji"
 )
 
 

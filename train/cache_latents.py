@@ -1,9 +1,11 @@
 """Encode a data set once, for train_unet.py: accelerate launch train/cache_latents.py."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from accelerate import Accelerator
 
@@ -14,10 +16,10 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
-from latentdiff.formats.diffusers import find_component
 from latentdiff.models.vae import VAE
 from latentdiff.options import group, option
-from latentdiff.training.accelerator import uses_cpu
+from latentdiff.tasks.frozen import frozen_component
+from latentdiff.training.accelerator import check_environment, uses_cpu
 from latentdiff.training.command_line import parse_config, run_script, write_config
 from latentdiff.training.processes import Processes
 
@@ -26,11 +28,17 @@ WEEK = 7 * 24 * 3600  # seconds
 
 @dataclass(frozen=True)
 class CacheLatents:
-    """Encode images with a trained VAE and keep the posterior moments and the captions."""
+    """Encode images with a trained VAE and keep the posterior moments and the captions.
+
+    Run again on a finished cache, it reads the captions anew and encodes nothing.
+    """
+
+    NEEDS: ClassVar[Mapping[str, str]] = {"shuffle_buffer": ""}  # samples keep their order
 
     output_dir: Path = Path("runs/shapes/cache")
-    vae: str = "emoji"
-    """The VAE's folder, that of a pipeline, or "emoji", the embedded one."""
+    vae: str | None = None
+    """The VAE's folder, that of a pipeline, or "emoji", the embedded one, which is the default for
+    "shapes" alone."""
     batch_size: int = 64
     """Images that are encoded at a time."""
     check_latents: bool = option(True, former_name="gate")
@@ -48,14 +56,15 @@ class CacheLatents:
 
 def main() -> None:
     config, settings = parse_config(CacheLatents)
+    check_environment()
     accelerator = Accelerator(cpu=uses_cpu(), mixed_precision="no")  # written once, so exactly
     # The first process that is done waits for the last, which is no sign of a fault.
     processes = Processes(accelerator, timeout=WEEK)
     dataset = processes.main_first(lambda: open_images(config.data))
-    folder = find_component(config.vae, "vae")
+    folder = frozen_component("vae", config.vae, data=config.data.data, say=accelerator.print)
     vae = VAE.from_pretrained(folder).to(accelerator.device)
     size, refuse = config.batch_size, config.check_latents
-    write_cache(
+    said = write_cache(
         config.output_dir,
         dataset,
         vae,
@@ -75,6 +84,8 @@ def main() -> None:
         bad = dataset.left_out + Counter(cache.header["left_out"])
         left_out = f"; left out: {breakdown(bad)}" if bad else ""
         print(f"{len(cache)} images are in {config.output_dir}: {shapes}{left_out}")
+        if said:
+            print(said)
     accelerator.end_training()
 
 

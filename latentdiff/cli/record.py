@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import latentdiff
-from latentdiff.formats.a1111 import format_parameters, parse_parameters, pipeline_options
+from latentdiff.formats.a1111 import (
+    format_parameters,
+    is_ours,
+    parse_parameters,
+    pipeline_options,
+    without,
+)
 from latentdiff.formats.png import FileRecord, LoraRecord, Record, read_png
+from latentdiff.models.webui_prompts import from_webui
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
 
@@ -82,11 +89,15 @@ def read_record(path: Path, given: Container[str]) -> tuple[dict[str, Any], Reco
     if png.record is not None:
         return dict(png.record["request"]), png.record
     assert png.parameters is not None
-    settings = parse_parameters(png.parameters)
-    for option, name in (("sampler", "Sampler"), ("level_spacing", "Schedule type")):
-        if option in given:
-            settings.pop(name, None)
+    settings = without(parse_parameters(png.parameters), given)
     options, unused = pipeline_options(settings)
+    if not is_ours(settings):
+        for name in ("prompt", "negative_prompt"):
+            options[name], lost = from_webui(options[name])
+            unused += lost
+    if "strength" in options and "image" not in given:
+        strength = options.pop("strength")
+        unused.append(f"Denoising strength: {strength:g} (of an image to start from: give --image)")
     if unused:
         warnings.warn(f"{path}: without a meaning here: {', '.join(unused)}", stacklevel=2)
     return options, None

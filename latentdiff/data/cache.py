@@ -6,10 +6,11 @@ A cache folder, which `cache_writer.py` writes, holds
 - `moments-00012-64x48.npy`: the moments of the m images of chunk 12 of the data that were cropped
   to 64 x 48 pixels, (m, V, 2C, h, w) in float16 for V variants (crops and flips);
 - `index.npy`: the bucket, chunk and row of each sample, (N, 3) int32;
-- `samples.arrow`: the name of each sample, its captions, and how often each of them comes;
+- `samples.arrow`: the name of each sample, its captions, how often each of them comes, and the
+  digest of its image file;
 - `left_out.jsonl`: the bad samples, if there are any;
-- `header.json`: fingerprints of the VAE and the data, the sizes of the buckets and the number of
-  samples; it is written last.
+- `header.json`: fingerprints of the VAE and the data, the options of the data, the sizes of the
+  buckets, the number of samples and the digest of `samples.arrow`; it is written last.
 """
 
 import hashlib
@@ -68,14 +69,25 @@ class LatentCache(Dataset[dict[str, Any]]):
         return next(width for width, height in self.sizes if width == height)
 
     @property
+    def data(self) -> str | None:
+        """The data that the cache was made of; None if an older version made it."""
+        return self.header.get("options", {}).get("data")
+
+    @property
     def crop_flip(self) -> CropFlip:
         """The variants of each image."""
         return CropFlip(**self.header["views"])
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the header, which changes with the VAE, the data and the crops."""
-        return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the VAE, the crops, the images and the captions, wherever the data lies.
+
+        Caches of older versions know of their images by the data alone.
+        """
+        header = dict(self.header)
+        if "samples" in header:
+            del header["data"], header["options"]
+        return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
     def check_vae(self, vae: VAE) -> None:
         """Raise ValueError when another VAE's encoder made the cache; the decoder may differ."""

@@ -5,6 +5,7 @@ atomically, so that a chunk with a record is finished. When all chunks are finis
 joined into the index and header of a finished cache, see `cache.py`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from latentdiff.data.samples import DIGEST
 from latentdiff.formats.weights import replacing, save_json
 
 RECORD = pa.schema(
@@ -20,12 +22,15 @@ RECORD = pa.schema(
         "name": pa.string(),
         "captions": pa.list_(pa.string()),
         "counts": pa.list_(pa.int32()),  # how often each caption comes, see `captions.counted`
+        "digest": pa.binary(DIGEST),  # of the image file, see `samples.digest`
         "bucket": pa.int32(),
         "row": pa.int32(),
         "reason": pa.string(),  # a bad sample has this and `detail`, and nothing else
         "detail": pa.string(),
     }
 )
+SAMPLES_FILE = "samples.arrow"
+SAMPLES = pa.schema([RECORD.field(name) for name in ("name", "captions", "counts", "digest")])
 
 
 class MomentsFile:
@@ -89,10 +94,9 @@ def join_records(folder: Path, header: dict[str, Any]) -> None:
     assert paths == [record_path(folder, number) for number in range(len(paths))]
     index = list[np.ndarray]()
     bad = list[dict[str, str]]()
-    schema = pa.schema([RECORD.field(name) for name in ("name", "captions", "counts")])
     with (
-        replacing(folder / "samples.arrow") as temporary,
-        pa.ipc.new_stream(str(temporary), schema) as writer,
+        replacing(folder / SAMPLES_FILE) as temporary,
+        pa.ipc.new_stream(str(temporary), SAMPLES) as writer,
     ):
         for number, path in enumerate(paths):
             record = read_record(path)
@@ -100,16 +104,25 @@ def join_records(folder: Path, header: dict[str, Any]) -> None:
             rows = np.full((len(good), 3), number, dtype=np.int32)
             rows[:, 0], rows[:, 2] = good["bucket"].to_numpy(), good["row"].to_numpy()
             index.append(rows)
-            writer.write_table(good.select(schema.names))
+            writer.write_table(good.select(SAMPLES.names))
             wrong = record.filter(record["reason"].is_valid())
             bad += wrong.select(["reason", "detail"]).to_pylist()
     with replacing(folder / "index.npy") as temporary, temporary.open("wb") as file:
         np.save(file, np.concatenate(index))
-    if bad:
-        with replacing(folder / "left_out.jsonl") as temporary:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in bad]
-            temporary.write_text("".join(lines), encoding="utf-8")
-    count = sum(map(len, index))
-    save_json({**header, "num_samples": count}, folder / "header.json")
+    finish(folder, {**header, "num_samples": sum(map(len, index))}, bad)
     for path in paths:
         path.unlink()
+
+
+def finish(folder: Path, header: Mapping[str, Any], bad: Sequence[Mapping[str, str]]) -> None:
+    """Write the list of bad samples and, last, the header, with the digest of the samples."""
+    left_out = folder / "left_out.jsonl"
+    if bad:
+        with replacing(left_out) as temporary:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in bad]
+            temporary.write_text("".join(lines), encoding="utf-8")
+    else:
+        left_out.unlink(missing_ok=True)
+    with (folder / SAMPLES_FILE).open("rb") as file:
+        samples = hashlib.file_digest(file, "sha256").hexdigest()
+    save_json({**header, "samples": samples}, folder / "header.json")

@@ -21,8 +21,10 @@ from tqdm.auto import tqdm
 from latentdiff.data.bad_samples import breakdown
 from latentdiff.data.buckets import Size, check_scale, nearest
 from latentdiff.data.cache import FORMAT, moments_path, read_cache_header
+from latentdiff.data.cache_captions import check_same, noted_options, renew_captions
 from latentdiff.data.cache_chunks import (
     MomentsFile,
+    finish,
     join_records,
     read_record,
     record_inputs,
@@ -36,7 +38,7 @@ from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.decode import BadSample
 from latentdiff.data.opening import ImageDataset
 from latentdiff.data.prefetch import prefetch
-from latentdiff.data.samples import Sample
+from latentdiff.data.samples import EncodedSample, Sample, decoded
 from latentdiff.formats.weights import replacing
 from latentdiff.images import to_floats
 from latentdiff.models.fingerprint import encoder_fingerprint
@@ -57,19 +59,20 @@ def write_cache(
     world_size: int = 1,
     on_all: Callable[[Callable[[], None]], None] = lambda act: act(),
     check: Callable[[], None] = lambda: None,
-) -> None:
+) -> str:
     """Encode the data set into `folder`; each process encodes its own chunks.
 
     `on_all(act)` calls `act` in every process and returns when all have finished, or raises in all
     of them when it failed in one. The main process calls `check` before it writes anything,
     unless the cache is finished; `check` may raise ValueError, see `check_latents`.
 
-    A finished cache of the same VAE, data, crops, flips and buckets is kept, and so are finished
-    chunks. `batch_size` images are encoded at a time, while threads (the data's `num_workers`)
-    decode the next images. Bad samples are left out and counted. Raises ValueError when the folder
-    holds a cache of another VAE or other data, when another process is writing to it, when the
-    buckets' sizes do not suit the VAE, when the fraction of bad samples exceeds `max_bad`, and for
-    data without captions.
+    A finished cache of the same VAE, images, crops, flips and buckets is kept, and so are finished
+    chunks. Its captions are read anew if the data has changed; what has come of that is returned,
+    in words, in the main process. `batch_size` images are encoded at a time, while threads (the
+    data's `num_workers`) decode the next images. Bad samples are left out and counted. Raises
+    ValueError when the folder holds a cache of another VAE or other images, when another process
+    is writing to it, when the buckets' sizes do not suit the VAE, when the fraction of bad samples
+    exceeds `max_bad`, and for data without captions.
     """
     config = dataset.config
     _check_config(config, vae)
@@ -78,16 +81,16 @@ def write_cache(
         "format": FORMAT,
         "vae": encoder_fingerprint(vae),
         "data": dataset.fingerprint,
+        "options": noted_options(config),
         "views": asdict(crop_flip),
         "buckets": [list(size) for size in config.buckets()],
         "chunk_size": chunk_size,
     }
-    if (folder / "header.json").is_file():
-        _compare(folder, inputs, read_cache_header(folder))
-        return
-    if finished := records(folder):
-        _compare(folder, inputs, record_inputs(finished[0]))
     encoder = _Encoder(folder, config, vae, crop_flip, batch_size, inputs)
+    if (folder / "header.json").is_file():
+        return _keep(encoder, dataset, rank=rank, on_all=on_all)
+    if finished := records(folder):
+        check_same(folder, record_inputs(finished[0]), inputs, finished=False)
     with ExitStack() as stack:
 
         def begin() -> None:
@@ -98,6 +101,32 @@ def write_cache(
         on_all(begin)
         on_all(lambda: encoder.run(dataset, rank, world_size))
         on_all(lambda: _finish(folder, config, inputs) if rank == 0 else None)
+    return ""
+
+
+def _keep(
+    encoder: "_Encoder",
+    dataset: ImageDataset,
+    *,
+    rank: int,
+    on_all: Callable[[Callable[[], None]], None],
+) -> str:
+    """Keep a finished cache, with captions that are read anew if its data has changed."""
+    header = read_cache_header(encoder.folder)
+    check_same(encoder.folder, header, encoder.inputs, finished=True)
+    if header["data"] == encoder.inputs["data"]:
+        return ""
+    said = ""
+
+    def renew() -> None:
+        nonlocal said
+        if rank == 0:
+            with _locked(encoder.folder):
+                said = encoder.renew(dataset, header["num_samples"])
+
+    on_all(lambda: None)  # nobody writes before all have read the header
+    on_all(renew)
+    return said
 
 
 def _check_config(config: DataConfig, vae: VAE) -> None:
@@ -147,6 +176,21 @@ class _Encoder:
     crop_flip: CropFlip
     batch_size: int
     inputs: dict[str, Any]
+
+    def renew(self, dataset: ImageDataset, num_samples: int) -> str:
+        """Read the captions of the finished cache anew; returns how many have changed, in words."""
+
+        def why_bad(sample: EncodedSample) -> BadSample | None:
+            prepared = self._fit(decoded(sample, self.config))
+            return prepared if isinstance(prepared, BadSample) else None
+
+        changed, bad = renew_captions(self.folder, dataset.samples(), why_bad)
+        left_out = Counter(sample.reason for sample in bad)
+        _check_left_out(left_out, num_samples + len(bad), self.config)
+        header = {**self.inputs, "num_samples": num_samples, "left_out": dict(left_out)}
+        rows = [{"reason": sample.reason, "detail": sample.detail} for sample in bad]
+        finish(self.folder, header, rows)
+        return f"the captions of {changed} of {num_samples} images have changed, no image has"
 
     def run(self, dataset: ImageDataset, rank: int, world_size: int) -> None:
         """Encode those of this process's chunks that are not finished."""
@@ -207,7 +251,7 @@ class _Encoder:
                 if isinstance(prepared, BadSample):
                     record.append({"reason": prepared.reason, "detail": prepared.detail})
                     continue
-                name, captions, bucket, pixels = prepared
+                name, captions, file_digest, bucket, pixels = prepared
                 if bucket not in files:
                     path = moments_path(self.folder, number, buckets[bucket])
                     file = stack.enter_context(stack.enter_context(replacing(path)).open("w+b"))
@@ -216,7 +260,7 @@ class _Encoder:
                 row = files[bucket].count + len(waiting[bucket])
                 texts, counts = counted(captions)
                 record.append({"name": name, "captions": texts, "counts": counts})
-                record[-1] |= {"bucket": bucket, "row": row}
+                record[-1] |= {"digest": file_digest, "bucket": bucket, "row": row}
                 waiting[bucket].append(pixels)
                 if len(waiting[bucket]) == group:
                     files[bucket].add(self._encode(waiting[bucket]))
@@ -229,8 +273,12 @@ class _Encoder:
         write_record(record_path(self.folder, number), record, self.inputs)
         return [row["reason"] for row in record if "reason" in row]
 
-    def _fit(self, sample: Sample | BadSample) -> BadSample | tuple[str, list[str], int, Tensor]:
-        """Return a sample's name, captions, bucket and variants (V, 3, H, W), or why it is bad."""
+    def _fit(
+        self, sample: Sample | BadSample
+    ) -> BadSample | tuple[str, list[str], bytes, int, Tensor]:
+        """Return a sample's name, captions, digest, bucket and variants (V, 3, H, W), or why it is
+        bad.
+        """
         if isinstance(sample, BadSample):
             return sample
         size = sample.image.size
@@ -241,7 +289,7 @@ class _Encoder:
         except BadSample as error:
             return BadSample(error.reason, f"{sample.name!r} {error.detail}")
         variants = self.crop_flip.variants(sample.image, sample.name, wanted)
-        return sample.name, sample.captions, bucket, variants
+        return sample.name, sample.captions, sample.digest, bucket, variants
 
     @torch.no_grad()
     def _encode(self, pixels: list[Tensor]) -> np.ndarray:
@@ -259,18 +307,8 @@ def _check_left_out(left_out: Counter[str], total: int, config: DataConfig) -> N
     bad = left_out.total()
     if bad == total and config.max_bad == 1:
         raise ValueError(f"data={config.data!r}: no image is left of {total}")
-    if bad > config.max_bad * total:
+    if bad / max(1, total) > config.max_bad:
         raise ValueError(
             f"data={config.data!r}: {bad} of {total} samples cannot be encoded, more than "
             f"max_bad={config.max_bad}: {breakdown(left_out)}; `latentdiff data check` finds them"
-        )
-
-
-def _compare(folder: Path, wanted: dict[str, Any], existing: dict[str, Any]) -> None:
-    """Raise ValueError when an existing cache has other inputs (VAE, data, …) than the new one."""
-    changed = [name for name in wanted if existing.get(name) != wanted[name]]
-    if changed:
-        raise ValueError(
-            f"{folder} holds the cache of another {' and other '.join(changed)}; "
-            "choose a new folder or delete this one"
         )

@@ -31,7 +31,7 @@ class DataConfig:
     """0: all latents are of square crops. Otherwise each image is cropped to the aspect-ratio
     bucket nearest to its shape: sides are multiples of bucket_step, and a bucket has at most the
     square's pixels."""
-    max_aspect: float = option(2.0, fingerprinted=False)
+    max_aspect: float = option(2.0, fingerprinted=False, needs="bucket_step")
     """With bucket_step: the largest ratio of a bucket's longer side to its shorter one."""
     image_column: str = "image"
     caption_columns: Sequence[str] = ("text",)
@@ -42,7 +42,7 @@ class DataConfig:
     caption_weights: Mapping[str, str | float] = field(default_factory=dict)
     """For each column of captions, its weight, which its captions in a row share equally, or the
     name of the column with the weight of each: a number or a list of them."""
-    allow_empty_caption: bool = False
+    allow_empty_caption: bool = option(False, needs="caption_columns")
     """Train on images without a caption as if they had an empty one."""
     exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each column, values; rows with one of these values, or with one in a list, are left out.
@@ -65,7 +65,7 @@ class DataConfig:
     stream: bool = False
     """Read the data shard by shard, without an index of all samples: for data sets that are too
     large to index or to download."""
-    shuffle_buffer: int = option(1000, fingerprinted=False)
+    shuffle_buffer: int = option(1000, fingerprinted=False, needs="stream")
     """With stream: the number of samples in the shuffle buffer."""
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class DataConfig:
             raise ValueError(f"max_aspect={self.max_aspect} must be in [1, {MAX_ASPECT}]")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must not be negative")
-        if self.upscale_limit < 1:
+        if not self.upscale_limit >= 1:  # nor is NaN
             raise ValueError(f"upscale_limit={self.upscale_limit} must be at least 1")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad={self.max_bad} must be in [0, 1]")

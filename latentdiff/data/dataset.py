@@ -17,10 +17,10 @@ from latentdiff.data.bad_samples import ListedBadSamples, breakdown, read_bad_sa
 from latentdiff.data.batches import batches
 from latentdiff.data.captions import Captions
 from latentdiff.data.config import DataConfig
-from latentdiff.data.decode import BadSample, decode
+from latentdiff.data.decode import BadSample
 from latentdiff.data.forms.detect import Index, open_index
 from latentdiff.data.prefetch import prefetch
-from latentdiff.data.samples import Sample, collate, square_pixels
+from latentdiff.data.samples import EncodedSample, Sample, collate, decoded, square_pixels
 
 MEMORY_LIMIT = 1 << 30  # bytes; a data set whose decoded images fit is decoded only once
 
@@ -47,7 +47,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         self.left_out = Counter(faults[i].reason for i in sorted(faults) if selected[i])
         total = int(selected.sum())
         selected[list(faults)] = False
-        if sum(self.left_out.values()) > config.max_bad * total:
+        if sum(self.left_out.values()) / max(1, total) > config.max_bad:
             first = min(faults)
             raise ValueError(
                 f"data={config.data!r}: {sum(self.left_out.values())} of {total} samples are bad, "
@@ -142,23 +142,34 @@ class CaptionedImages(Dataset[dict[str, Any]]):
         count = min(count, len(self))
         return (self[i * len(self) // count] for i in range(count))
 
-    def some_captions(self, count: int) -> Iterator[str]:
-        """Yield each caption of a sample once, whatever its weight.
+    def caption_lists(self, count: int) -> Iterator[list[str]]:
+        """Yield each caption of a sample once, whatever its weight, in a list for each sample.
 
         Those of all samples come, whatever `count` is, since they are read from disk.
         """
-        return chain.from_iterable(map(dict.fromkeys, self.captions))
+        return (list(dict.fromkeys(captions)) for captions in self.captions)
 
-    def _sample(self, index: int) -> Sample | BadSample:
+    def some_captions(self, count: int) -> Iterator[str]:
+        """Yield the captions of `caption_lists`."""
+        return chain.from_iterable(self.caption_lists(count))
+
+    def samples(self) -> Iterator[EncodedSample | BadSample]:
+        """Iterate over the data in order; images are read, and not decoded."""
+        return prefetch(self._encoded, range(len(self)), threads=self.config.num_workers)
+
+    def _encoded(self, index: int) -> EncodedSample | BadSample:
         row = self._row(index)
         name = self.index.name(row)
         try:
             data = self.index.read(row, self.config.image_column)
-            image = decode(data, self.config.decoding()).image
             captions = self.captions[index] if self.captions else []
         except BadSample as error:
             return BadSample(error.reason, f"{name!r} {error.detail}".strip())
-        return Sample(name, image, captions)
+        return EncodedSample(name, data, captions)
+
+    def _sample(self, index: int) -> Sample | BadSample:
+        sample = self._encoded(index)
+        return sample if isinstance(sample, BadSample) else decoded(sample, self.config)
 
     def image(self, index: int) -> Tensor:
         """Return an image as (3, S, S) uint8. Raises BadSample, a ValueError, for a bad one."""
@@ -197,7 +208,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
     def _replace(self, index: int, error: BadSample) -> None:
         """Record a bad sample. Raises ValueError when there are too many."""
         self.replaced[index] = error
-        if len(self.replaced) > min(self.config.max_bad * len(self), len(self) - 1):
+        bad = len(self.replaced)
+        if bad / len(self) > self.config.max_bad or bad == len(self):
             reasons = Counter(error.reason for error in self.replaced.values())
             raise ValueError(
                 f"{len(self.replaced)} of {len(self)} samples turned out to be bad, more than "

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
+from latentdiff.formats.png import without_texts
+from latentdiff.formats.stand_in import stand_in
 from latentdiff.images import to_rgb
 
 # Only these of Pillow's dozens of decoders open a file: rare formats have most vulnerabilities.
@@ -21,10 +23,8 @@ FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-# A PNG's chunks that do not change its pixels, but for texts that tell which side is up.
-PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+# The texts of a PNG that tell which side is up.
+PNG_ORIENTATIONS = ("XML:com.adobe.xmp", "Raw profile type exif")
 ORIENTATION = 0x0112  # the EXIF tag; the value 1 is upright
 MAX_MEGAPIXELS = 178  # Pillow refuses larger images
 
@@ -81,6 +81,8 @@ def decode(data: bytes, rules: Decoding) -> Decoded:
     with _open(data, rules) as image:
         try:
             image.load()
+            if image.format == "PPM" and image.mode == "I":  # 16 bits, of which Pillow makes 32
+                image = Image.fromarray(np.asarray(image).astype(np.uint16))
             turned = image.getexif().get(ORIENTATION, 1) != 1
             image = ImageOps.exif_transpose(image)
         except Exception as error:  # a damaged file can make Pillow's decoders raise anything
@@ -89,24 +91,25 @@ def decode(data: bytes, rules: Decoding) -> Decoded:
         if image.mode == "CMYK":
             image, note = _from_cmyk(image)
             notes.append(note)
-        elif image.mode in ("F", "I"):
-            image = _scaled(image)
-            notes.append("more than 8 bits")
-        elif image.mode.startswith("I;16"):
+        elif image.mode in ("F", "I") or image.mode.startswith("I;16"):
             notes.append("more than 8 bits")  # to_rgb scales them
         if image.has_transparency_data:
             notes.append("transparent")
-        return Decoded(to_rgb(image, background=rules.background), tuple(notes))
+        try:
+            return Decoded(to_rgb(image, background=rules.background), tuple(notes))
+        except ValueError as error:
+            raise BadSample("unknown range of values", str(error)) from error
 
 
 def _open(data: bytes, rules: Decoding) -> Image.Image:
     """Read the header of an image file. Raises BadSample for a size or animation out of bounds."""
     try:
-        image = Image.open(io.BytesIO(_without_texts(data)), formats=tuple(FORMATS))
+        data = without_texts(data, keep=PNG_ORIENTATIONS)
+        image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("too large", _one_line(error)) from error
     except Exception as error:  # as above
-        raise BadSample("cannot be decoded", _one_line(error)) from error
+        raise BadSample("cannot be decoded", stand_in(data[:100]) or _one_line(error)) from error
     width, height = image.size
     if width * height > rules.max_megapixels * 1e6:
         raise BadSample("too large", f"{width} x {height}")
@@ -118,23 +121,6 @@ def _open(data: bytes, rules: Decoding) -> Image.Image:
     if frames > 1 and not rules.first_frame:
         raise BadSample("animated", f"{frames} frames")
     return image
-
-
-def _without_texts(data: bytes) -> bytes:
-    """Return a PNG file without its texts and colour profile, and any other file as it is.
-
-    Pillow refuses a compressed text of more than a MiB, such as a large workflow of ComfyUI, and
-    takes a text with the keyword `transparency` or `interlace` for the property of that name.
-    """
-    if not data.startswith(PNG_MAGIC):
-        return data
-    kept, start = [PNG_MAGIC], len(PNG_MAGIC)
-    while (end := start + 12 + int.from_bytes(data[start : start + 4], "big")) <= len(data):
-        kind = data[start + 4 : start + 8]
-        if kind not in PNG_TEXTS or data.startswith(PNG_ORIENTATIONS, start + 8):
-            kept.append(data[start:end])
-        start = end
-    return b"".join([*kept, data[start:]])
 
 
 def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
@@ -156,15 +142,6 @@ def _from_cmyk(image: Image.Image) -> tuple[Image.Image, str]:
         if converted is not None:
             return converted, "CMYK by its profile"
     return image.convert("RGB"), "CMYK without a profile"
-
-
-def _scaled(image: Image.Image) -> Image.Image:
-    """Convert floats in [0, 1] to 0 … 255; refuse other ranges, whose white is unknown."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "I" or not (np.isfinite([low, high]).all() and low >= 0 and high <= 1):
-        raise BadSample("unknown range of values", f"mode {image.mode}, {low:g} to {high:g}")
-    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def _one_line(error: Exception) -> str:

@@ -19,7 +19,14 @@ from latentdiff.data.code_points import (
     held_out,
 )
 from latentdiff.data.emoji_font import CANVAS, FONT_SIZE, EmojiFont
-from latentdiff.data.folder import SPLITS, Example, Split, check_free, write_image_folder
+from latentdiff.data.folder import (
+    SPLITS,
+    Example,
+    Split,
+    check_free,
+    check_side,
+    write_image_folder,
+)
 
 Group = Literal["plain", "flag", "keycap", "gender", "skin tone", "skin tone and gender"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -104,16 +111,15 @@ def build_emoji(
         For "train", "test" and "left out" (what the font cannot draw): how many of each group.
 
     Raises:
-        ValueError: an unknown language, or languages without English; size < 1; a font that is
-            not there or not usable (see `EmojiFont`); an `out` with something in it.
+        ValueError: an unknown language, or languages without English; a size not from 1 to 4,096; a
+            font that is not there or not usable (see `EmojiFont`); an `out` with something in it.
     """
     unknown = sorted(set(languages) - set(LANGUAGES))
     if unknown:
         raise ValueError(f"languages={unknown} are unknown: choose from {', '.join(LANGUAGES)}")
     if "en" not in languages:
         raise ValueError(f"languages={list(languages)} must have en: it is the column `text`")
-    if size < 1:
-        raise ValueError(f"size={size} must be at least 1")
+    check_side(size)
     check_free(out)
     emoji_font = EmojiFont(font)
     if sequences is None:

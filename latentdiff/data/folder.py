@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, TextIO
 from PIL import Image
 
 Split = Literal["train", "test"]
+LARGEST_SIDE = 4096  # of images; one is 48 MiB in memory
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
@@ -21,6 +22,12 @@ class Example(NamedTuple):
     file_name: str
     image: Image.Image
     metadata: Mapping[str, object]
+
+
+def check_side(size: int, *, least: int = 1, name: str = "size") -> None:
+    """Raise ValueError for a side of images that no memory holds, or that is no side."""
+    if not least <= size <= LARGEST_SIDE:
+        raise ValueError(f"{name}={size} must be from {least} to {LARGEST_SIDE}")
 
 
 def check_free(out: Path) -> None:

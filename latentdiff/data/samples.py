@@ -1,5 +1,6 @@
 """Converts samples: a file's bytes to an image or a square tensor, and examples to a batch."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,17 +12,50 @@ from torch import Tensor
 from latentdiff.data.buckets import Size, check_scale, nearest
 from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import crop_to
-from latentdiff.data.decode import decode
+from latentdiff.data.decode import BadSample, decode
+from latentdiff.data.forms.form import FileRange
 from latentdiff.images import to_rgb
+
+DIGEST = 16  # bytes
+
+
+class EncodedSample(NamedTuple):
+    """A sample whose image is not decoded yet, and may still turn out to be bad."""
+
+    name: str
+    """The sample's name in messages, such as its file name."""
+    file: bytes | FileRange | None
+    captions: list[str]
+
+    def read(self) -> bytes:
+        """Return the bytes of the image file. Raises BadSample when it cannot be read."""
+        assert self.file is not None
+        return self.file.read() if isinstance(self.file, FileRange) else self.file
 
 
 class Sample(NamedTuple):
     """An image of the data set, decoded to upright RGB at its full size, with its captions."""
 
     name: str
-    """The sample's name in messages, such as its file name."""
     image: Image.Image
     captions: list[str]
+    digest: bytes
+    """`digest` of the image file."""
+
+
+def digest(data: bytes) -> bytes:
+    """BLAKE2 of an image file, by which it is known again."""
+    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+
+
+def decoded(sample: EncodedSample, config: DataConfig) -> Sample | BadSample:
+    """Decode a sample's image, or tell what is wrong with it."""
+    try:
+        data = sample.read()
+        image = decode(data, config.decoding()).image
+    except BadSample as error:
+        return BadSample(error.reason, f"{sample.name!r} {error.detail}".strip())
+    return Sample(sample.name, image, sample.captions, digest(data))
 
 
 def square_pixels(data: bytes, config: DataConfig) -> Tensor:

@@ -10,7 +10,14 @@ from typing import NamedTuple, TypeVar
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from latentdiff.data.folder import SPLITS, Example, Split, check_free, write_image_folder
+from latentdiff.data.folder import (
+    SPLITS,
+    Example,
+    Split,
+    check_free,
+    check_side,
+    write_image_folder,
+)
 
 # English word: Chinese word, RGB.
 COLOURS: dict[str, tuple[str, tuple[int, int, int]]] = {
@@ -104,12 +111,11 @@ def build_shapes(
         For "train" and "test": how many scenes.
 
     Raises:
-        ValueError: count < 1, size < 16, an `out` with something in it.
+        ValueError: count < 1, a size not from 16 to 4,096, an `out` with something in it.
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
-    if size < 16:
-        raise ValueError(f"size={size} must be at least 16: smaller shapes cannot be told apart")
+    check_side(size, least=16)  # smaller shapes cannot be told apart
     check_free(out)
     counts: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
 

@@ -12,36 +12,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, groupby, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from latentdiff.data.bad_samples import ListedBadSamples, breakdown, read_bad_samples
 from latentdiff.data.batches import local_rows, outlive_signals
 from latentdiff.data.config import DataConfig
-from latentdiff.data.decode import BadSample, decode
+from latentdiff.data.decode import BadSample
 from latentdiff.data.forms.detect import open_shards
-from latentdiff.data.forms.form import FileRange, Record, Shard, Shards, is_public
+from latentdiff.data.forms.form import Record, Shard, Shards, is_public
 from latentdiff.data.prefetch import prefetch
-from latentdiff.data.samples import Sample, collate, square_pixels
+from latentdiff.data.samples import EncodedSample, Sample, collate, decoded, square_pixels
 from latentdiff.data.shuffle import shuffled_epoch
 from latentdiff.options import fingerprinted
 
 COLUMNS_SEEN_IN = 100  # a column must occur in as many samples at the beginning
 MIN_COUNTED = 1000  # samples; of fewer, the fraction of bad ones is too uncertain to refuse
-
-
-class EncodedSample(NamedTuple):
-    """A sample whose image is not decoded yet, and may still turn out to be bad."""
-
-    name: str
-    file: bytes | FileRange | None
-    captions: list[str]
-
-    def read(self) -> bytes:
-        """Return the bytes of the image file. Raises BadSample when it cannot be read."""
-        assert self.file is not None
-        return self.file.read() if isinstance(self.file, FileRange) else self.file
 
 
 class StreamedImages:
@@ -113,16 +100,25 @@ class StreamedImages:
                 samples = (sample for _, sample in group)
                 yield number, prefetch(self._sample, samples, threads=self.config.num_workers)
 
+    def samples(self) -> Iterator[EncodedSample]:
+        """Iterate over the data in order; images are read, and not decoded."""
+        return self.encoded(self.shards, lambda: True)
+
     def some_examples(self, count: int) -> Iterator[dict[str, Any]]:
         """Yield the first `count` good examples, in the order of the files."""
         return islice(self._examples(), count)
 
+    def caption_lists(self, count: int) -> Iterator[list[str]]:
+        """Yield each caption of a sample once, in a list for each of the first `count` samples.
+
+        Images are not read.
+        """
+        samples = islice(self.encoded(self.shards, None), count)
+        return (list(dict.fromkeys(sample.captions)) for sample in samples)
+
     def some_captions(self, count: int) -> Iterator[str]:
-        """Yield each caption of the first `count` samples once; images are not read."""
-        samples = self.encoded(self.shards, None)
-        return chain.from_iterable(
-            dict.fromkeys(sample.captions) for sample in islice(samples, count)
-        )
+        """Yield the captions of `caption_lists`."""
+        return chain.from_iterable(self.caption_lists(count))
 
     def batches(
         self,
@@ -251,11 +247,7 @@ class StreamedImages:
         return {"image": pixels, "captions": sample.captions}
 
     def _sample(self, sample: EncodedSample) -> Sample | BadSample:
-        try:
-            image = decode(sample.read(), self.config.decoding()).image
-        except BadSample as error:
-            return BadSample(error.reason, f"{sample.name!r} {error.detail}".strip())
-        return Sample(sample.name, image, sample.captions)
+        return decoded(sample, self.config)
 
     def _batches(
         self, start: int, *, batch_size: int, seed: int, stop: int, rank: int, world_size: int
@@ -308,7 +300,8 @@ class StreamedImages:
         Before an epoch is `complete`, their number must exceed `max_bad` by more than chance.
         """
         bad = reasons.total()
-        allowed = min(self.config.max_bad * total, total - 1)
+        # 0.29 * 100 is 28.999999999999996.
+        allowed = min(self.config.max_bad * total + 1e-6, total - 1)
         if not complete:
             expected = self.config.max_bad * max(total, MIN_COUNTED)
             allowed = expected + 3 * math.sqrt(expected)  # three standard deviations of a Poisson

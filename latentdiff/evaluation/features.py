@@ -6,6 +6,8 @@ features of an Inception trained on ImageNet classes. Distances by different tow
 compared.
 """
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,7 +24,7 @@ from latentdiff.data.forms.files import images_in
 from latentdiff.images import from_pil
 from latentdiff.models.clip_start import Pixels, load_clip
 
-GRID = "grid.png"  # which `latentdiff generate` writes beside its images
+GRID = re.compile(r"grid(-\d+)?\.png")  # which `latentdiff generate` writes beside its images
 
 
 class Features:
@@ -75,12 +77,13 @@ class Features:
 def images_of(folder: Path) -> Iterator[Image.Image]:
     """Iterate over the images in a folder and its subfolders, RGB, sorted by path.
 
-    `grid.png` is skipped. Raises ValueError when there are no images and, during the iteration,
-    for one that cannot be decoded.
+    Grids of `latentdiff generate` are skipped. Raises ValueError when there are no images and,
+    during the iteration, for one that cannot be decoded.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
-    paths = sorted(folder / name for name in images_in(folder, folder) if Path(name).name != GRID)
+    names = (name for name in images_in(folder, folder) if not GRID.fullmatch(Path(name).name))
+    paths = sorted(folder / name for name in names)
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return map(_read, paths)
@@ -91,3 +94,15 @@ def _read(path: Path) -> Image.Image:
         return decode(path.read_bytes(), Decoding()).image
     except (BadSample, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def warn_of_unread(folder: Path) -> None:
+    """Warn, with their number, of images in a folder whose formats are not read."""
+    unread = Image.registered_extensions().keys() - SUFFIXES
+    left_out = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in unread)
+    if left_out:
+        warnings.warn(
+            f"{folder}: {len(left_out)} files such as {left_out[0]} are of formats that are not "
+            "read",
+            stacklevel=2,
+        )

@@ -46,6 +46,15 @@ class Difference(NamedTuple):
     interval: Interval
 
 
+def check_result_path(path: Path | None) -> None:
+    """Raise ValueError for what is there already: before minutes are measured, and lost."""
+    if path is not None:
+        if path.exists():
+            what = "is a folder" if path.is_dir() else "is there already"
+            raise ValueError(f"out={path} {what}; name a new file for the result, such as a.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_result(result: Result, path: Path) -> None:
     """Write a result as JSON."""
     content = {"format": FORMAT, "latentdiff": latentdiff.__version__, **asdict(result)}

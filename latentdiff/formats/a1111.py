@@ -7,7 +7,7 @@ looks like settings, is misread by the web UI and by us: the format has no escap
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 # Ours -> the name in the web UI; DDPM is that of its descendant Forge.
@@ -46,8 +46,18 @@ BREAKS = re.compile(r'[,:"\n]|^\s|\s$|^$')
 ENTRY = re.compile(r'\s*([^,:"]+):\s*(?:("(?:[^"\\]|\\.)*")\s*|([^,]*))(?:,|$)')
 EXTRA_NETWORK = re.compile(r"<\w+:[^>]+>")  # such as <lora:ink:0.8>
 NEGATIVE = "Negative prompt:"
+SETTINGS = "Steps: "  # how their line begins
 FEWEST_ENTRIES = 3  # fewer in the last line, and it is a prompt
-QUIET = ("Prompt", "Negative prompt", "Schedule type", "Model hash", "Version", "User")
+QUIET = ("Prompt", "Negative prompt", "Model hash", "Version", "User")
+# A setting's option, and what kind of number it is.
+NUMBERS: dict[str, tuple[str, type[int] | type[float]]] = {
+    "Steps": ("steps", int),
+    "CFG scale": ("guidance_scale", float),
+    "Seed": ("seed", int),
+    "Variation seed": ("variation_seed", int),
+    "Variation seed strength": ("variation_strength", float),
+    "Denoising strength": ("strength", float),
+}
 
 
 def format_parameters(
@@ -99,12 +109,11 @@ def parse_parameters(text: str) -> dict[str, str]:
     """Parse such a text: settings by their names in the web UI, "Prompt" and "Negative prompt" too.
 
     As in the web UI, spaces at both ends of a line are lost, and a last line of fewer than three
-    settings belongs to the prompt. Takes time linear in the text.
+    settings belongs to the prompt. Unlike there, lines of extensions may follow the settings, such
+    as "Template: ...", each of which is a setting; there they make all settings a prompt. Takes
+    time linear in the text.
     """
-    *lines, last = text.strip().split("\n")
-    settings = _entries(last)
-    if len(settings) < FEWEST_ENTRIES:
-        lines, settings = [*lines, last], {}
+    lines, settings = _split(text.strip().split("\n"))
     prompts: list[list[str]] = [[], []]
     negative = False
     for line in map(str.strip, lines):
@@ -119,48 +128,75 @@ def parse_parameters(text: str) -> dict[str, str]:
     }
 
 
+def _split(lines: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The lines of the prompts, and the settings of the last line that has some."""
+    for i in reversed(range(len(lines))):
+        if i == len(lines) - 1 or lines[i].startswith(SETTINGS):
+            settings = _entries(lines[i])
+            if len(settings) >= FEWEST_ENTRIES:
+                further = (line.partition(":") for line in lines[i + 1 :] if line.strip())
+                return lines[:i], settings | {
+                    key.strip(): value.strip() for key, _, value in further
+                }
+    return lines, {}
+
+
 def pipeline_options(settings: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Translate parsed settings into options of `pipe(...)`; returns also those without an option.
 
     A setting that is absent gives no option, and the caller chooses the model. In a prompt that we
     did not write, brackets weight words, as always in the web UI, and a `<lora:…>` is left out.
+    A denoising strength is that of image-to-image, unless there was a second pass ("hires fix") or
+    it is 0, which the web UI's API writes for text-to-image. A variation seed needs its strength.
     Raises ValueError, naming setting and value, for an invalid number and for a sampler or schedule
-    type that we do not have; leave such a setting out to choose another.
+    type that we do not have; see `without` to choose another.
     """
     texts = [settings.get("Prompt", ""), settings.get("Negative prompt", "")]
     networks: list[str] = []
     options: dict[str, Any] = {}
-    if not _is_ours(settings):
+    if not is_ours(settings):
         networks = [tag for text in texts for tag in EXTRA_NETWORK.findall(text)]
         texts = [EXTRA_NETWORK.sub("", text).strip() for text in texts]
-        if re.search(r"[()\[\]]", "".join(texts)):
+        if re.search(r"[()\[\]\\]", "".join(texts)):
             options["prompt_weighting"] = True
     options["prompt"], options["negative_prompt"] = texts
-    # With a second pass ("hires fix") the strength is that pass's.
-    hires = any(key.startswith("Hires ") for key in settings)
-    numbers = {
-        "Steps": ("steps", int),
-        "CFG scale": ("guidance_scale", float),
-        "Seed": ("seed", int),
-        "Variation seed": ("variation_seed", int),
-        "Variation seed strength": ("variation_strength", float),
-        **({} if hires else {"Denoising strength": ("strength", float)}),
-    }
+    numbers = {key: NUMBERS[key] for key in NUMBERS if key in settings}
     for key, (option, kind) in numbers.items():
-        if key in settings:
-            options[option] = _number(key, settings[key], kind)
+        options[option] = _number(key, settings[key], kind)
+    second_pass = any(key.startswith(("Hires ", "First pass ")) for key in settings)
+    without_effect = ["Denoising strength"] if second_pass or not options.get("strength") else []
+    if not options.get("variation_strength"):
+        without_effect.append("Variation seed")
+    for key in without_effect:
+        numbers.pop(key, None)
+        options.pop(NUMBERS[key][0], None)
     if "Size" in settings:
         options["width"], options["height"] = _size(settings["Size"])
     if "Sampler" in settings:
         options["sampler"], spacing = _sampler_and_spacing(settings)
         if spacing is not None:
             options["level_spacing"] = spacing
-    used = {*numbers, "Size", "Sampler", *QUIET}
+    used = {*numbers, "Size", *QUIET}
+    if "Sampler" in settings:  # a schedule type alone has no meaning: it goes with a sampler
+        used |= {"Sampler", "Schedule type"}
     rest = [f"{key}: {value}" for key, value in settings.items() if key not in used]
     return options, networks + rest
 
 
-def _is_ours(settings: Mapping[str, str]) -> bool:
+def without(settings: Mapping[str, str], given: Container[str]) -> dict[str, str]:
+    """The settings without those whose options are given."""
+    options = {key: (option,) for key, (option, _) in NUMBERS.items()}
+    options |= {
+        "Sampler": ("sampler",),
+        "Schedule type": ("level_spacing",),
+        "Size": ("width", "height"),
+    }
+    replaced = {key for key, names in options.items() if all(name in given for name in names)}
+    return {key: value for key, value in settings.items() if key not in replaced}
+
+
+def is_ours(settings: Mapping[str, str]) -> bool:
+    """Whether we wrote them, and not the web UI or one of its kin."""
     return settings.get("Version", "").startswith("latentdiff")
 
 
@@ -223,7 +259,7 @@ def _sampler_and_spacing(settings: Mapping[str, str]) -> tuple[str, str | None]:
             f"choose one of {', '.join(SAMPLERS)}"
         )
     if schedule_type in ("", "automatic"):
-        if _is_ours(settings) or sampler not in UNIFORM:
+        if is_ours(settings) or sampler not in UNIFORM:
             return sampler, None
         return sampler, AUTOMATIC.get(sampler, "linspace") if schedule_type else "linspace"
     if schedule_type not in spacings:

@@ -4,9 +4,10 @@
 show. `latentdiff` is our JSON record, the only one that is read to draw an image again.
 """
 
+import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +33,9 @@ RECORD = "latentdiff"
 RECORD_VERSION = 1
 LONG = 1000  # characters; a longer record is compressed
 MAX_BYTES = 2**28  # of a file; Pillow reads a text chunk whole before it asks how long it is
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # which all begin with a keyword
+LONGEST_KEYWORD = 79
 
 
 class FileRecord(TypedDict):
@@ -140,16 +144,43 @@ def read_png(path: str | Path) -> Metadata:
         raise ValueError(f"{path}: its record of the drawing cannot be read: {error}") from error
 
 
+def without_texts(data: bytes, *, keep: Container[str] = ()) -> bytes:
+    """A PNG file without its texts and colour profile, but for texts of the keywords in `keep`.
+
+    Pillow refuses the whole image for a compressed text of more than a MiB, such as a large
+    workflow of ComfyUI, and takes a text with the keyword `transparency` or `interlace` for the
+    property of that name. What is no PNG file, or follows a chunk that is cut off, stays as it is.
+    """
+    if not data.startswith(SIGNATURE):
+        return data
+    kept, begin, position = [], 0, len(SIGNATURE)
+    while position + 12 <= len(data):  # length, kind and check sum
+        kind = data[position + 4 : position + 8]
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        if end > len(data):
+            break
+        if kind in TEXTS:
+            keyword = data[position + 8 : position + 9 + LONGEST_KEYWORD].split(b"\0")[0]
+            if keyword.decode("latin-1") not in keep:
+                kept.append(data[begin:position])
+                begin = end
+        position = end
+    return b"".join([*kept, data[begin:]]) if kept else data
+
+
 def _info(path: Path) -> dict[Any, Any]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a PNG image")
+        what = "is no file" if path.exists() else "no such file"
+        raise ValueError(f"{path}: {what}; expected a PNG image")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, too large to be read")
     try:
         with warnings.catch_warnings():
             # Nothing is decoded, so that a huge image does no harm.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
+            # The texts of other programs may be longer than Pillow allows.
+            data = without_texts(path.read_bytes(), keep=(PARAMETERS, RECORD))
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 return dict(image.info)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path}: is not a PNG image, or is damaged") from error

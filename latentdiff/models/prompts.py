@@ -10,8 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latentdiff.formats.header import short_repr
+
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_WEIGHT = 10.0
+AROUND = 20  # characters of a prompt that a message shows on either side
 
 # An escape; a weight with the bracket that it stands before; a bracket. All the rest is text.
 _MARK = re.compile(
@@ -31,7 +34,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     `\[`, `\]` and `\\` are the plain characters. Neighbours of one weight are joined, so a prompt
     without weights is one text; none is empty. Its other words (`BREAK`, `AND`, `[from:to:when]`)
     are text here, and unmatched brackets, which it silently repairs, are refused.
-    Raises ValueError, naming the position, for such brackets and for a weight that is not a number
+    Raises ValueError, showing the place, for such brackets and for a weight that is not a number
     from 0 to 10. Negative weights are refused: what the opposite of a state means is nowhere
     defined, and a negative prompt is what they are used for.
     """
@@ -51,9 +54,9 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         else:
             if not opened or prompt[opened[-1][1]] != _CLOSES[kind]:
                 raise ValueError(_unmatched(prompt, end - 1))
-            index, _ = opened.pop()
+            index, begin = opened.pop()
             if mark["weight"] is not None:
-                events[index] = _number(prompt, mark)
+                events[index] = _number(prompt[begin:end], mark["weight"])
             events.append(None)
     if opened:
         raise ValueError(_unmatched(prompt, opened[0][1]))
@@ -68,7 +71,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
             weights.append(weights[-1] * event)
         elif event and weights[-1] > MAX_WEIGHT:
             raise ValueError(
-                f"the brackets around {_short(event)} give it the weight {weights[-1]:.4g}; "
+                f"the brackets around {_excerpt(event, 0)} give it the weight {weights[-1]:.4g}; "
                 f"it must be from 0 to {MAX_WEIGHT:g}"
             )
         elif event:
@@ -92,15 +95,15 @@ def weigh(states: Tensor, empty: Tensor, weights: Sequence[float]) -> Tensor:
     return torch.lerp(empty, states, factors)
 
 
-def _number(prompt: str, mark: re.Match[str]) -> float:
+def _number(bracket: str, given: str) -> float:
     try:
-        weight = float(mark["weight"])
+        weight = float(given)
     except ValueError:  # two points in it, say
         weight = None
     if weight is None or not 0 <= weight <= MAX_WEIGHT:  # nor is NaN
         raise ValueError(
-            f"the weight {_short(mark['weight'])} at {_position(prompt, mark.start('weight'))} "
-            f"must be a number from 0 to {MAX_WEIGHT:g}; write \\( and \\) for plain brackets"
+            f"the weight {short_repr(given)} in {_excerpt(bracket, len(bracket))} must be a number "
+            f"from 0 to {MAX_WEIGHT:g}; write \\( and \\) for plain brackets"
         )
     return weight
 
@@ -108,14 +111,12 @@ def _number(prompt: str, mark: re.Match[str]) -> float:
 def _unmatched(prompt: str, position: int) -> str:
     bracket = prompt[position]
     return (
-        f"the {bracket} at {_position(prompt, position)} has no bracket that matches it; write "
-        f"\\{bracket} for a plain one"
+        f"the {bracket} at character {position + 1}, in {_excerpt(prompt, position)}, has no "
+        f"bracket that matches it; write \\{bracket} for a plain one"
     )
 
 
-def _position(prompt: str, position: int) -> str:
-    return f"character {position + 1} of the prompt, before {_short(prompt[position + 1 :])}"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 20 else text[:20] + "…")
+def _excerpt(text: str, position: int) -> str:
+    """The text around a position, quoted."""
+    begin, end = max(0, position - AROUND), position + AROUND + 1
+    return repr("…" * (begin > 0) + text[begin:end] + "…" * (end < len(text)))

@@ -77,9 +77,9 @@ class TextEncoder(nn.Module):
         ).input_ids
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> Tensor:
+    def forward(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts (B strings) -> context (B, L, D); a long one is truncated, with a warning."""
-        return self.states(self.tokenize(prompts))
+        return self.states(self.tokenize([prompts] if isinstance(prompts, str) else prompts))
 
     def count_chunks(self, prompt: str, *, weighting: bool = False) -> int:
         """The number of chunks of L tokens in which `encode` reads the full prompt; 1 or more.

@@ -10,11 +10,13 @@ from typing import Any
 
 import yaml
 
+from latentdiff.data.cache import LatentCache
+from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.dit import DiTConfig
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
-from latentdiff.options import former_names
+from latentdiff.options import expanded, former_names
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.vae.config import TrainVAE
@@ -42,16 +44,27 @@ def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for a file that is no configuration, or has the former name of an option.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a YAML mapping, such as a training script reads")
     for name in settings:
         if name in RENAMED:
             raise ValueError(f"{path}: {name} is named {RENAMED[name]} now")
     settings |= {key: value for key, value in overrides.items() if value is not None}
-    return settings
+    settings = {key: expanded(value) for key, value in settings.items()}
+    return _of_cache(settings) | settings
+
+
+def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run takes from its latent cache, if there is one yet: size, crops and flips."""
+    if settings.get("cache") is None or not Path(settings["cache"]).is_dir():
+        return {}
+    cache = LatentCache(Path(settings["cache"]))
+    return {"image_size": cache.image_size, **vars(cache.crop_flip)}
 
 
 def positive_int(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:

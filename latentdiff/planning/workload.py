@@ -76,7 +76,7 @@ def _latent_shape(settings: Mapping[str, Any], vae: VAEConfig) -> tuple[int, int
 
 def _vae_config(settings: Mapping[str, Any]) -> VAEConfig:
     """The configuration of the frozen VAE; only config.json is read."""
-    vae = settings.get("vae", "emoji")
+    vae = settings.get("vae") or "emoji"
     if vae == SD15:
         return VAEConfig()
     return VAEConfig.from_dict(load_json(find_component(vae, "vae") / "config.json"))
@@ -84,7 +84,7 @@ def _vae_config(settings: Mapping[str, Any]) -> VAEConfig:
 
 def _text_config(settings: Mapping[str, Any]) -> CLIPTextConfig:
     """The configuration of the frozen text encoder; only config.json is read."""
-    text = settings.get("text_encoder", "emoji")
+    text = settings.get("text_encoder") or "emoji"
     if text == SD15:
         return tower_config(_SD15_TEXT)
     folder = find_component(text, "text_encoder") / "text_encoder"

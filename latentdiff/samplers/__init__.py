@@ -129,6 +129,8 @@ def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
     With `learned_variance` ddpm uses the variance that the network learned; the others ignore it.
     Raises ValueError, with the nearest name, if there is none.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"sampler={name!r} must be a name: {', '.join(SAMPLERS)}")
     if name in SAMPLERS:
         sampler = SAMPLERS[name]
         learned = learned_variance and sampler.function is ddpm

@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,18 @@ from accelerate.utils import parse_flag_from_env
 from latentdiff.options import option
 
 Sharding = Literal["none", "full", "zero1", "zero2"]
+OFF = ("false", "0", "no", "n", "off", "f", "")
+ELSEWHERE: Mapping[str, tuple[Sequence[str], str]] = {
+    "ACCELERATE_USE_FSDP": (OFF, "--sharding full"),
+    "ACCELERATE_USE_DEEPSPEED": (OFF, "--sharding zero2"),
+    "ACCELERATE_USE_MEGATRON_LM": (OFF, "--sharding full"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, "--sharding full"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "--compile true"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "--gradient_accumulation_steps"),
+    "ACCELERATE_MIXED_PRECISION": (("no", "bf16", "fp16"), "--mixed_precision"),
+}
+"""Variables by which accelerate would do what the scripts have an option for, or a second time: the
+values that are allowed, and the option. docs/training.md says what becomes of all the others."""
 MIN_COMPILED_STEPS = 4000
 """Shorter runs can end before they have won back the minutes that compiling takes."""
 
@@ -64,23 +76,54 @@ def make_accelerator(
 ) -> Accelerator:
     """The accelerator of a run.
 
-    Raises ValueError where accelerate's own sharding is on, which would shard a second time.
+    Raises ValueError for what accelerate's variables must not ask for (see `check_environment`),
+    and for fp16 on a CPU.
     """
-    for name, sharding in (("FSDP", "full"), ("DEEPSPEED", "zero2")):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(
-                f"accelerate's own {name} is on, from its options or its configuration file; "
-                f"turn it off there and give the script --sharding {sharding}"
-            )
+    check_environment()
     cpu = uses_cpu()
     state = PartialState(cpu=cpu, timeout=timedelta(seconds=parallel.timeout))
-    precision = compute.mixed_precision
-    if precision == "auto":
-        assert state.device is not None
-        precision = "bf16" if computes_bf16(state.device) else "no"
-    return Accelerator(
+    assert state.device is not None
+    precision = choose_precision(compute.mixed_precision, state.device)
+    accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, log_with=[*trackers] if trackers else None
     )
+    if accelerator.num_processes == 1 and parallel.sharding != "none":
+        accelerator.print(f"--sharding {parallel.sharding} shards nothing in one process")
+    if (asked := asked_precision()) not in ("no", precision):
+        accelerator.print(f"--mixed_precision {precision} goes before accelerate's {asked}")
+    return accelerator
+
+
+def check_environment() -> None:
+    """Raise ValueError where accelerate's variables ask for what the script has an option for.
+
+    `accelerate launch` sets them by its options and its configuration file.
+    """
+    for name, (allowed, ours) in ELSEWHERE.items():
+        value = os.environ.get(name, allowed[0])
+        if value.lower() not in allowed:
+            raise ValueError(
+                f"{name}={value} must be {allowed[0]}: it is accelerate's own, from its options, "
+                f"its configuration file or the environment; give the script {ours} in its place"
+            )
+
+
+def asked_precision() -> str:
+    """The precision that accelerate was told, which is "no" too where it was told none."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """The precision that is asked for; for "auto" accelerate's, or what the device computes in.
+
+    Raises ValueError for fp16 on a CPU, where accelerate would compute in float32 and not say so.
+    """
+    precision = asked_precision() if wanted == "auto" else wanted
+    if wanted == "auto" and precision == "no" and computes_bf16(device):
+        precision = "bf16"
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision=fp16 must be bf16 or no on a CPU, which has none of it")
+    return precision
 
 
 def decide_compile(

@@ -9,14 +9,31 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_loader,
+    set_parsing_settings,
+)
 
-from latentdiff.options import compose, former_names, groups
+from latentdiff.formats.yaml_text import parse_yaml
+from latentdiff.options import (
+    check_effects,
+    check_utf8,
+    compose,
+    expanded,
+    former_names,
+    groups,
+    idle_options,
+)
 from latentdiff.training.processes import leaving
 
 T = TypeVar("T")
 
 ALLOWED = {
+    "str": "a text, in quotes where it looks like something else",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -27,13 +44,19 @@ ALLOWED = {
 
 
 def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, str]:
-    """Read `--config file.yaml` and `--key value`; returns the configuration and its full YAML.
+    """Read `--config file.yaml` and `--key value`; returns the configuration and its YAML, which
+    has every option but those without an effect.
 
-    Raises ValueError, in one sentence, for unknown keys, wrong types and values that the
-    dataclass refuses. `--help` and `--print_config` print and end the program.
+    Raises ValueError, in one sentence, for unknown keys, wrong types, values that the dataclass
+    refuses, and options that are given and have no effect. `--help` and `--print_config` print and
+    end the program.
     """
+    args = sys.argv[1:] if args is None else args
+    check_utf8(args)
+    _check_not_empty(args)
     # So that --help says of each option what its field's docstring does.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     description = (cls.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
@@ -44,21 +67,48 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
         parser.set_defaults({each.name: getattr(default, each.name) for each in fields(default)})
     try:
         namespace: Namespace = parser.parse_args(args)
-        text = parser.dump(namespace, skip_unset=False)
+        for name, value in list(vars(namespace).items()):
+            namespace[name] = expanded(value)
         namespace.pop("config", None)
         for name, kind in get_type_hints(cls).items():
             is_flat = name in {one.name for one in groups(cls)}
             if is_dataclass(kind) and not is_flat and not isinstance(namespace[name], Namespace):
                 raise ValueError(f"{name}={namespace[name]} must be {ALLOWED['Mapping']}")
-        return compose(cls, vars(parser.instantiate(namespace))), text
+        config = compose(cls, vars(parser.instantiate(namespace)))
+        typed = [arg.removeprefix("--").partition("=")[0] for arg in args if arg.startswith("--")]
+        check_effects(config, typed)
+        for name, _ in idle_options(config):
+            if "." not in name:
+                namespace.pop(name, None)
+        return config, parser.dump(namespace, skip_unset=False, skip_validation=True)
     except (ArgumentError, ValueError) as error:
         raise ValueError(_sentence(str(error), cls)) from error
 
 
+def _check_not_empty(args: Sequence[str]) -> None:
+    """Raise ValueError for an option without a value: an empty path is the current folder."""
+    for before, argument in zip(("", *args), args, strict=False):
+        name = before if argument == "" else argument.removesuffix("=")
+        if name != argument and name.startswith("--"):
+            raise ValueError(f"{name.removeprefix('--')} must not be empty")
+
+
+def _load_yaml(text: str, path: str = "") -> Any:
+    """A configuration file at `path`, or without one a value of the command line."""
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from error
+    # {} with words alone, such as "{a cat}", is a text of the command line.
+    words = isinstance(value, dict) and value and not any(value.values()) and not path
+    return text if words else value
+
+
 def _option_paths(config: Any) -> Iterator[str]:
     """How options are typed: those of a group flat, those of another dataclass as outer.inner."""
-    flat = {one.name for one in groups(config)}
-    for name, kind in get_type_hints(config).items():
+    flat, kinds = {one.name for one in groups(config)}, get_type_hints(config)
+    for name in (one.name for one in fields(config)):
+        kind = kinds[name]
         if name in flat:
             yield from _option_paths(kind)
             continue

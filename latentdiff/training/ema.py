@@ -32,7 +32,7 @@ class EMAConfig:
     ema_lengths: Sequence[float] = ()
     """Power-function averages that are tracked as well, by their relative standard deviation, such
     as 0.05 and 0.1: from their snapshots `latentdiff ema` makes the average of any length."""
-    snapshot_every: int = option(500, may_change=True)
+    snapshot_every: int = option(500, may_change=True, needs="ema_lengths")
     """Steps between two snapshots of the averages of `ema_lengths`."""
 
     def __post_init__(self) -> None:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from latentdiff.formats.weights import load_json
 from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
-from latentdiff.training.checkpoint_files import origin
+from latentdiff.training.checkpoint_files import MANIFEST, origin
 from latentdiff.training.ema_synthesis import save_snapshot
 from latentdiff.training.learner import Learner
 from latentdiff.training.logging.log import Log
@@ -80,7 +81,7 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
         finishing(accelerator),
         tqdm(disable=not accelerator.is_main_process, unit="step") as progress,
     ):
-        done = loop.resume()
+        begun = done = loop.resume()
         progress.total, progress.initial, progress.n = config.max_steps, done, done
         if done:
             progress.write(f"going on from step {done}")
@@ -108,6 +109,8 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
                     progress.set_postfix_str(_shown(record))
                     loop.log(record)
                 loop.act(done, checkpoint=checkpoint, stopped=stopped)
+        if begun == done:
+            loop.end(done)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     if stopped and done < config.max_steps:
@@ -201,7 +204,7 @@ class _Loop:
         if done % snapshot_every == 0 or last:
             self._snapshot(done)
         if stopped and not last:
-            self._checkpoint(done)
+            self._checkpoint(done, stopped=True)
         if done % config.validate_every == 0 or last:
             self._validate(done)
         if done % config.preview_every == 0 or last:
@@ -209,6 +212,16 @@ class _Loop:
         if checkpoint and (last or not stopped):
             self._save()
             self._checkpoint(done)
+
+    def end(self, done: int) -> None:
+        """Of a run with no step left: save the model, if a signal left no time for it."""
+        checkpoint = self.run.folder.checkpoints / f"step-{done}" / MANIFEST
+        if checkpoint.is_file() and load_json(checkpoint).get("stopped"):
+            self._save()
+        if done > self.run.config.loop.max_steps:
+            self.run.accelerator.print(
+                f"max_steps={self.run.config.loop.max_steps} is behind: the model is step {done}'s"
+            )
 
     def _snapshot(self, done: int) -> None:
         for name, learner in self.task.learners.items():
@@ -239,13 +252,13 @@ class _Loop:
         self.processes.on_main(lambda: plot_log(log, self.folder / "loss.png"))
         self.processes.on_main(lambda: write_report(self.folder))
 
-    def _checkpoint(self, done: int) -> None:
+    def _checkpoint(self, done: int, *, stopped: bool = False) -> None:
         save_checkpoint(
             self.run.folder.checkpoints,
             done,
             self.task.learners,
             keep=self.run.config.loop.keep_checkpoints,
-            manifest=self.manifest,
+            manifest=self.manifest | ({"stopped": True} if stopped else {}),
             processes=self.processes,
         )
 

@@ -15,7 +15,7 @@ class OptimizerConfig:
     convolutions among them, are orthogonalised (Jordan et al. 2024); AdamW steps the rest."""
     learning_rate: float = 1e-4
     """Of AdamW."""
-    muon_learning_rate: float = 6e-3
+    muon_learning_rate: float = option(6e-3, needs="optimizer=muon")
     """Of the matrices, with the same warm-up and cooldown; optimizer muon alone has it."""
     warmup_steps: int = 100
     """Steps in which the learning rate climbs from 0."""
@@ -37,12 +37,17 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2={self.beta2} must be in [0, 1)")
-        default = type(self).muon_learning_rate
-        if self.optimizer != "muon" and self.muon_learning_rate != default:
-            raise ValueError(
-                f"muon_learning_rate={self.muon_learning_rate} must be left out unless "
-                "optimizer=muon; learning_rate is AdamW's"
-            )
+
+    def shortfall(self, max_steps: int) -> str | None:
+        """In words, how much of the learning rate a run of `max_steps` never gets to; else None."""
+        if self.warmup_steps + self.cooldown_steps <= max_steps:
+            return None
+        rates = (self.learning_rate_at(i, max_steps=max_steps) for i in range(max_steps))
+        return (
+            f"warmup_steps={self.warmup_steps} and cooldown_steps={self.cooldown_steps} are longer "
+            f"than max_steps={max_steps}: the learning rate gets to "
+            f"{100 * max(rates) / self.learning_rate:.2g} % of learning_rate={self.learning_rate}"
+        )
 
     def learning_rate_at(self, step: int, *, max_steps: int, muon: bool = False) -> float:
         """The rate of update number `step`, counted from 0, in a run of `max_steps`.

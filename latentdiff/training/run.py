@@ -103,6 +103,8 @@ class Run:
         trackers = make_trackers(loop.report_to, loop.output_dir / "trackers")
         self.accelerator = make_accelerator(config.compute, config.parallel, trackers)
         self.device = self.accelerator.device
+        if (note := config.optimizer.shortfall(loop.max_steps)) is not None:
+            self.accelerator.print(note)
         self.processes = Processes(self.accelerator, timeout=config.parallel.timeout)
         check_divisible(loop.batch_size, config.parallel, self.processes.count)
         self.folder = RunFolder(

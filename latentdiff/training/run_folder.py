@@ -104,9 +104,13 @@ class RunFolder:
 def differences(
     recorded: Mapping[str, Any], current: Mapping[str, Any], may_change: Collection[str]
 ) -> list[str]:
-    """A phrase for each key that must not differ but does, such as `seed was 1 and is 2`."""
+    """A phrase for each key that must not differ but does, such as `seed was 1 and is 2`.
+
+    An option that is not there now has no effect: what it depends on is told if it has changed.
+    """
     before, after = _flat(recorded), _flat(current)
-    fixed = {key for key in before | after if key.split(".")[0] not in may_change} - {"config"}
+    free = {*may_change, "config", *(recorded.keys() - current.keys())}
+    fixed = {key for key in before | after if key.split(".")[0] not in free}
     return [
         f"{key} was {before.get(key, 'absent')!r} and is {after.get(key, 'absent')!r}"
         for key in sorted(fixed)

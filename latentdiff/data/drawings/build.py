@@ -13,7 +13,14 @@ from latentdiff.data.drawings.icons import read_concepts, read_drawings
 from latentdiff.data.drawings.names import Name, ancestors, locales, read_names
 from latentdiff.data.drawings.packages import tarballs
 from latentdiff.data.drawings.sets import SETS
-from latentdiff.data.folder import SPLITS, Example, Split, check_free, write_image_folder
+from latentdiff.data.folder import (
+    SPLITS,
+    Example,
+    Split,
+    check_free,
+    check_side,
+    write_image_folder,
+)
 
 
 def splits_of(concept: str, styles: Sequence[str]) -> dict[str, Split]:
@@ -48,13 +55,12 @@ def build_drawings(
         For "train" and "test": the number of images in each style.
 
     Raises:
-        ValueError: an unknown language, or languages without English; size < 1; packages that are
-            missing, damaged or cannot be fetched; an `out` with something in it.
+        ValueError: an unknown language, or languages without English; a size not from 1 to 4,096;
+            packages that are missing, damaged or cannot be fetched; an `out` with something in it.
     """
     if "en" not in languages:
         raise ValueError(f"languages={list(languages)} must have en: it is the column `text`")
-    if size < 1:
-        raise ValueError(f"size={size} must be at least 1")
+    check_side(size)
     check_free(out)
     counts = {split: Counter[str]() for split in SPLITS}
     with tarballs(packages) as paths:

@@ -70,8 +70,19 @@ def is_image(name: str) -> bool:
 
 def caption_beside(root: Path, name: str) -> Path | None:
     """Return the text file with an image's caption, or None if there is none."""
-    path = root / on_disk(root, os.path.splitext(name)[0] + CAPTION)
-    return path if path.is_file() else None
+    stem = os.path.splitext(name)[0]
+    paths = (root / on_disk(root, stem + suffix) for suffix in (CAPTION, CAPTION.upper()))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def captions_of_images(folder: Path, root: Path) -> list[str]:
+    """List the text files below a folder that have the stem of an image, sorted."""
+    above = "" if folder == root else folder.relative_to(root).as_posix()
+    found = list[str]()
+    for inside, names in walk(folder, root):
+        stems = {os.path.splitext(name)[0] for name in names if is_image(name)}
+        found += [_join(above, inside, n) for n in names if _is_caption(n) and n[:-4] in stems]
+    return sorted(map(printable, found))
 
 
 def captions_without_image(folder: Path, root: Path) -> list[str]:
@@ -86,16 +97,20 @@ def captions_without_image(folder: Path, root: Path) -> list[str]:
         stems = {unicodedata.normalize("NFC", os.path.splitext(n)[0]) for n in names if is_image(n)}
         lonely = dict[str, list[str]]()
         for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix == CAPTION and unicodedata.normalize("NFC", stem) not in stems:
+            stem = os.path.splitext(name)[0]
+            if _is_caption(name) and unicodedata.normalize("NFC", stem) not in stems:
                 lonely[stem] = []
         for name in names:
-            stem, suffix = os.path.splitext(name)
-            if stem in lonely and suffix != CAPTION:
+            stem = os.path.splitext(name)[0]
+            if stem in lonely and not _is_caption(name):
                 lonely[stem].append(name)
         for stem, others in lonely.items():
             found += [_join(above, inside, n) for n in others or [stem + CAPTION]]
     return sorted(map(printable, found))
+
+
+def _is_caption(name: str) -> bool:
+    return name.lower().endswith(CAPTION)
 
 
 def printable(name: str) -> str:

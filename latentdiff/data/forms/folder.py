@@ -19,6 +19,7 @@ from latentdiff.data.forms.file_index import FileIndex
 from latentdiff.data.forms.files import (
     CAPTION,
     caption_beside,
+    captions_of_images,
     captions_without_image,
     images_in,
     is_image,
@@ -61,12 +62,12 @@ class Folder:
             raise ValueError(
                 f"data={str(self.root)!r} has two metadata files in one folder: {metadata}"
             )
+        self._warn_of_unused()
         if metadata:
             names, key = [], [file_stamps(self.root, metadata), sorted(columns)]
         else:
             names = images_in(self.root / self.folder, self.root)
             key = _texts_digest(self.root, names)
-            self._warn_of_unused()
             if not names:
                 raise ValueError(_no_images(self.root))
 
@@ -89,12 +90,12 @@ class Folder:
 
     def shards(self, image_column: str, columns: Sequence[str]) -> Shards:
         """Open the folder as shards: one for each metadata file, or for each folder with images."""
+        self._warn_of_unused()
         if self.metadata:
             files, tables_of = self.metadata, partial(self._tables_of, columns)
         else:
             files = _folders_with_images(self.root / self.folder, self.root)
             tables_of = partial(_tables_of_folder, self.root)
-            self._warn_of_unused()
         shards = [FolderShard(self.root, partial(tables_of, file)) for file in files]
         fingerprint = digest(["folder", self.split, file_stamps(self.root, files)])
         return Shards(shards, None, ["image"], fingerprint)
@@ -104,15 +105,23 @@ class Folder:
         return metadata_tables(self.root / metadata, inside, columns, within=self.folder)
 
     def _warn_of_unused(self) -> None:
-        """Warn of files with a caption that are no images by their names."""
-        lonely = captions_without_image(self.root / self.folder, self.root)
-        unused = [name for name in lonely if not name.endswith(CAPTION)]
+        """Warn of captions that metadata go before, else of captioned files that are no images."""
+        folder = self.root / self.folder
+        if self.metadata:
+            unused = captions_of_images(folder, self.root)
+            what = "text files beside images"
+            why = f"the captions are those of {self.metadata[0]}; take that away to use the files"
+        else:
+            lonely = captions_without_image(folder, self.root)
+            unused = [name for name in lonely if not name.lower().endswith(CAPTION)]
+            what = "files with a caption"
+            formats = ", ".join(FORMATS)
+            why = f"their names are no image's; convert them to {formats}, or rename them"
         if unused:
             more = ", …" if len(unused) > SHOWN else ""
             warnings.warn(
-                f"data={str(self.root)!r}: {len(unused)} files with a caption are not used, since "
-                f"their names are no image's: {', '.join(map(repr, unused[:SHOWN]))}{more}; "
-                f"convert them to {', '.join(FORMATS)}, or rename them",
+                f"data={str(self.root)!r}: {len(unused)} {what} are not used "
+                f"({', '.join(map(repr, unused[:SHOWN]))}{more}): {why}",
                 stacklevel=2,
             )
 

@@ -13,6 +13,7 @@ import yaml
 from latentdiff.formats.header import short_repr
 from latentdiff.formats.ldm.shapes import GROUPS, HEAD_WIDTH
 from latentdiff.formats.weights import replacing
+from latentdiff.formats.yaml_text import check_keys
 
 MAX_BYTES = 100_000  # published ones have 2,000 to 5,000
 MAX_BRACKETS = 1000
@@ -160,6 +161,7 @@ def load_ldm_config(path: Path) -> dict[str, dict[str, Any]]:
     if text.count(b"[") + text.count(b"{") > MAX_BRACKETS or b"<<" in text:
         raise ValueError(f"{path}: has {MAX_BRACKETS} brackets or a merge, as no LDM config has")
     try:
+        check_keys(text)
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())

@@ -1,8 +1,9 @@
 """TrainCLIP: the options of `train_clip.py`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latentdiff.data.config import DataConfig
 from latentdiff.models.clip import CLIPSize
@@ -20,6 +21,11 @@ class TrainCLIP:
     """Train a tokenizer on the captions, then text and image tower contrastively on the pairs.
 
     With `init`, train existing towers on, and keep their tokenizer."""
+
+    NEEDS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("bucket_step", "max_aspect"), ""),
+        "validate_every": "val_fraction",
+    }
 
     init: str | None = None
     """A CLIP to start from: both towers are read from a folder of transformers' CLIPModel; the text
@@ -58,6 +64,11 @@ class TrainCLIP:
                 f"gradient_accumulation_steps={steps} must be 1: the contrastive loss compares "
                 "each image with every caption of the batch, so that micro-batches have another "
                 "loss"
+            )
+        if (size := self.loop.batch_size) < 2:
+            raise ValueError(
+                f"batch_size={size} must be at least 2: the contrastive loss compares an image "
+                "with the captions of the others, and of one alone it is always 0"
             )
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")

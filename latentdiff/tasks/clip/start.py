@@ -1,18 +1,17 @@
 """The initial towers and tokenizer of a CLIP's training: new ones, or those of `init`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from latentdiff.data.opening import ImageDataset
 from latentdiff.models.clip import new_clip
 from latentdiff.models.clip_start import Pixels, load_start
-from latentdiff.options import groups
+from latentdiff.options import value_of
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.tokenizer import train_tokenizer
 
@@ -57,6 +56,27 @@ def make_start(config: TrainCLIP, dataset: ImageDataset) -> Start:
     return Start(clip, tokenizer, scaling)
 
 
+def check_captions(
+    captions: Iterable[Sequence[str]], token_ids: Callable[[list[str]], Tensor]
+) -> None:
+    """Raise ValueError where all images have the same captions, in the tokens (n, L) that are read.
+
+    Each is then as right as another, and the loss never falls.
+    """
+    first, example, length = None, "", 0
+    for texts in captions:
+        ids = token_ids(list(texts))
+        found = set(map(tuple, ids.tolist()))
+        if first is None:
+            first, example, length = found, texts[0], ids.shape[1]
+        elif found != first:
+            return
+    raise ValueError(
+        f"the captions of all images are alike in the first {length} tokens, such as {example!r}: "
+        "CLIP learns from what tells them apart; check caption_columns and max_tokens"
+    )
+
+
 def check_shapes(config: TrainCLIP, shapes: Mapping[str, int]) -> None:
     """Raise ValueError for an option that asks for other shapes than those of `init`.
 
@@ -64,16 +84,8 @@ def check_shapes(config: TrainCLIP, shapes: Mapping[str, int]) -> None:
     """
     defaults = TrainCLIP()
     for name, shape in shapes.items():
-        value, default = _value(config, name), _value(defaults, name)
+        value, default = value_of(config, name), value_of(defaults, name)
         if value not in (default, shape):
             raise ValueError(
                 f"{name}={value} contradicts init={config.init!r}, whose is {shape}: leave it out"
             )
-
-
-def _value(config: TrainCLIP, name: str) -> object:
-    """The value of an option by its flat name, or by a path such as `clip.text_width`."""
-    for one in groups(TrainCLIP):
-        if hasattr(member := getattr(config, one.name), name):
-            return getattr(member, name)
-    return attrgetter(name)(config)

@@ -23,7 +23,7 @@ from latentdiff.tasks.clip.augmentation import augment, draws
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.clip.loss import contrastive_loss
 from latentdiff.tasks.clip.retrieval import Pool
-from latentdiff.tasks.clip.start import make_start
+from latentdiff.tasks.clip.start import MAX_CAPTIONED, check_captions, make_start
 from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.randomness import MicroBatch, choose, generator
 from latentdiff.training.run import Run
@@ -54,6 +54,7 @@ class CLIPTask:
         self.config, self.run, self.dataset, self.pool = config, run, dataset, pool
         start = make_start(config, dataset)
         self.tokenizer, self.scaling = start.tokenizer, start.scaling
+        check_captions(dataset.caption_lists(MAX_CAPTIONED), self._token_ids)
         self.tokens = None
         if captions is not None:
             self.tokens = CaptionTokens(captions, self._token_ids)

@@ -1,8 +1,9 @@
 """TrainUNet: the options of `train_unet.py`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
@@ -25,20 +26,40 @@ SMALL = UNetConfig(
     use_linear_projection=True,
 )
 
+OF_THE_CACHE = [
+    *(one.name for one in (*fields(DataConfig), *fields(CropFlip)) if one.name != "num_workers"),
+    "check_latents",
+]
+"""Options of encoding: a cache was made with its own."""
+FOLLOWS = ("sample_size", "in_channels", "out_channels", "cross_attention_dim")
+"""Of a network: they follow from VAE, text encoder and cache."""
+
 
 @dataclass(frozen=True)
 class TrainUNet:
     """Train a UNet or a DiT to denoise latents of captioned images; leaves a pipeline folder."""
 
+    NEEDS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(OF_THE_CACHE, "cache=null"),
+        "num_workers": "cache=null or in_memory=false",
+        "shuffle_buffer": "",  # a stream is encoded in its order
+        "unet": "dit=null",
+        **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},
+        "unet.addition_embed_type_num_heads": "unet.addition_embed_type",
+        "diffusion.steps_offset": "diffusion.timestep_spacing=leading",
+        "validate_every": "val_fraction",
+    }
+
     cache: Path | None = None
-    """Folder of a latent cache that cache_latents.py wrote, with its own sizes, crops and flips;
+    """Folder of a latent cache that cache_latents.py wrote, with its own data, sizes and crops;
     without it `data` is encoded first, into the run folder."""
-    vae: str = "emoji"
-    """Folder of the VAE or of a pipeline, or "emoji", the embedded one."""
+    vae: str | None = None
+    """Folder of the VAE or of a pipeline, or "emoji", the embedded one, which is the default for
+    "shapes" alone."""
     check_latents: bool = option(True, former_name="gate")
     """Where `data` is encoded: refuse a VAE whose latents are not fit to train on; false warns."""
-    text_encoder: str = "emoji"
-    """Folder with text_encoder/ and tokenizer/, or "emoji"."""
+    text_encoder: str | None = None
+    """Folder with text_encoder/ and tokenizer/, or "emoji", the default for "shapes" alone."""
     diffusion: Diffusion = field(default_factory=lambda: Diffusion("flow", "flow_prediction"))
     unet: UNetConfig = field(default_factory=lambda: SMALL)
     """Channels, context width and sample_size follow from VAE, text encoder and cache."""

@@ -11,15 +11,16 @@ import torch
 from latentdiff.data.batches import batches, check_batch
 from latentdiff.data.buckets import small_buckets
 from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.cache_captions import changed_data
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
 from latentdiff.data.resident import ResidentLatents
-from latentdiff.formats.diffusers import find_component
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.tasks.denoiser.config import TrainUNet
+from latentdiff.tasks.frozen import frozen_component
 from latentdiff.training.randomness import choose, generator
 from latentdiff.training.run import Run
 from latentdiff.training.validation import Subset
@@ -28,25 +29,25 @@ from latentdiff.training.validation import Subset
 def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
     """The cache that the configuration names, or a new one of its data; and the VAE of its latents.
 
-    Raises ValueError for less data than a batch, before any network is loaded.
+    Raises ValueError for less data than a batch, before any network is loaded. Where the data has
+    changed since the cache was made, that is said.
     """
-    batch_size = config.loop.batch_size
-
-    def load_vae() -> VAE:
-        return VAE.from_pretrained(find_component(config.vae, "vae")).to(run.device)
-
+    batch_size, say = config.loop.batch_size, run.accelerator.print
     if config.cache is not None:
         cache = LatentCache(config.cache)
         check_batch(batch_size, len(cache))
-        vae = load_vae()
+        folder = frozen_component("vae", config.vae, data=cache.data, say=say)
+        vae = VAE.from_pretrained(folder).to(run.device)
         cache.check_vae(vae)
+        run.processes.on_main(lambda: _say_changes(cache))
         return cache, vae
     dataset = run.processes.main_first(lambda: open_images(config.data))
     if dataset.num_samples is not None:  # that of a stream is known when it is cached
         check_batch(batch_size, dataset.num_samples)
-    vae, vae_folder = load_vae(), find_component(config.vae, "vae")
+    vae_folder = frozen_component("vae", config.vae, data=config.data.data, say=say)
+    vae = VAE.from_pretrained(vae_folder).to(run.device)
     cache_folder = config.loop.output_dir / "cache"
-    write_cache(
+    said = write_cache(
         cache_folder,
         dataset,
         vae,
@@ -59,7 +60,18 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
             check_latents, vae, dataset, vae_folder, batch_size=64, refuse=config.check_latents
         ),
     )
+    if said:
+        say(said)
     return LatentCache(cache_folder), vae
+
+
+def _say_changes(cache: LatentCache) -> None:
+    if (data := changed_data(cache)) is not None:
+        print(
+            f"data={data} has changed since {cache.folder} was made of it, and this run trains on "
+            "the cache as it is: cache_latents.py, run again, reads the captions anew and encodes "
+            "nothing"
+        )
 
 
 def check_sizes(cache: LatentCache, vae: VAE, unet: UNet | DiT) -> None:

@@ -23,13 +23,13 @@ class LossConfig:
     et al. 2023). p2: that of the noise by 1 / (1 + SNR)^p2_gamma (Choi et al. 2022). uncertainty:
     that of the prediction over its mean at the noise level, which is learned (Karras et al. 2024,
     EDM2)."""
-    snr_gamma: float = 5.0
-    p2_gamma: float = 1.0
+    snr_gamma: float = option(5.0, needs="weighting=min_snr")
+    p2_gamma: float = option(1.0, needs="weighting=p2")
     timestep_distribution: TimestepDistribution = option("uniform", former_name="density")
     """logit_normal favours the middle of the timesteps (Esser et al. 2024, eq. 19)."""
-    logit_mean: float = 0.0
+    logit_mean: float = option(0.0, needs="timestep_distribution=logit_normal")
     """Mean of logit_normal; above 0 it favours higher noise."""
-    logit_std: float = 1.0
+    logit_std: float = option(1.0, needs="timestep_distribution=logit_normal")
     """Standard deviation of logit_normal before the sigmoid."""
     stratified: bool = False
     """One timestep from each of batch_size quantiles of the distribution: less noise in the
@@ -40,7 +40,7 @@ class LossConfig:
     offset_noise: float = 0.0
     """Standard deviation of added noise that is constant over each channel, so that mean brightness
     is learned (Guttenberg 2023); 0.1 is usual."""
-    vlb_weight: float = 1e-3
+    vlb_weight: float = option(1e-3, needs="diffusion.learned_variance")
     """lambda in L_simple + lambda L_vlb with `diffusion.learned_variance`; L_vlb is in bits per
     dimension, and its gradient reaches the variance alone (Nichol & Dhariwal 2021)."""
 

@@ -1,7 +1,9 @@
 """TrainVAE: the options of `train_vae.py`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from latentdiff.data.config import DataConfig
 from latentdiff.models.vae import VAEConfig
@@ -27,6 +29,12 @@ class TrainVAE:
 
     Captions are never read.
     """
+
+    NEEDS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("bucket_step", "max_aspect", "validate_every", "vae.sample_size"), ""),
+        "vae.use_quant_conv": "vae.encoder=kl",
+        "kl_weight": "decoder_only=false",
+    }
 
     vae: VAEConfig = field(default_factory=lambda: SMALL)
     """`sample_size` follows image_size."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.models.vae import Posterior
+from latentdiff.options import option
 
 Reconstruction = Literal["l1", "l2"]
 
@@ -20,19 +21,19 @@ class VAELossConfig:
     """Terms and weights of the loss."""
 
     reconstruction: Reconstruction = "l1"
-    kl_weight: float = 1e-3
+    kl_weight: float = option(1e-3, needs="vae.encoder=kl")
     """Weight of the KL, in nats per pixel value; `vae.encoder: downsample` has no KL."""
     learn_logvar: bool = False
     """Learn the scale of the output distribution p(x | z), Gaussian for l2 and Laplace for l1, so
     that the reconstruction counts in nats. With a kl_weight of 1 the loss is the negative ELBO."""
     perceptual_weight: float = 0.0
     """Weight of LPIPS (LDM: 1), whose network is in perceptual_weights."""
-    perceptual_weights: Path | None = None
+    perceptual_weights: Path | None = option(None, needs="perceptual_weight")
     """Safetensors file with torchvision's VGG16, as in LDM, or AlexNet."""
     disc_weight: float = 0.0
     """Weight of a PatchGAN's adversarial loss (LDM: 0.5): how long its gradient is at the decoder's
     last layer, relative to that of the other terms."""
-    disc_start: int = 0
+    disc_start: int = option(0, needs="disc_weight")
     """Steps before the adversarial loss begins: an untrained decoder could only lose."""
     equivariance_probability: float = 0.0
     """Of a step in which the latents are scaled down and turned, and the images that the decoder

@@ -79,6 +79,11 @@ class VAETask:
             self.learners["logvar"] = self.logvar
         if loss.disc_weight > 0:
             steps = max(1, config.loop.max_steps - loss.disc_start)
+            if loss.disc_start >= config.loop.max_steps:
+                run.accelerator.print(
+                    f"disc_start={loss.disc_start} is not before max_steps="
+                    f"{config.loop.max_steps}: no step has the adversarial loss"
+                )
             self.discriminator = run.learner(Discriminator(), max_steps=steps, ema=None)
             self.learners["discriminator"] = self.discriminator
         # The KL of a frozen encoder is constant, and a deterministic encoder has none.
