@@ -1,4 +1,4 @@
-"""`latentdiff convert`: convert a model between a diffusers folder and a single file."""
+"""`latentdiff convert`: a model from a folder to a single file and back, with LoRAs or as one."""
 
 import argparse
 import shutil
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentdiff.cli import loras
 from latentdiff.cli.generate import DTYPES
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its arguments."""
     parser = commands.add_parser(
-        "convert", help="a folder to a single file, and back", allow_abbrev=False
+        "convert", help="a folder to a single file and back; LoRAs", allow_abbrev=False
     )
     parser.set_defaults(run=_convert, parser=parser)
     add = parser.add_argument
@@ -34,6 +35,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="open IN even if it is a .ckpt, .pt or .bin file, or a folder of them, which can "
         "attack this machine; only if you trust whoever made it",
     )
+    loras.add_arguments(parser)
 
 
 _OF_A_FILE = ("config", "tokenizer", "ema")  # options that are for a single file alone
@@ -50,7 +52,11 @@ def _convert(arguments: argparse.Namespace) -> None:
     from latentdiff.formats.diffusers import find_model
 
     _refuse(arguments, _OF_A_FOLDER if source.is_file() else _OF_A_FILE)
+    writes_lora = loras.writes_lora(arguments)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    if writes_lora and not arguments.lora_of:
+        loras.rewrite(arguments, dtype)
+        return
     if arguments.unsafe_pickle:
         _convert_pickles(source, arguments, dtype)
         return
@@ -88,7 +94,8 @@ def _convert_pickles(
 
     _refuse(arguments, ["revision"])
     out, config = arguments.out, source.with_suffix(".yaml")
-    if source.is_file() and out.suffix == ".safetensors":  # any weights, under their own names
+    as_it_is = not (arguments.lora or arguments.lora_of)
+    if source.is_file() and out.suffix == ".safetensors" and as_it_is:  # under their own names
         _refuse(arguments, _OF_A_FILE)
         convert_pickle(source, out, dtype=dtype)
         if config.is_file():  # of the same model: without it, nothing might say that it predicts v
@@ -125,6 +132,11 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
     else:
         pipeline = Pipeline.from_pretrained(source, variant=arguments.variant, dtype=None)
         _name_left_out(source)
+    if arguments.lora_of:
+        loras.extract(pipeline, arguments, dtype)
+        return
+    if arguments.lora:
+        loras.merge(pipeline, arguments.lora)
     out: Path = arguments.out
     if out.suffix == ".safetensors":
         for sentence in pipeline.save_single_file(out, dtype=dtype, metadata=metadata):

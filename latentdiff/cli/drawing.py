@@ -1,7 +1,6 @@
 """The work of `latentdiff generate`: draw prompts, or an earlier image again, into a folder."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentdiff.cli.loras import file_and_scale
 from latentdiff.cli.record import (
     file_record,
     image_parameters,
@@ -150,16 +150,8 @@ def _loras(arguments: Sequence[str] | None, record: Record | None) -> list[LoraR
         return loras
     loras = []
     for text in arguments:
-        name, _, scale = text.rpartition(":")
-        try:
-            factor = float(scale)
-        except ValueError:
-            name, factor = text, 1.0
-        if not math.isfinite(factor):
-            raise ValueError(f"--lora {text}: the scale {scale} must be a finite number")
-        if not name or not Path(name).is_file():
-            raise ValueError(f"--lora {text}: {name or text} is not a file")
-        loras.append({**file_record(Path(name)), "scale": factor})
+        path, scale = file_and_scale(text)
+        loras.append({**file_record(path), "scale": scale})
     return loras
 
 

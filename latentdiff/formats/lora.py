@@ -4,6 +4,7 @@ lora_names.py knows the names that their tensors have, lora_scale.py where their
 models/lora.py applies what is read here to the networks.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from latentdiff.formats.lora_scale import MAX_ALPHA, adapter_configs, configured
 from latentdiff.formats.weights import load_safetensors
 
 MAX_RANK = 4096  # no weight of SD 1.x and 2.x has a rank above 1280
+_MARK = re.compile(r"[._]lora[._](?:A|B|down|up)\b|\.lora_(?:down|up)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,15 @@ def read_lora(path: Path, *, layers_per_block: int) -> LoRAFile:
             )
         layers[component][layer] = LoRALayer(down, up, alpha)
     return LoRAFile(unet=layers["unet"], text_encoder=layers["text_encoder"])
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a file holds a LoRA, by the names of its tensors; False if it is not safetensors."""
+    try:
+        names = read_header(path).shapes
+    except ValueError:
+        return False
+    return any(_MARK.search(name) for name in names)
 
 
 def check_without_loras(network: nn.Module) -> None:
