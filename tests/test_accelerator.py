@@ -1,13 +1,14 @@
 """Whether a run is compiled, and what accelerate's own variables and options come to."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Literal
 
 import accelerate
 import pytest
 import torch
-from support.scripts import ROOT
+from support.scripts import LAUNCH, ROOT
 
 from latentdiff.training.accelerator import (
     MIN_COMPILED_STEPS,
@@ -83,6 +84,25 @@ def test_what_a_script_has_an_option_for_is_not_accelerates(
         make_accelerator(ComputeConfig(), ParallelConfig())
     with pytest.raises(ValueError, match=message):
         check_environment()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="/proc is Linux's")
+@pytest.mark.parametrize(
+    ("option", "ours"),
+    [
+        ("--gradient_accumulation_steps=4", "--gradient_accumulation_steps"),
+        ("--gradient-clipping=1.0", "--max_grad_norm"),
+    ],
+)
+def test_what_accelerate_launch_drops_is_refused(tmp_path: Path, option: str, ours: str) -> None:
+    """It did nothing, unsaid: accelerate gives it to DeepSpeed alone."""
+    own = ["train/train_vae.py", f"--output_dir={tmp_path}", "--gradient_accumulation_steps=2"]
+    command = [*LAUNCH[:-1], option, "--num_processes=1", *own]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    name = option.removeprefix("--").partition("=")[0].replace("-", "_")
+    message = f"error: accelerate launch --{name} does not reach the script; give {ours}"
+    assert message in done.stderr
 
 
 def test_what_accelerate_launch_sets_by_itself_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

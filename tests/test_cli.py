@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.command import generate, run
 from support.tiny import tiny_pipeline
 
-from latentdiff.cli import main
 from latentdiff.images import image_grid
 
 ROOT = Path(__file__).parent.parent
@@ -21,17 +21,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny_pipeline(folder / "tokens").save_pretrained(folder)
     return str(folder)
-
-
-def run(*arguments: str) -> int:
-    """The exit code, whether main returns it or argparse exits with it."""
-    with pytest.raises(SystemExit) as exit_:
-        sys.exit(main(arguments))
-    return int(exit_.value.code or 0)
-
-
-def generate(model: str, out: Path, *arguments: str) -> int:
-    return run("generate", "--model", model, "--steps", "2", "--out", str(out), *arguments)
 
 
 def test_images_are_named_by_index_and_seed_and_never_by_prompt(

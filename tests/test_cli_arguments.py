@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 from support.broken_images import animated, floats, forged, photograph, saved
+from support.command import generate, run
 from support.tiny import tiny_pipeline
-
-from latentdiff.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +20,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny_pipeline(folder / "tokens").save_pretrained(folder)
     return str(folder)
-
-
-def run(*arguments: str) -> int:
-    """The exit code, whether main returns it or argparse exits with it."""
-    with pytest.raises(SystemExit) as exit_:
-        sys.exit(main(arguments))
-    return int(exit_.value.code or 0)
-
-
-def generate(model: str, out: Path, *arguments: str) -> int:
-    return run("generate", "--model", model, "--steps", "2", "--out", str(out), *arguments)
 
 
 @pytest.mark.parametrize(

@@ -166,8 +166,11 @@ def test_5_and_12_in_two_processes(tmp_path: Path, whole: dict[int, Path], rank:
 
 @pytest.mark.parametrize("count", [1, later(2)])
 def test_6_kills_at_twenty_random_times(tmp_path: Path, whole: dict[int, Path], count: int) -> None:
-    """A kill loses no more than one interval between checkpoints, of three steps."""
-    toy = Toy(tmp_path / "run", fault=Fault("slow", seconds=0.03))
+    """A kill loses no more than one interval between checkpoints, of three steps.
+
+    Where it comes before the processes have met, the other waits for as long as the timeout.
+    """
+    toy = Toy(tmp_path / "run", timeout=20, fault=Fault("slow", seconds=0.03))
     begun = time.monotonic()
     assert run(replace(toy, folder=tmp_path / "timed"), count) == [0] * count
     lifetime = time.monotonic() - begun

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ ELSEWHERE: Mapping[str, tuple[Sequence[str], str]] = {
 }
 """Variables by which accelerate would do what the scripts have an option for, or a second time: the
 values that are allowed, and the option. docs/training.md says what becomes of all the others."""
+DROPPED = {
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+}
+"""Options of `accelerate launch` that reach no script unless DeepSpeed is on, and the script's."""
 MIN_COMPILED_STEPS = 4000
 """Shorter runs can end before they have won back the minutes that compiling takes."""
 
@@ -97,7 +103,8 @@ def make_accelerator(
 def check_environment() -> None:
     """Raise ValueError where accelerate's variables ask for what the script has an option for.
 
-    `accelerate launch` sets them by its options and its configuration file.
+    `accelerate launch` sets them by its options and its configuration file. Options that it drops
+    are refused too, where the system tells how it was called (Linux).
     """
     for name, (allowed, ours) in ELSEWHERE.items():
         value = os.environ.get(name, allowed[0])
@@ -106,6 +113,26 @@ def check_environment() -> None:
                 f"{name}={value} must be {allowed[0]}: it is accelerate's own, from its options, "
                 f"its configuration file or the environment; give the script {ours} in its place"
             )
+
+    for name, ours in DROPPED.items():
+        if name in _launchers_options():
+            raise ValueError(
+                f"accelerate launch --{name} does not reach the script; give {ours} after the "
+                "script's name in its place"
+            )
+
+
+def _launchers_options() -> set[str]:
+    """The names of the options that this process's `accelerate launch` has for itself."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+        words = words[: words.index(sys.argv[0])]
+    except (OSError, ValueError):  # another system, or another launcher
+        return set()
+    if not any("accelerate" in word for word in words):
+        return set()
+    named = (word.partition("=")[0] for word in words if word.startswith("--"))
+    return {name.removeprefix("--").replace("-", "_") for name in named}
 
 
 def asked_precision() -> str:
