@@ -9,6 +9,7 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
 from latentdiff.diffusion import Diffusion
 from latentdiff.models.dit import DiTConfig
+from latentdiff.models.lora_training import LoRAConfig
 from latentdiff.models.unet import UNetConfig
 from latentdiff.options import group, option
 from latentdiff.tasks.denoiser.loss import LossConfig
@@ -43,6 +44,7 @@ class TrainUNet:
         **dict.fromkeys(OF_THE_CACHE, "cache=null"),
         "num_workers": "cache=null or in_memory=false",
         "shuffle_buffer": "",  # a stream is encoded in its order
+        "lora": "init",
         "unet": "dit=null",
         **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},
         "unet.addition_embed_type_num_heads": "unet.addition_embed_type",
@@ -50,6 +52,15 @@ class TrainUNet:
         "validate_every": "val_fraction",
     }
 
+    init: str | None = None
+    """A model to start from: a folder, a single file, a hub id, "emoji" or the `model` of a run.
+    Network, diffusion, VAE and text encoder are its own; `diffusion`, `vae` and `text_encoder`
+    replace them."""
+    lora: LoRAConfig | None = None
+    """Train a LoRA of `init`, whose weights stay as they are, in place of the whole network."""
+    inpainting: bool = False
+    """Train the network to paint what a mask covers, which it gets with the rest of the image. A
+    network of `init` that has no channels for them gets some, with weights of 0."""
     cache: Path | None = None
     """Folder of a latent cache that cache_latents.py wrote, with its own data, sizes and crops;
     without it `data` is encoded first, into the run folder."""
