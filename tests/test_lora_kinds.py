@@ -1,5 +1,6 @@
 """LoHa, LoKr and DoRA: LyCORIS' formulas, and what several files do together."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.lycoris import ALL, AXES, CHANGES, lycoris_file
 from support.tiny import tiny_pipeline
 from torch import nn
 
+from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.lora import check_without_loras, is_lora, read_lora
 from latentdiff.formats.lora_layers import kind
@@ -172,3 +174,31 @@ def test_half_precision_networks_take_all_kinds_in_their_own_precision(
     pipeline("a cat", steps=1, seed=0, progress=False)
     loras.fuse()
     assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.bfloat16}
+
+
+def test_convert_merges_every_kind_and_rewrites_plain_loras_alone(
+    pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.to(torch.float32)
+    pipeline.save_pretrained(tmp_path / "model")
+    path = lycoris_file(tmp_path / "x.safetensors", pipeline.to(torch.float64))[0]
+    merging = [
+        "convert",
+        str(tmp_path / "model"),
+        str(tmp_path / "merged"),
+        "--lora",
+        f"{path}:0.5",
+    ]
+    assert main(merging) == 0
+    merged, by_hand = (Pipeline.from_pretrained(tmp_path / n) for n in ("merged", "model"))
+    by_hand.loras.load(path, scale=0.5)
+    by_hand.loras.fuse()
+    assert torch.equal(ours(merged), ours(by_hand))
+    capsys.readouterr()
+    for option in (["--lora_rank", "1"], ["--lora_names", "diffusers"], []):
+        command = ["convert", str(path), str(tmp_path / "y.safetensors"), *option]
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert re.search(r"is a (DoRA|Lo[HK].*), and a plain LoRA alone can get another", error)
+        assert error.count("\n") == 1
+        assert not (tmp_path / "y.safetensors").exists()
