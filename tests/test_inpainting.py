@@ -7,9 +7,14 @@ import pytest
 import torch
 from support.tiny import CONTEXT_DIM, UNET, randomise
 
+from latentdiff.diffusion import Diffusion
+from latentdiff.formats.ldm.compatibility import SD1_TOWER, is_sd_shape
+from latentdiff.formats.ldm.inferred_config import ModelConfigs
+from latentdiff.formats.ldm.modelspec import modelspec
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.inpainting import with_mask_channels
 from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.vae_config import VAEConfig
 
 DIT = DiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=CONTEXT_DIM
@@ -59,6 +64,15 @@ def test_the_network_of_stable_diffusion_grows_to_that_of_its_inpainting_model()
     shapes = {name: tensor.shape for name, tensor in grown.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in expected.state_dict().items()}
     assert grown.config == expected.config
+    configs = ModelConfigs(
+        grown.config.to_dict(),
+        VAEConfig().to_dict(),
+        SD1_TOWER,
+        Diffusion("scaled_linear", "epsilon").to_scheduler_config(),
+    )
+    is_sd = is_sd_shape(configs.unet, configs.vae, configs.text_encoder)
+    said = modelspec(configs, {}, title="", is_sd=is_sd)
+    assert said["modelspec.architecture"] == "stable-diffusion-v1-inpainting"
 
 
 @pytest.mark.parametrize(("cls", "config"), NETWORKS)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
 
-N = TypeVar("N", UNet, DiT)
+N = TypeVar("N", bound=UNet | DiT)
 
 
 def masked_images(images: Tensor, masks: Tensor) -> Tensor:
@@ -49,10 +49,11 @@ def with_mask_channels(network: N, latent_channels: int) -> N:
             f"in_channels={network.config.in_channels} of the network must be {latent_channels}, "
             f"the VAE's latent_channels, or {channels}, with mask and masked image"
         )
-    network.config = replace(network.config, in_channels=channels)
     if isinstance(network, UNet):
+        network.config = replace(network.config, in_channels=channels)
         network.conv_in = _widened(network.conv_in, channels)
     else:
+        network.config = replace(network.config, in_channels=channels)
         network.patch_embed = _widened(network.patch_embed, channels)
     return network
 
