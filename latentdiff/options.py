@@ -30,8 +30,9 @@ def option(
     option without it identifies the run. `former_name` is refused with a sentence that names the
     new one. `fingerprinted`: an option of data that decides what the samples are. `needs`: without
     what it has no effect, such as "optimizer=muon", or "stream" for an option that must be on;
-    alternatives are joined by " or ". A script's own conditions are in `NEEDS` of its class, where
-    "" is for an option that the script does not use. See `check_effects`.
+    alternatives are joined by " or ", what must hold together by " and ". A script's own conditions
+    are in `NEEDS` of its class, where "" is for an option that the script does not use. See
+    `check_effects`.
     """
     metadata = {
         **{MAY_CHANGE: may_change, FORMER_NAME: former_name},
@@ -112,8 +113,9 @@ def check_effects(config: Any, typed: Collection[str]) -> None:
     """
     for name, needs in idle_options(config):
         if _is_given(config, name, typed):
-            conditions = [one.partition("=")[0] for one in needs.split(" or ") if one]
-            beside = ", ".join(_shown(config, one) for one in conditions)
+            unmet = [one for one in _conditions(needs) if not _holds(config, one)]
+            names = dict.fromkeys(one.partition("=")[0] for one in unmet)
+            beside = ", ".join(_shown(config, one) for one in names)
             beside = f"with {beside}" if beside else "in this script"
             raise ValueError(f"{_shown(config, name)} has no effect {beside}; leave it out")
 
@@ -167,14 +169,19 @@ def _is_given(config: Any, name: str, typed: Collection[str]) -> bool:
 
 
 def _is_met(config: Any, needs: str) -> bool:
-    """Whether one of the alternatives holds: an option that is on, or has the named value."""
+    """Whether one of the alternatives holds: options that are on, or have the named values."""
+    alternatives = filter(None, needs.split(" or "))
+    return any(all(_holds(config, one) for one in _conditions(each)) for each in alternatives)
 
-    def holds(condition: str) -> bool:
-        name, wants, wanted = condition.partition("=")
-        value = value_of(config, name)
-        return _word(value) == wanted if wants else bool(value)
 
-    return any(holds(condition) for condition in needs.split(" or ") if condition)
+def _conditions(needs: str) -> list[str]:
+    return [one for each in needs.split(" or ") for one in each.split(" and ") if one]
+
+
+def _holds(config: Any, condition: str) -> bool:
+    name, wants, wanted = condition.partition("=")
+    value = value_of(config, name)
+    return _word(value) == wanted if wants else bool(value)
 
 
 def _shown(config: Any, name: str) -> str:

@@ -7,12 +7,16 @@ from transformers.utils import logging
 
 from latentdiff.data.batches import check_batch
 from latentdiff.data.caption_lengths import cut_captions, some_captions
-from latentdiff.models.text import TextEncoder
 from latentdiff.tasks.ahead import ahead
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.denoiser.latents import latent_batches, open_cache, warn_of_small_sizes
+from latentdiff.tasks.denoiser.start import (
+    load_init,
+    make_start,
+    start_text_encoder,
+    start_vae,
+)
 from latentdiff.tasks.denoiser.task import DenoiserTask
-from latentdiff.tasks.frozen import frozen_component
 from latentdiff.training.command_line import parse_config, run_script
 from latentdiff.training.loop import fit
 from latentdiff.training.run import Run
@@ -25,19 +29,20 @@ def main() -> None:
     # Captions of training may be longer; nobody wants to read that of each of them.
     warnings.filterwarnings("ignore", "the prompt .* tokens and the text encoder reads")
     run = Run(config, settings)
-    cache, vae = open_cache(config, run)
+    say = run.accelerator.print
+    init = load_init(config, say)
+    cache, vae = open_cache(config, run, lambda data: start_vae(config, init, data, say))
     val = val_indices(len(cache), config.val_fraction, seed=config.loop.seed)
     check_batch(config.loop.batch_size, len(cache) - len(val))
     if run.processes.rank == 0:
         warn_of_small_sizes(cache, val, config.loop.batch_size)
-    say = run.accelerator.print
     if config.val_fraction > 0 and len(val) == 0:
         say(f"no validation: val_fraction={config.val_fraction} of {len(cache)} images is not one")
-    folder = frozen_component("text_encoder", config.text_encoder, data=cache.data, say=say)
-    text_encoder = TextEncoder.from_pretrained(folder)
+    text_encoder = start_text_encoder(config, init, cache.data, say)
     if sentence := cut_captions(some_captions(cache.captions), text_encoder.tokenizer):
         say(sentence)
-    task = DenoiserTask(config, run, cache=cache, val=val, vae=vae, text_encoder=text_encoder)
+    model = make_start(config, init, cache=cache, vae=vae, text_encoder=text_encoder, say=say)
+    task = DenoiserTask(config, run, cache=cache, val=val, model=model)
     loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
     fit(task, ahead(loader, task.prepare, run.device), run)
 

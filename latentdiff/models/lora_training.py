@@ -33,6 +33,8 @@ class LoRAConfig:
     rank: int = 16
     alpha: float | None = None
     """The change has the scale alpha / rank; None is the rank, a scale of 1."""
+    dropout: float = 0.0
+    """Probability that an input of `down` is 0 in a training step."""
     layers: Sequence[Layers] = ("attention", "feed_forward", "projections")
     """Of the UNet: attention, feed_forward, projections (into and out of the transformers) and
     convolutions. The first three are those of kohya's scripts; diffusers' have attention alone."""
@@ -46,6 +48,8 @@ class LoRAConfig:
             raise ValueError(f"lora.rank={self.rank} must be at least 1")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ValueError(f"lora.alpha={self.alpha} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
         if self.names not in get_args(Names):
             raise ValueError(
                 f"lora.names={self.names!r} must be one of {', '.join(get_args(Names))}"
@@ -85,6 +89,7 @@ def add_lora(network: nn.Module, config: LoRAConfig, pattern: str, *, seed: int)
         LoraConfig(
             r=config.rank,
             lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - it need not be whole
+            lora_dropout=config.dropout,
             target_modules=list(matched),
         ),
         network,

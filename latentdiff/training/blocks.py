@@ -32,11 +32,12 @@ def checkpoint_activations(network: nn.Module) -> None:
     """Gradient checkpointing (Chen et al. 2016): the backward pass runs each block forward again.
 
     A block saves its input alone, so that one block's activations are in memory at a time, for a
-    third more arithmetic. The gradients have the same bits: no block draws random numbers.
+    third more arithmetic. The gradients have the same bits: dropout, too, is repeated as it was.
     """
+    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
     for block in blocks(network):
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws
         )
 
 

@@ -42,8 +42,13 @@ def generator(seed: int, step: int, purpose: str) -> torch.Generator:
     Every process draws for the full global batch and uses its local rows, so that the numbers do
     not depend on how many processes there are.
     """
+    return torch.Generator().manual_seed(seed_of(seed, step, purpose))
+
+
+def seed_of(seed: int, step: int, purpose: str) -> int:
+    """The seed of `generator`, for what draws from torch's own generator, such as dropout."""
     digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def choose(options: Sequence[Sequence[T]], u: Sequence[float]) -> list[T]:

@@ -45,7 +45,8 @@ class TrainUNet:
         "num_workers": "cache=null or in_memory=false",
         "shuffle_buffer": "",  # a stream is encoded in its order
         "lora": "init",
-        "unet": "dit=null",
+        "unet": "dit=null and init=null",
+        "dit": "init=null",
         **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},
         "unet.addition_embed_type_num_heads": "unet.addition_embed_type",
         "diffusion.steps_offset": "diffusion.timestep_spacing=leading",
@@ -65,13 +66,15 @@ class TrainUNet:
     """Folder of a latent cache that cache_latents.py wrote, with its own data, sizes and crops;
     without it `data` is encoded first, into the run folder."""
     vae: str | None = None
-    """Folder of the VAE or of a pipeline, or "emoji", the embedded one, which is the default for
-    "shapes" alone."""
+    """Folder of the VAE or of a pipeline, or "emoji", the embedded one; by default that of `init`,
+    and for "shapes" the embedded one."""
     check_latents: bool = option(True, former_name="gate")
     """Where `data` is encoded: refuse a VAE whose latents are not fit to train on; false warns."""
     text_encoder: str | None = None
-    """Folder with text_encoder/ and tokenizer/, or "emoji", the default for "shapes" alone."""
-    diffusion: Diffusion = field(default_factory=lambda: Diffusion("flow", "flow_prediction"))
+    """Folder with text_encoder/ and tokenizer/, or "emoji"; the default is as that of `vae`."""
+    diffusion: Diffusion | None = None
+    """By default that of `init`, and for a new network schedule flow with flow_prediction; what is
+    given is all of it."""
     unet: UNetConfig = field(default_factory=lambda: SMALL)
     """Channels, context width and sample_size follow from VAE, text encoder and cache."""
     dit: DiTConfig | None = None
@@ -98,4 +101,3 @@ class TrainUNet:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
-        self.loss.check(self.diffusion)

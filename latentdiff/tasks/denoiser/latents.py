@@ -1,8 +1,8 @@
 """The latent cache that a denoiser is trained on, opened or written first, and its batches."""
 
 import warnings
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,32 +20,40 @@ from latentdiff.models.dit import DiT
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.tasks.denoiser.config import TrainUNet
-from latentdiff.tasks.frozen import frozen_component
 from latentdiff.training.randomness import choose, generator
 from latentdiff.training.run import Run
 from latentdiff.training.validation import Subset
 
 
-def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
+def open_cache(
+    config: TrainUNet, run: Run, load_vae: Callable[[str | None], tuple[VAE, Path | None]]
+) -> tuple[LatentCache, VAE]:
     """The cache that the configuration names, or a new one of its data; and the VAE of its latents.
 
-    Raises ValueError for less data than a batch, before any network is loaded. Where the data has
+    `load_vae(data)` gets the VAE to train beside, on the CPU, and its folder, or None for one that
+    a UNet was trained on before, whose latents are not checked; `data` is None where nobody knows
+    it. Raises ValueError for less data than a batch, before any network is loaded. Where the data has
     changed since the cache was made, that is said.
     """
     batch_size, say = config.loop.batch_size, run.accelerator.print
     if config.cache is not None:
         cache = LatentCache(config.cache)
         check_batch(batch_size, len(cache))
-        folder = frozen_component("vae", config.vae, data=cache.data, say=say)
-        vae = VAE.from_pretrained(folder).to(run.device)
+        vae = load_vae(cache.data)[0].to(run.device)
         cache.check_vae(vae)
         run.processes.on_main(lambda: _say_changes(cache))
         return cache, vae
     dataset = run.processes.main_first(lambda: open_images(config.data))
     if dataset.num_samples is not None:  # that of a stream is known when it is cached
         check_batch(batch_size, dataset.num_samples)
-    vae_folder = frozen_component("vae", config.vae, data=config.data.data, say=say)
-    vae = VAE.from_pretrained(vae_folder).to(run.device)
+    vae, vae_folder = load_vae(config.data.data)
+    vae.to(run.device)
+
+    def check() -> None:
+        if vae_folder is not None:
+            refuse = config.check_latents
+            check_latents(vae, dataset, vae_folder, batch_size=64, refuse=refuse)
+
     cache_folder = config.loop.output_dir / "cache"
     said = write_cache(
         cache_folder,
@@ -56,9 +64,7 @@ def open_cache(config: TrainUNet, run: Run) -> tuple[LatentCache, VAE]:
         rank=run.processes.rank,
         world_size=run.processes.count,
         on_all=run.processes.on_all,
-        check=partial(
-            check_latents, vae, dataset, vae_folder, batch_size=64, refuse=config.check_latents
-        ),
+        check=check,
     )
     if said:
         say(said)

@@ -40,7 +40,7 @@ class LossConfig:
     offset_noise: float = 0.0
     """Standard deviation of added noise that is constant over each channel, so that mean brightness
     is learned (Guttenberg 2023); 0.1 is usual."""
-    vlb_weight: float = option(1e-3, needs="diffusion.learned_variance")
+    vlb_weight: float = option(1e-3, needs="diffusion.learned_variance or init")
     """lambda in L_simple + lambda L_vlb with `diffusion.learned_variance`; L_vlb is in bits per
     dimension, and its gradient reaches the variance alone (Nichol & Dhariwal 2021)."""
 

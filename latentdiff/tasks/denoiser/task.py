@@ -4,7 +4,8 @@ Shapes: B images of a global batch, C latent channels, H/W latent size, L tokens
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,26 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.cache import LatentCache, collate_moments
-from latentdiff.data.caption_table import CaptionTable, CaptionTokens
 from latentdiff.data.summary import cache_summary
 from latentdiff.images import image_grid
+from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import fingerprint
-from latentdiff.models.text import TextEncoder
-from latentdiff.models.unet import UNet, UNetConfig
-from latentdiff.models.vae import VAE, Posterior
+from latentdiff.models.vae import Posterior
 from latentdiff.pipeline import Pipeline
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.denoiser.latents import check_sizes
+from latentdiff.tasks.denoiser.lora import (
+    UNetWithText,
+    drawing_networks,
+    lora_metadata,
+    lora_network,
+    save_lora,
+)
 from latentdiff.tasks.denoiser.loss import Uncertainty
+from latentdiff.tasks.denoiser.text import StepCaptions
 from latentdiff.training.logging.meter import Metrics
-from latentdiff.training.randomness import MicroBatch, choose, generator
+from latentdiff.training.randomness import MicroBatch, choose, generator, seed_of
 from latentdiff.training.run import Run
 from latentdiff.training.validation import BINS, stratified_t, validation_loss
 
@@ -41,45 +48,53 @@ class DenoiserTask:
         *,
         cache: LatentCache,
         val: np.ndarray,
-        vae: VAE,
-        text_encoder: TextEncoder,
+        model: Components,
     ) -> None:
-        """`val` (n,): the indices of the validation split. With `in_memory` the captions of the
-        cache are tokenised here. Raises ValueError for a cache with a size that the network cannot
-        take."""
+        """`val` (n,): the indices of the validation split; `model`: what is trained, and what it is
+        trained beside. Raises ValueError for a cache with a size that the network cannot take, and
+        for a LoRA that does not fit the network."""
         self.config, self.run, self.cache, self.val = config, run, cache, val
-        self.text_encoder = text_encoder.to(run.device)
-        self.tokens = None
-        if config.compute.in_memory:
-            self.tokens = CaptionTokens(CaptionTable(cache.captions), text_encoder.token_ids)
-            run.accelerator.print(f"in memory: {self.tokens.summary()}")
-        self.channels = vae.config.latent_channels
-        network = new_denoiser(config, cache=cache, vae=vae, text_encoder=text_encoder)
-        check_sizes(cache, vae, network)
+        self.diffusion, self.channels = model.diffusion, model.vae.config.latent_channels
+        check_sizes(cache, model.vae, model.unet)
+        # Of the weights as they are given, which a LoRA's training converts.
+        self.fingerprints = {
+            "data": cache.fingerprint,
+            "vae": cache.header["vae"],
+            "text_encoder": fingerprint(model.text_encoder.model, {}),
+        }
+        if config.init is not None:
+            self.fingerprints["init"] = fingerprint(model.unet, model.unet.config.to_dict())
+        self.model, network, lora = model, model.unet, config.lora
+        if lora is not None:
+            precision = run.accelerator.mixed_precision
+            network = lora_network(model, lora, seed=config.loop.seed, precision=precision)
+        model.vae.to(run.device)
+        self.text_encoder = model.text_encoder.to(run.device)
+        self.trains_text = isinstance(network, UNetWithText)
+        self.captions = StepCaptions(
+            cache.captions, self.text_encoder, run, frozen=not self.trains_text
+        )
         self.learner = run.learner(network, compute=run.compiled(num_sizes=len(cache.sizes)))
-        self.learners = {"unet" if isinstance(network, UNet) else "dit": self.learner}
+        name = "dit" if isinstance(network, DiT) else "unet"
+        self.learners = {name if lora is None else "lora": self.learner}
         self.uncertainty = None
         if config.loss.weighting == "uncertainty":
             self.uncertainty = run.learner(Uncertainty(), ema=None, sharding="none")
             self.learners["uncertainty"] = self.uncertainty
         self.ema: Any = self.learner.ema
-        self.val_t = stratified_t(config.diffusion, len(val), seed=config.loop.seed).to(run.device)
+        self.val_t = stratified_t(self.diffusion, len(val), seed=config.loop.seed).to(run.device)
+        unet, text_encoder = drawing_networks(self.ema, self.text_encoder)
         self.pipeline = Pipeline(
-            unet=self.ema, vae=vae, text_encoder=text_encoder, diffusion=config.diffusion
+            unet=unet, vae=model.vae, text_encoder=text_encoder, diffusion=self.diffusion
         )
-        self.fingerprints = {
-            "data": cache.fingerprint,
-            "vae": cache.header["vae"],
-            "text_encoder": fingerprint(text_encoder.model, {}),
-        }
         data = config.data.location() if config.cache is None else str(config.cache)
         self.data_summary = cache_summary(cache, data, num_val=len(val))
 
     def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """A process's batch with all that its step needs of the host.
 
-        `batch` has moments (b, 2C, H, W) and captions, or rows of the tokens in memory. Added are
-        token ids, timesteps and noise, which are drawn for the global batch.
+        `batch` has moments (b, 2C, H, W) and captions, or rows of the tokens in memory. Timesteps
+        and noise are drawn for the global batch.
         """
         config, batch_size = self.config, self.config.loop.batch_size
         processes = self.run.processes
@@ -91,29 +106,25 @@ class DenoiserTask:
             return generator(config.loop.seed, step, purpose)
 
         loss, u = config.loss, rows(torch.rand(batch_size, 2, generator=rng("caption")))
+        dropped = u[:, 1].double().numpy() < config.caption_dropout
         return {
             "moments": batch["moments"],
-            "input_ids": self._token_ids(batch, u),
+            "caption": self.captions.prepare(batch, u[:, 0], dropped),
             "posterior": rows(torch.randn(shape, generator=rng("posterior"))),
-            "t": rows(loss.sample_t(config.diffusion, batch_size, generator=rng("t"))),
+            "t": rows(loss.sample_t(self.diffusion, batch_size, generator=rng("t"))),
             "noise": rows(loss.noise(shape, generator=rng("noise"))),
         }
 
-    def _token_ids(self, batch: dict[str, Any], u: Tensor) -> Tensor:
-        """(b, L): one caption of each example, or "" with probability `caption_dropout`, by u."""
-        dropped = u[:, 1].double().numpy() < self.config.caption_dropout
-        if self.tokens is not None:
-            return self.tokens(batch["rows"], u[:, 0], empty=dropped)
-        chosen = choose(batch["captions"], u[:, 0].tolist())
-        captions = zip(chosen, dropped.tolist(), strict=True)
-        return self.text_encoder.token_ids(["" if drop else caption for caption, drop in captions])
-
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
         """One micro-batch of what `prepare` made, on the device; the host reads none of it."""
-        diffusion, loss_config = self.config.diffusion, self.config.loss
+        diffusion, loss_config = self.diffusion, self.config.loss
         x0 = Posterior.from_moments(batch["moments"]).sample(batch["posterior"])
-        with self.run.accelerator.autocast():
-            context = self.text_encoder.states(batch["input_ids"])
+        context = batch["caption"]
+        if not self.trains_text:  # the network itself reads the token ids otherwise
+            with self.run.accelerator.autocast():
+                context = self.captions.context(context)
+        if self.config.lora is not None and self.config.lora.dropout > 0:
+            torch.manual_seed(seed_of(self.config.loop.seed, step, f"dropout {micro_batch.index}"))
         t, noise = batch["t"], batch["noise"]
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
         errors, vlb = diffusion.losses(self.learner.forward_model, x0, context, noise=noise, t=t)
@@ -164,9 +175,12 @@ class DenoiserTask:
         noise = randn(BINS, self.channels, *size).flatten(0, 1)
         t = self.val_t[rows].flatten()
         with self.run.accelerator.autocast():
-            context = self.text_encoder(captions)
+            if self.trains_text:
+                context = self.text_encoder.token_ids(captions).to(self.run.device)
+            else:
+                context = self.text_encoder(captions)
             x0, context = (x.repeat_interleave(BINS, 0) for x in (x0, context))
-            errors = self.config.diffusion.loss(self.ema, x0, context, noise=noise, t=t)
+            errors = self.diffusion.loss(self.ema, x0, context, noise=noise, t=t)
         return errors.unflatten(0, (-1, BINS))
 
     def preview(self, path: Path) -> None:
@@ -174,25 +188,21 @@ class DenoiserTask:
         captions = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
         prompts = list(self.config.preview_prompts or dict.fromkeys(captions))
         seed = self.config.loop.seed
-        output = self.pipeline(prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False)
+        # The frozen weights of a LoRA are in half precision, its own are not.
+        mixed = nullcontext() if self.config.lora is None else self.run.accelerator.autocast()
+        with mixed:
+            output = self.pipeline(prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False)
         image_grid(output.images, prompts).save(path)
 
     def save(self, folder: Path) -> None:
-        """Write a pipeline folder with the EMA network."""
-        self.pipeline.save_pretrained(folder)
+        """Write a pipeline folder with the EMA network, or the EMA LoRA as one file."""
+        if self.config.lora is None:
+            self.pipeline.save_pretrained(folder)
+        else:
+            save_lora(self.ema, folder, self.config.lora, self.lora_metadata)
 
-
-def new_denoiser(
-    config: TrainUNet, *, cache: LatentCache, vae: VAE, text_encoder: TextEncoder
-) -> UNet | DiT:
-    """The untrained network, whose channels and sizes fit the VAE, text encoder and cache."""
-    channels = vae.config.latent_channels
-    network = replace(
-        config.unet if config.dit is None else config.dit,
-        in_channels=channels,
-        out_channels=2 * channels if config.diffusion.learned_variance else channels,
-        sample_size=cache.image_size // vae.config.factor,
-        cross_attention_dim=text_encoder.width,
-    )
-    torch.manual_seed(config.loop.seed)
-    return UNet(network) if isinstance(network, UNetConfig) else DiT(network)
+    @cached_property
+    def lora_metadata(self) -> dict[str, str]:
+        """What the LoRA's file says of its training."""
+        base = self.fingerprints["init"]
+        return lora_metadata(self.model, self.config, self.cache, base=base)
