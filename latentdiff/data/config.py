@@ -51,7 +51,7 @@ class DataConfig:
     )
     """For each column of captions, its weight, which its captions in a row share equally, or the
     name of the column with the weight of each: a number or a list of them."""
-    allow_empty_caption: bool = option(False, needs=OWN_CAPTIONS)
+    allow_empty_caption: bool = option(False, needs=f"caption_columns and {OWN_CAPTIONS}")
     """Train on images without a caption as if they had an empty one."""
     exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each column, values; rows with one of these values, or with one in a list, are left out.
