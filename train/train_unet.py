@@ -17,6 +17,7 @@ from latentdiff.tasks.denoiser.start import (
     start_vae,
 )
 from latentdiff.tasks.denoiser.task import DenoiserTask
+from latentdiff.training.by_heart import split_in_words
 from latentdiff.training.command_line import parse_config, run_script
 from latentdiff.training.loop import fit
 from latentdiff.training.run import Run
@@ -36,13 +37,19 @@ def main() -> None:
     check_batch(config.loop.batch_size, len(cache) - len(val))
     if run.processes.rank == 0:
         warn_of_small_sizes(cache, val, config.loop.batch_size)
-    if config.val_fraction > 0 and len(val) == 0:
-        say(f"no validation: val_fraction={config.val_fraction} of {len(cache)} images is not one")
     text_encoder = start_text_encoder(config, init, cache.data, say)
     if sentence := cut_captions(some_captions(cache.captions), text_encoder.tokenizer):
         say(sentence)
     model = make_start(config, init, cache=cache, vae=vae, text_encoder=text_encoder, say=say)
     task = DenoiserTask(config, run, cache=cache, val=val, model=model)
+    if sentence := split_in_words(
+        len(val),
+        len(cache),
+        val_fraction=config.val_fraction,
+        draws=task.draws,
+        validate_every=config.loop.validate_every,
+    ):
+        say(sentence)
     loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
     fit(task, ahead(loader, task.prepare, run.device), run)
 

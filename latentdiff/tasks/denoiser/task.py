@@ -35,7 +35,7 @@ from latentdiff.tasks.denoiser.text import StepCaptions
 from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.randomness import MicroBatch, choose, generator, seed_of
 from latentdiff.training.run import Run
-from latentdiff.training.validation import BINS, stratified_t, validation_loss
+from latentdiff.training.validation import BINS, num_draws, stratified_t, validation_loss
 
 
 class DenoiserTask:
@@ -82,7 +82,12 @@ class DenoiserTask:
             self.uncertainty = run.learner(Uncertainty(), ema=None, sharding="none")
             self.learners["uncertainty"] = self.uncertainty
         self.ema: Any = self.learner.ema
-        self.val_t = stratified_t(self.diffusion, len(val), seed=config.loop.seed).to(run.device)
+        loop = config.loop
+        self.draws = num_draws(
+            len(val), validate_every=loop.validate_every, batch_size=loop.batch_size
+        )
+        rows = len(val) * self.draws
+        self.val_t = stratified_t(self.diffusion, rows, seed=loop.seed).to(run.device)
         unet, text_encoder = drawing_networks(self.ema, self.text_encoder)
         self.pipeline = Pipeline(
             unet=unet, vae=model.vae, text_encoder=text_encoder, diffusion=self.diffusion
@@ -150,17 +155,20 @@ class DenoiserTask:
         count = self.run.processes.count * parallel.gradient_accumulation_steps
         return validation_loss(
             self._validation_errors,
-            self.cache.buckets[self.val].tolist(),
+            self.cache.buckets[self.val].repeat(self.draws).tolist(),
             batch_size=max(1, loop.batch_size // count // BINS),
             processes=self.run.processes,
+            draws=self.draws,
         )
 
     @torch.no_grad()
     def _validation_errors(self, rows: Sequence[int]) -> Tensor:
-        """Losses of validation examples of one size, (B, BINS); each has a generator of its own."""
-        indices = self.val[rows].tolist()
-        seed = self.config.loop.seed
-        rngs = [generator(seed, index, "held out noise") for index in indices]
+        """Losses of validation rows of one size, (B, BINS); each has a generator of its own."""
+        seed, indices = self.config.loop.seed, [int(self.val[row // self.draws]) for row in rows]
+        draws = [row % self.draws for row in rows]
+        purposes = [f"held out noise {draw}" if draw else "held out noise" for draw in draws]
+        pairs = zip(indices, purposes, strict=True)
+        rngs = [generator(seed, index, purpose) for index, purpose in pairs]
 
         def randn(*shape: int) -> Tensor:
             """N(0, I) of shape (B, *shape), from the examples' generators."""
