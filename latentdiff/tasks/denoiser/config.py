@@ -13,6 +13,7 @@ from latentdiff.models.lora_training import LoRAConfig
 from latentdiff.models.unet import UNetConfig
 from latentdiff.options import group, option
 from latentdiff.tasks.denoiser.loss import LossConfig
+from latentdiff.tasks.denoiser.prior import PriorConfig
 from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
 from latentdiff.training.ema import EMAConfig
 from latentdiff.training.optimizer import OptimizerConfig
@@ -44,7 +45,7 @@ class TrainUNet:
         **dict.fromkeys(OF_THE_CACHE, "cache=null"),
         "num_workers": "cache=null or in_memory=false",
         "shuffle_buffer": "",  # a stream is encoded in its order
-        "lora": "init",
+        **{"lora": "init", "class_prompt": "init"},
         "unet": "dit=null and init=null",
         "dit": "init=null",
         **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},
@@ -86,6 +87,7 @@ class TrainUNet:
     preview_prompts: Sequence[str] = option((), may_change=True)
     """Prompts of the preview grid; by default up to eight captions of the training data."""
     loss: LossConfig = group(LossConfig)
+    prior: PriorConfig = group(PriorConfig)
     data: DataConfig = group(DataConfig)
     crop_flip: CropFlip = group(CropFlip)
     optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=300)

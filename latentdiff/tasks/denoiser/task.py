@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.joined import JoinedLatents
 from latentdiff.data.summary import cache_summary
 from latentdiff.images import image_grid
 from latentdiff.loading import Components
@@ -49,16 +50,19 @@ class DenoiserTask:
         cache: LatentCache,
         val: np.ndarray,
         model: Components,
+        prior: JoinedLatents | None = None,
     ) -> None:
         """`val` (n,): the indices of the validation split; `model`: what is trained, and what it is
-        trained beside. Raises ValueError for a cache with a size that the network cannot take, and
-        for a LoRA that does not fit the network."""
+        trained beside; `prior`: the cache with that of class images. Raises ValueError for a cache
+        with a size that the network cannot take, and for a LoRA that does not fit the network.
+        """
         self.config, self.run, self.cache, self.val = config, run, cache, val
+        self.prior, joined = prior, cache if prior is None else prior
         self.diffusion, self.channels = model.diffusion, model.vae.config.latent_channels
         check_sizes(cache, model.vae, model.unet)
         # Of the weights as they are given, which a LoRA's training converts.
         self.fingerprints = {
-            "data": cache.fingerprint,
+            "data": joined.fingerprint,
             "vae": cache.header["vae"],
             "text_encoder": fingerprint(model.text_encoder.model, {}),
         }
@@ -72,7 +76,7 @@ class DenoiserTask:
         self.text_encoder = model.text_encoder.to(run.device)
         self.trains_text = isinstance(network, UNetWithText)
         self.captions = StepCaptions(
-            cache.captions, self.text_encoder, run, frozen=not self.trains_text
+            joined.captions, self.text_encoder, run, frozen=not self.trains_text
         )
         self.learner = run.learner(network, compute=run.compiled(num_sizes=len(cache.sizes)))
         name = "dit" if isinstance(network, DiT) else "unet"
@@ -94,6 +98,8 @@ class DenoiserTask:
         )
         data = config.data.location() if config.cache is None else str(config.cache)
         self.data_summary = cache_summary(cache, data, num_val=len(val))
+        if prior is not None:
+            self.data_summary["class_images"] = prior.summary()
 
     def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """A process's batch with all that its step needs of the host.
@@ -112,7 +118,10 @@ class DenoiserTask:
 
         loss, u = config.loss, rows(torch.rand(batch_size, 2, generator=rng("caption")))
         dropped = u[:, 1].double().numpy() < config.caption_dropout
-        return {
+        weights = {}
+        if self.prior is not None:
+            weights = {"loss_weight": self.prior.loss_weights[batch["rows"]]}
+        return weights | {
             "moments": batch["moments"],
             "caption": self.captions.prepare(batch, u[:, 0], dropped),
             "posterior": rows(torch.randn(shape, generator=rng("posterior"))),
@@ -141,10 +150,11 @@ class DenoiserTask:
             u_loss = (errors.detach() * torch.exp(-u) + u).mean()
             metrics["grad_norm_uncertainty"] = self.uncertainty.update(u_loss, micro_batch)
             metrics["uncertainty"] = u.mean()
-        total = (weight * errors).mean()
+        of_example = batch.get("loss_weight", 1.0)  # of a class image another than of an own one
+        total = (weight * of_example * errors).mean()
         if vlb is not None:  # L_simple + lambda L_vlb (Nichol & Dhariwal 2021)
             metrics["bound"] = vlb.mean()
-            total = total + loss_config.vlb_weight * metrics["bound"]
+            total = total + loss_config.vlb_weight * (of_example * vlb).mean()
         return metrics | {"grad_norm": self.learner.update(total, micro_batch)}
 
     def validate(self) -> Metrics:
@@ -193,14 +203,21 @@ class DenoiserTask:
 
     def preview(self, path: Path) -> None:
         """Draw images of up to eight captions, which are the same each time."""
-        captions = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
-        prompts = list(self.config.preview_prompts or dict.fromkeys(captions))
+        prompts = list(self.config.preview_prompts or self._preview_prompts())
         seed = self.config.loop.seed
         # The frozen weights of a LoRA are in half precision, its own are not.
         mixed = nullcontext() if self.config.lora is None else self.run.accelerator.autocast()
         with mixed:
             output = self.pipeline(prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False)
         image_grid(output.images, prompts).save(path)
+
+    def _preview_prompts(self) -> list[str]:
+        """Captions of the data, and last that of class images, which shows how the class drifts."""
+        count = 8 if self.prior is None else 7
+        rows = (i * len(self.cache) // 8 for i in range(8))
+        prompts = self.cache.header.get("options", {}).get("instance_prompts")
+        prompts = list(dict.fromkeys(prompts or (self.cache.captions[row][0] for row in rows)))
+        return prompts[:count] + ([] if self.prior is None else [self.prior.class_prompt])
 
     def save(self, folder: Path) -> None:
         """Write a pipeline folder with the EMA network, or the EMA LoRA as one file."""
