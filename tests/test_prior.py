@@ -133,7 +133,8 @@ def options(init: Path, own: Path, run: Path, *args: str) -> list[str]:
         *('--instance_prompts=["a sks dog", "sks"]', "--num_class_images=5", "--image_size=16"),
         *("--batch_size=4", "--mixed_precision=no", "--warmup_steps=1", "--cooldown_steps=0"),
         *("--learning_rate=1e-4", "--preview_every=99", "--checkpoint_every=99", "--max_steps=4"),
-        *("--val_fraction=0.2", "--preview_prompts=[sks]", *args),
+        *("--val_fraction=0.2", "--preview_prompts=[sks]", "--bucket_step=8", "--max_aspect=4"),
+        *args,
     ]
 
 
@@ -153,11 +154,10 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_run_that_was_killed_while_drawing_and_while_training_ends_the_same(
     init: Path, own: Path, tmp_path: Path
 ) -> None:
-    buckets = ("--bucket_step=8", "--max_aspect=4")
-    train(init, own, tmp_path / "whole", *buckets)
-    train(init, own, tmp_path / "broken", *buckets, "--max_steps=2")
-    train(init, own, tmp_path / "broken", *buckets)
-    train(init, own, tmp_path / "held", *buckets, "--in_memory=true")
+    train(init, own, tmp_path / "whole")
+    train(init, own, tmp_path / "broken", "--max_steps=2")
+    train(init, own, tmp_path / "broken")
+    train(init, own, tmp_path / "held", "--in_memory=true")
     drawn = files(tmp_path / "whole" / "class_images")
     assert sorted(drawn) == [*(f"0000{i}.png" for i in range(5)), "made_of.json", "metadata.jsonl"]
     # Killed while it drew: one image and what is written last are not there.
@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_while_drawing_and_while_training_ends_the_same(
     killed.mkdir(parents=True)
     for name in ("00000.png", "00003.png", "made_of.json"):
         (killed / name).write_bytes(drawn[name])
-    train(init, own, tmp_path / "killed", *buckets)
+    train(init, own, tmp_path / "killed")
     expected = weights(tmp_path / "whole")
     for name in ("broken", "held", "killed"):
         assert files(tmp_path / name / "class_images") == drawn
@@ -200,7 +200,7 @@ def opened(args: Sequence[str]) -> tuple[DenoiserTask, Run]:
 @pytest.fixture
 def task(init: Path, own: Path, tmp_path: Path) -> Iterator[DenoiserTask]:
     args = options(
-        *(init, own, tmp_path / "run", "--bucket_step=8", "--max_aspect=4"),
+        *(init, own, tmp_path / "run"),
         *("--prior_loss_weight=3", "--ema_decay=0", "--preview_prompts=[]"),
     )
     task, run = opened(args)
@@ -249,13 +249,28 @@ def test_the_preview_shows_the_subject_and_the_class(task: DenoiserTask) -> None
 def test_images_of_ones_own_are_not_drawn(init: Path, own: Path, tmp_path: Path) -> None:
     args = options(
         *(init, own, tmp_path / "run", f"--class_data={own}", "--prior_loss_weight=0.5"),
-        *("--bucket_step=8", "--max_aspect=4"),
     )
     task, run = opened([arg for arg in args if "num_class" not in arg])
     with run.folder:
         assert task.prior is not None
         assert list(task.prior.classes.captions) == [[PROMPT]] * 6
         assert not (tmp_path / "run" / "class_images").exists()
+
+
+@pytest.mark.training
+def test_class_images_are_painted_too(init: Path, own: Path, tmp_path: Path) -> None:
+    args = options(init, own, tmp_path / "run", "--inpainting=true", "--masks=2")
+    task, run = opened([arg for arg in args if "preview_prompts" not in arg])
+    with run.folder:
+        prior = task.prior
+        assert prior is not None
+        assert prior.classes.crop_flip.masks == 2
+        rows = np.array([0, len(prior.own)])
+        moments = torch.stack([prior[int(row), 1]["moments"] for row in rows])
+        captions = [prior.captions[row] for row in rows.repeat(2)]
+        batch = {"moments": moments.repeat_interleave(2, 0), "captions": captions}
+        metrics = task.step(task.prepare(batch | {"rows": rows.repeat(2)}, 0), 0, MicroBatch())
+        assert metrics["loss"].isfinite()
 
 
 @pytest.mark.training
@@ -281,7 +296,7 @@ def test_class_images_of_another_prompt_are_refused(
         ("--init=emoji --prior_loss_weight=2", "prior_loss_weight=2.0 has no effect with class_p"),
         (
             "--init=emoji --class_prompt=dog --class_data=there --num_class_images=9",
-            "num_class_images=9 has no effect with class_prompt=dog, class_data=there",
+            "num_class_images=9 has no effect with class_data=there",
         ),
         ("--init=emoji --class_prompt=dog --num_class_images=0", "num_class_images=0 must be at"),
         ("--init=emoji --class_prompt=dog --prior_loss_weight=0", "prior_loss_weight=0.0 must be"),

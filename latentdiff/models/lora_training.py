@@ -64,7 +64,8 @@ class LoRAConfig:
 def add_lora(network: nn.Module, config: LoRAConfig, pattern: str, *, seed: int) -> int:
     """Freeze a network and add a new LoRA to the layers whose whole name matches `pattern`.
 
-    Returns the number of layers. `down` is random by `seed`, `up` is 0. Raises ValueError where no
+    Returns the number of layers. `down` is random by `seed`, `up` is 0; both are float32, whatever
+    the network is. Raises ValueError where no
     layer matches, or where the rank is above a layer's own.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -95,6 +96,9 @@ def add_lora(network: nn.Module, config: LoRAConfig, pattern: str, *, seed: int)
         network,
         ADAPTER,
     )
+    for parameter in network.parameters():
+        if parameter.requires_grad:  # peft makes it in the precision of the layer
+            parameter.data = parameter.data.float()
     return len(matched)
 
 
@@ -109,8 +113,8 @@ def trained_lora(network: nn.Module) -> dict[str, LoRALayer]:
 
     return {
         name: LoRALayer(
-            module.lora_A[ADAPTER].weight.detach(),
-            module.lora_B[ADAPTER].weight.detach(),
+            module.lora_A[ADAPTER].get_parameter("weight").detach(),
+            module.lora_B[ADAPTER].get_parameter("weight").detach(),
             float(module.lora_alpha[ADAPTER]),
         )
         for name, module in network.named_modules()

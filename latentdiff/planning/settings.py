@@ -60,7 +60,7 @@ def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run takes from its latent cache, if there is one yet: size, crops and flips."""
+    """What a run takes from its latent cache, if there is one yet: size, crops, flips, masks."""
     if settings.get("cache") is None or not Path(settings["cache"]).is_dir():
         return {}
     cache = LatentCache(Path(settings["cache"]))

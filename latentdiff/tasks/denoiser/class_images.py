@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from latentdiff.data.buckets import Size
@@ -92,14 +94,8 @@ def draw_class_images(
     """Draw image i of the prompt with size i and seed `seed` + i, unless it is there already.
 
     Each process draws a share; files that are there are kept. `metadata.jsonl` is written last.
-    Raises ValueError where the folder has images of another model, prompt, number, size or seed,
-    and for an inpainting model.
+    Raises ValueError where the folder has images of another model, prompt, number, size or seed.
     """
-    if init.unet.config.in_channels != init.vae.config.latent_channels:
-        raise ValueError(
-            "class_prompt: init is an inpainting model, which draws nothing from a prompt alone; "
-            "give class_data, a folder of class images"
-        )
     run.processes.on_main(lambda: _note(folder, init, prompt=prompt, sizes=sizes, seed=seed))
     names = [f"{number:05d}.png" for number in range(len(sizes))]
     groups = list(_groups(sizes))[run.processes.rank :: run.processes.count]
@@ -115,13 +111,16 @@ def draw_class_images(
         for numbers in bar:
             width, height = sizes[numbers[0]]
             seeds = [seed + number for number in numbers]
+            canvas: dict[str, Any] = {"width": width, "height": height}
+            if pipeline.inpaints:  # it draws where everything is masked
+                canvas["image"] = Image.new("RGB", (width, height))
+                canvas["mask_image"] = Image.new("L", (width, height), 255)
             with run.accelerator.autocast():
                 output = pipeline(
                     [prompt] * len(numbers),
                     seed=seeds,
-                    width=width,
-                    height=height,
                     progress=False,
+                    **canvas,
                     **DRAWING,
                 )
             for number, image in zip(numbers, output.images, strict=True):

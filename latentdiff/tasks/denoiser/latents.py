@@ -33,14 +33,15 @@ def open_cache(
 
     `load_vae(data)` gets the VAE to train beside, on the CPU, and its folder, or None for one that
     a UNet was trained on before, whose latents are not checked; `data` is None where nobody knows
-    it. Raises ValueError for less data than a batch, before any network is loaded. Where the data has
-    changed since the cache was made, that is said.
+    it. Where the data has changed since the cache was made, that is said. Raises ValueError for
+    less data than a batch.
     """
     say = run.accelerator.print
     # Beside class images the data's are repeated.
     batch_size = config.loop.batch_size if config.prior.class_prompt is None else 1
     if config.cache is not None:
         cache = LatentCache(config.cache)
+        _check_masks(cache, inpainting=config.inpainting)
         check_batch(batch_size, len(cache))
         vae = load_vae(cache.data)[0].to(run.device)
         cache.check_vae(vae)
@@ -80,6 +81,20 @@ def _say_changes(cache: LatentCache) -> None:
             f"data={data} has changed since {cache.folder} was made of it, and this run trains on "
             "the cache as it is: cache_latents.py, run again, reads the captions anew and encodes "
             "nothing"
+        )
+
+
+def _check_masks(cache: LatentCache, *, inpainting: bool) -> None:
+    masks = cache.crop_flip.masks
+    if inpainting and not masks:
+        raise ValueError(
+            f"{cache.folder} has no masked images, which inpainting=true needs; make a cache with "
+            "cache_latents.py --masks 4"
+        )
+    if masks and not inpainting:
+        raise ValueError(
+            f"{cache.folder} has masks={masks} and is for inpainting=true; make a cache without "
+            "masks"
         )
 
 

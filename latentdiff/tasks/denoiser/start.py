@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.loading import Components, check_shapes
 from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import encoder_fingerprint
+from latentdiff.models.inpainting import with_mask_channels
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE
@@ -29,21 +31,25 @@ HIGH_RATE = 3e-4
 def load_init(config: TrainUNet, say: Say) -> Components | None:
     """The model that `init` names, in float32; None without one.
 
-    Raises ValueError where there is no such model, and where a LoRA is asked of a DiT.
+    For inpainting its network has the channels that it needs. Raises ValueError where there is no
+    such model, where a LoRA is asked of a DiT, and where the network is for inpainting and the run
+    is not, or has no channels for it and a LoRA is asked.
     """
     if config.init is None:
         return None
-    init = Pipeline.from_pretrained(config.init).components
+    try:
+        init = Pipeline.from_pretrained(config.init).components
+    except ValueError as error:
+        raise ValueError(f"init: {error}") from error
     network, diffusion = init.unet, init.diffusion
     kind, count = type(network).__name__, sum(p.numel() for p in network.parameters())
     if config.lora is not None and not isinstance(network, UNet):
-        raise ValueError(
-            f"lora must be null: init={config.init} has a {kind}, and LoRAs are of a UNet"
-        )
+        raise ValueError(f"lora needs a UNet, and init={config.init} has a {kind}: leave lora out")
     say(
         f"init: {config.init}, a {kind} of {count / 1e6:,.1f} M parameters, "
         f"prediction={diffusion.prediction}, schedule={diffusion.schedule}"
     )
+    _fit_inpainting(config, init, say)
     rate = config.optimizer.learning_rate
     if config.lora is None and rate > HIGH_RATE:
         say(
@@ -100,8 +106,8 @@ def make_start(
     if init is None:
         network = new_denoiser(config, diffusion, cache=cache, vae=vae, text_encoder=text_encoder)
     else:
-        network = init.unet
-        side = cache.image_size // vae.config.factor
+        network: Any = init.unet
+        side = cache.image_size // vae.config.factor  # what is drawn by default from now on
         network.config = replace(network.config, sample_size=side)
         if changes := _differences(init.diffusion, diffusion):
             say(f"the diffusion is not that of init, which the network has to unlearn: {changes}")
@@ -121,13 +127,36 @@ def new_denoiser(
     channels = vae.config.latent_channels
     network = replace(
         config.unet if config.dit is None else config.dit,
-        in_channels=channels,
+        in_channels=2 * channels + 1 if config.inpainting else channels,
         out_channels=2 * channels if diffusion.learned_variance else channels,
         sample_size=cache.image_size // vae.config.factor,
         cross_attention_dim=text_encoder.width,
     )
     torch.manual_seed(config.loop.seed)
     return UNet(network) if isinstance(network, UNetConfig) else DiT(network)
+
+
+def _fit_inpainting(config: TrainUNet, init: Components, say: Say) -> None:
+    """Give the network of `init` the channels that inpainting needs."""
+    channels, given = init.vae.config.latent_channels, init.unet.config.in_channels
+    if not config.inpainting:
+        if given == 2 * channels + 1:
+            raise ValueError(
+                f"init={config.init} is an inpainting model: inpainting must be true, with a mask "
+                "for each image"
+            )
+        return
+    if config.lora is not None and given == channels:
+        raise ValueError(
+            f"lora must be null: init={config.init} has no channels for mask and masked image, and "
+            "a LoRA cannot add them; take an inpainting model as init, or train all of this one"
+        )
+    with_mask_channels(init.unet, channels)
+    if given == channels:
+        say(
+            f"inpainting: the network gets {channels + 1} more input channels, for the mask and "
+            "the masked image, whose weights are 0 at first"
+        )
 
 
 def _compare_latents(config: TrainUNet, own: VAE, given: VAE, say: Say) -> None:
