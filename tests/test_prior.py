@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support.scripts import config_class, run_here
+from support.scripts import TWO, config_class, launch, run_here
 from support.tiny import tiny_pipeline
 from test_cache import data_config, vae, write, write_images
 
@@ -255,6 +255,29 @@ def test_images_of_ones_own_are_not_drawn(init: Path, own: Path, tmp_path: Path)
         assert task.prior is not None
         assert list(task.prior.classes.captions) == [[PROMPT]] * 6
         assert not (tmp_path / "run" / "class_images").exists()
+
+
+@pytest.mark.training
+def test_a_cache_that_is_given_is_joined_as_one_that_the_run_made(
+    task: DenoiserTask, init: Path, tmp_path: Path
+) -> None:
+    given = tmp_path / "run" / "cache"
+    args = options(init, given, tmp_path / "again", f"--cache={given}", "--num_workers=0")
+    of_data = ("--data", "--image_size", "--bucket_step", "--max_aspect", "--instance_prompts")
+    again, run = opened([arg for arg in args if arg.partition("=")[0] not in of_data])
+    with run.folder:
+        assert again.prior is not None
+        assert task.prior is not None
+        assert again.prior.fingerprint == task.prior.fingerprint
+        assert again._preview_prompts() == task._preview_prompts()
+
+
+@pytest.mark.processes
+def test_two_processes_draw_the_images_of_one(init: Path, own: Path, tmp_path: Path) -> None:
+    launch(TWO, "train_unet", *options(init, own, tmp_path / "two", "--max_steps=1"))
+    train(init, own, tmp_path / "one", "--max_steps=1")
+    one, two = (files(tmp_path / name / "class_images") for name in ("one", "two"))
+    assert one == two
 
 
 @pytest.mark.training
