@@ -105,6 +105,10 @@ class TrainUNet:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
+        if self.lora is not None and self.parallel.sharding != "none":
+            raise ValueError(
+                f"sharding={self.parallel.sharding} must be none with lora: little of it is trained"
+            )
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
         if self.inpainting and self.cache is None and self.crop_flip.masks == 0:

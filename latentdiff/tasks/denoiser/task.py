@@ -68,7 +68,7 @@ class DenoiserTask:
             "text_encoder": fingerprint(model.text_encoder.model, {}),
         }
         if config.init is not None:
-            self.fingerprints["init"] = fingerprint(model.unet, model.unet.config.to_dict())
+            self.fingerprints["init"] = fingerprint(model.unet, {})
         self.model, network, lora = model, model.unet, config.lora
         if lora is not None:
             precision = run.accelerator.mixed_precision
