@@ -256,4 +256,7 @@ class DenoiserTask:
     def lora_metadata(self) -> dict[str, str]:
         """What the LoRA's file says of its training."""
         base = self.fingerprints["init"]
-        return lora_metadata(self.model, self.config, self.cache, base=base)
+        metadata = lora_metadata(self.model, self.config, self.cache, base=base)
+        if self.prior is not None:
+            metadata["ss_num_reg_images"] = str(len(self.prior.classes))
+        return metadata
