@@ -309,7 +309,23 @@ def test_two_processes_train_the_lora_that_one_trains(home: Path, tmp_path: Path
         assert torch.allclose(tensor.float(), two[name].float(), atol=0.03 * largest), name
 
 
+def test_a_lora_goes_on_with_other_data_and_another_learning_rate(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins at the file's weights, ranks and alphas, and one of another kind is refused."""
+    run_here("train_unet", *arguments(home, tmp_path / "first", **LORA))
+    first = load_safetensors(tmp_path / "first/model/lora.safetensors")
+    go_on = {"lora.weights": tmp_path / "first/model", "batch_size": 2, "learning_rate": 1e-9}
+    run_here("train_unet", *arguments(home, tmp_path / "second", **go_on))
+    second = load_safetensors(tmp_path / "second/model/lora.safetensors")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.allclose(tensor.float(), second[name].float(), rtol=2e-3, atol=1e-7), name
+
+
 WRONG = [
+    ({"lora.weights": "{home}/sd1", "lora.rank": 3}, "lora.rank=3 has no effect with lora.weights"),
+    ({"lora.weights": "{home}/nowhere"}, "lora.weights: {home}/nowhere"),
     ({"sharding": "full", "lora.rank": 2}, "sharding=full must be none with lora"),
     ({"lora.rank": 17}, "lora.rank=17 must be at most 16, the rank of "),
     ({"lora.layers": "[]"}, "lora.layers=[] must name layers"),

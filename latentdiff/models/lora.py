@@ -57,8 +57,8 @@ class LoRAs:
             raise ValueError(f"name={name!r} must be new; loaded are {list(self._scales)}")
         _check_scale(scale)
         file = read_lora(path, layers_per_block=self.unet.config.layers_per_block)
-        _check_layers(path, "UNet", self.unet, file.unet)
-        _check_layers(path, "text encoder", self.text_encoder, file.text_encoder)
+        check_layers(path, "UNet", self.unet, file.unet)
+        check_layers(path, "text encoder", self.text_encoder, file.text_encoder)
         parts = (
             (self.unet, *_split(path, self.unet, file.unet)),
             (self.text_encoder, *_split(path, self.text_encoder, file.text_encoder)),
@@ -140,7 +140,7 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"scale={scale!r} must be a finite number")
 
 
-def _check_layers(
+def check_layers(
     path: Path, title: str, network: nn.Module, layers: Mapping[str, AdapterLayer]
 ) -> None:
     """Raise ValueError, naming the first, unless each layer is in the network with its widths.

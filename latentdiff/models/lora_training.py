@@ -5,7 +5,8 @@ that the network computes at first what it did before. The layers are peft's.
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,6 +31,9 @@ ADAPTER = "trained"
 class LoRAConfig:
     """Which layers a LoRA changes, and how."""
 
+    weights: str | None = None
+    """A LoRA file, or a run's `model/`, to go on from; rank, alpha, layers and text encoder are its
+    own."""
     rank: int = 16
     alpha: float | None = None
     """The change has the scale alpha / rank; None is the rank, a scale of 1."""
@@ -64,13 +68,10 @@ class LoRAConfig:
 def add_lora(network: nn.Module, config: LoRAConfig, pattern: str, *, seed: int) -> int:
     """Freeze a network and add a new LoRA to the layers whose whole name matches `pattern`.
 
-    Returns the number of layers. `down` is random by `seed`, `up` is 0; both are float32, whatever
-    the network is. Raises ValueError where no
-    layer matches, or where the rank is above a layer's own.
+    Returns the number of layers. `down` is random by `seed`, `up` is 0, and both are in float32,
+    whatever the network's precision. Raises ValueError where no layer matches, or where the rank is
+    above a layer's own.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    network.requires_grad_(False)
     matched = {
         name: module.weight.flatten(1).shape
         for name, module in network.named_modules()
@@ -86,20 +87,45 @@ def add_lora(network: nn.Module, config: LoRAConfig, pattern: str, *, seed: int)
         )
     alpha = config.rank if config.alpha is None else config.alpha
     torch.manual_seed(seed)
-    inject_adapter_in_model(
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - it need not be whole
-            lora_dropout=config.dropout,
-            target_modules=list(matched),
-        ),
-        network,
-        ADAPTER,
-    )
-    for parameter in network.parameters():
-        if parameter.requires_grad:  # peft makes it in the precision of the layer
-            parameter.data = parameter.data.float()
+    _inject(network, dict.fromkeys(matched, (config.rank, alpha)), dropout=config.dropout)
     return len(matched)
+
+
+@torch.no_grad()
+def add_known_lora(network: nn.Module, layers: Mapping[str, LoRALayer], config: LoRAConfig) -> None:
+    """Freeze a network and add a LoRA that exists, to go on training it, in float32.
+
+    `layers` are in the network, with its widths: see `models.lora.check_layers`.
+    """
+    ranks = {name: (layer.rank, layer.alpha) for name, layer in layers.items()}
+    _inject(network, ranks, dropout=config.dropout)
+    for name, layer in layers.items():
+        module = network.get_submodule(name)
+        module.get_parameter(f"lora_A.{ADAPTER}.weight").copy_(layer.down)
+        module.get_parameter(f"lora_B.{ADAPTER}.weight").copy_(layer.up)
+
+
+def _inject(network: nn.Module, ranks: Mapping[str, tuple[int, float]], *, dropout: float) -> None:
+    """Freeze a network and wrap layers, each with its rank and alpha, in peft's."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network.requires_grad_(False)
+    if not ranks:
+        return
+    # peft compares each layer's name with each pattern, so that the commonest need none.
+    (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - it need not be whole
+        rank_pattern={f"^{re.escape(name)}": r for name, (r, _) in ranks.items() if r != rank},
+        alpha_pattern={f"^{re.escape(name)}": a for name, (_, a) in ranks.items() if a != alpha},
+        lora_dropout=dropout,
+        target_modules=list(ranks),
+    )
+    inject_adapter_in_model(config, network, ADAPTER)
+    for parameter in network.parameters():  # to which peft has given the network's precision
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def unet_pattern(config: LoRAConfig) -> str:

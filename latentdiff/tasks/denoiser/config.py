@@ -33,6 +33,8 @@ OF_THE_CACHE = [
     "check_latents",
 ]
 """Options of encoding: a cache was made with its own."""
+OF_THE_FILE = ("rank", "alpha", "layers", "text_encoder")
+"""Options of a LoRA that is begun: one that is gone on with has its own."""
 FOLLOWS = ("sample_size", "in_channels", "out_channels", "cross_attention_dim")
 """Of a network: they follow from VAE, text encoder and cache."""
 
@@ -47,6 +49,7 @@ class TrainUNet:
         "masks": "cache=null and inpainting",
         "shuffle_buffer": "",  # a stream is encoded in its order
         **{"lora": "init", "class_prompt": "init"},
+        **{f"lora.{name}": "lora.weights=null" for name in OF_THE_FILE},
         "unet": "dit=null and init=null",
         "dit": "init=null",
         **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},

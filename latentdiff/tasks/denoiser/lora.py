@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -16,13 +17,16 @@ from latentdiff.formats.diffusers import LORA
 from latentdiff.formats.ldm.compatibility import is_sd_shape
 from latentdiff.formats.ldm.inferred_config import ModelConfigs
 from latentdiff.formats.ldm.modelspec import modelspec
-from latentdiff.formats.lora import LoRAFile
+from latentdiff.formats.lora import LoRAFile, read_lora
+from latentdiff.formats.lora_layers import AdapterLayer, LoRALayer, kind
 from latentdiff.formats.lora_writing import write_lora
 from latentdiff.formats.weights import check_tensors
 from latentdiff.loading import Components
+from latentdiff.models.lora import check_layers
 from latentdiff.models.lora_training import (
     TEXT_LAYERS,
     LoRAConfig,
+    add_known_lora,
     add_lora,
     trained_lora,
     unet_pattern,
@@ -64,13 +68,54 @@ def lora_network(
             network.to(dtype)
     if dtype == torch.bfloat16:  # SD 1.x's VAE overflows in float16
         model.vae.to(dtype)
+    if config.weights is not None:
+        of_unet, of_text = read_weights(Path(config.weights), unet, tower)
+        add_known_lora(unet, of_unet, config)
+        if not of_text:
+            return unet.train()
+        add_known_lora(_inner(tower), of_text, config)
+        return UNetWithText(unet, tower).train()
     unet.requires_grad_(False)
     if config.layers:
         add_lora(unet, config, unet_pattern(config), seed=seed)
     if not config.text_encoder:
         return unet.train()
-    add_lora(tower, config, TEXT_LAYERS, seed=seed + 1)
+    add_lora(_inner(tower), config, TEXT_LAYERS, seed=seed + 1)
     return UNetWithText(unet, tower).train()
+
+
+def read_weights(
+    path: Path, unet: UNet, tower: nn.Module
+) -> tuple[dict[str, LoRALayer], dict[str, LoRALayer]]:
+    """The layers of a LoRA to go on from: of the UNet, and of the text tower.
+
+    Raises ValueError for a file of another kind or for other networks.
+    """
+    path = path / LORA if path.is_dir() else path
+    try:
+        file = read_lora(path, layers_per_block=unet.config.layers_per_block)
+        check_layers(path, "UNet", unet, file.unet)
+        check_layers(path, "text encoder", _inner(tower), file.text_encoder)
+    except ValueError as error:
+        raise ValueError(f"lora.weights: {error}") from error
+    return _plain(path, file.unet), _plain(path, file.text_encoder)
+
+
+def _plain(path: Path, layers: Mapping[str, AdapterLayer]) -> dict[str, LoRALayer]:
+    found = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, LoRALayer) or layer.magnitude is not None:
+            raise ValueError(
+                f"lora.weights={path}: {name} is changed by a {kind(layer)}, which is not trained "
+                "here; a plain LoRA is"
+            )
+        found[name] = layer
+    return found
+
+
+def _inner(tower: nn.Module) -> nn.Module:
+    """The module by whose names a file has the text tower's layers."""
+    return getattr(tower, "text_model", tower)
 
 
 def drawing_networks(network: Any, text_encoder: TextEncoder) -> tuple[UNet, TextEncoder]:
@@ -89,7 +134,7 @@ def save_lora(
     unet = network
     if isinstance(network, UNetWithText):
         unet, tower = network.unet, network.text_encoder
-        text = trained_lora(getattr(tower, "text_model", tower))
+        text = trained_lora(_inner(tower))
     folder.mkdir(parents=True, exist_ok=True)
     write_lora(
         LoRAFile(trained_lora(unet), text), folder / LORA, names=config.names, metadata=metadata
