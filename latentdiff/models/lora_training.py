@@ -64,8 +64,9 @@ class LoRAConfig:
 def add_lora(network: nn.Module, config: LoRAConfig, pattern: str, *, seed: int) -> int:
     """Freeze a network and add a new LoRA to the layers whose whole name matches `pattern`.
 
-    Returns the number of layers. `down` is random by `seed`, `up` is 0. Raises ValueError where no
-    layer matches, or where the rank is above a layer's own.
+    Returns the number of layers. `down` is random by `seed`, `up` is 0, and both are in float32,
+    whatever the network's precision. Raises ValueError where no layer matches, or where the rank is
+    above a layer's own.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -95,6 +96,9 @@ def add_lora(network: nn.Module, config: LoRAConfig, pattern: str, *, seed: int)
         network,
         ADAPTER,
     )
+    for parameter in network.parameters():  # to which peft has given the network's precision
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return len(matched)
 
 
