@@ -64,6 +64,13 @@ def lora_network(
             network.to(dtype)
     if dtype == torch.bfloat16:  # SD 1.x's VAE overflows in float16
         model.vae.to(dtype)
+    return with_lora(unet, tower, config, seed=seed)
+
+
+def with_lora(
+    unet: UNet, tower: nn.Module, config: LoRAConfig, *, seed: int
+) -> UNet | UNetWithText:
+    """What is trained, for a UNet and its text tower: see `lora_network`."""
     unet.requires_grad_(False)
     if config.layers:
         add_lora(unet, config, unet_pattern(config), seed=seed)
