@@ -24,9 +24,9 @@ from latentdiff.data.drawings import packages
 from latentdiff.data.drawings.articles import with_article
 from latentdiff.data.drawings.build import build_drawings, splits_of
 from latentdiff.data.drawings.names import ancestors
-from latentdiff.data.drawings.sets import SETS
+from latentdiff.data.drawings.sets import SETS, SIX
 
-STYLES = [one.styles["en"].word for one in SETS.values()]
+STYLES = [SETS[key].styles["en"].word for key in SIX]
 COUNTS = {"shaded": 4, "blob": 2, "flat": 4, "bold": 2, "3D": 1, "black and white": 2}
 
 
@@ -190,7 +190,8 @@ def test_the_card_and_the_notice_name_every_set_and_count(tarballs: Path, tmp_pa
     assert "15 images of 4 x 4 pixels" in card
     assert "(bold, 3D, black and white) share their shapes" in card
     assert yaml.safe_load(card.split("---")[1])["language"] == ["en", "zh", "es", "fr", "de"]
-    for key, one in SETS.items():
+    for key in SIX:
+        one = SETS[key]
         for text in (one.title, one.author, one.license, one.link, packages.PACKAGES[key].name):
             assert text in notice
     assert notice.count("The licence's words") == 2
@@ -229,6 +230,24 @@ def test_the_configurations_read_it_with_equal_languages(tarballs: Path, tmp_pat
     assert styled / total == pytest.approx(0.75, abs=5e-3)
 
 
+def test_other_sets_are_drawn_when_they_are_named(tarballs: Path, tmp_path: Path) -> None:
+    """Their icons have no code points, and the names of one have no hyphens."""
+    out = tmp_path / "out"
+    command = ["data", "drawings", "--out", str(out), "--size=4", "--packages", str(tarballs)]
+    assert main([*command, "--sets=emojione,fxemoji"]) == 0
+    rows = [json.loads(line) for line in (out / "train/metadata.jsonl").read_text().splitlines()]
+    shown = {(row["text"], row["in_style"]) for row in rows}
+    assert shown == {
+        ("cat face", "detailed style"),
+        ("rocket", "detailed style"),
+        ("cat face", "Firefox style"),
+    }
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "in 2 styles" in card
+    assert "Mozilla" in (out / "NOTICE").read_text(encoding="utf-8")
+    assert "Microsoft Corporation," not in (out / "NOTICE").read_text(encoding="utf-8")
+
+
 def test_a_missing_or_changed_tarball_is_named(tarballs: Path, tmp_path: Path) -> None:
     package = packages.PACKAGES["twemoji"]
     path = tarballs / package.file_name
@@ -247,6 +266,11 @@ def test_a_missing_or_changed_tarball_is_named(tarballs: Path, tmp_path: Path) -
         ({"languages": ("en", "xx")}, r"languages=\['xx'\] are unknown: choose from de, en, es"),
         ({"languages": ("zh",)}, r"languages=\['zh'\] must have en"),
         ({"size": 0}, "size=0 must"),
+        (
+            {"sets": ("noto", "apple")},
+            r"sets=\['noto', 'apple'\] must be some of noto, ",
+        ),
+        ({"sets": ()}, r"sets=\[\] must be some of noto"),
     ],
 )
 def test_wrong_input_is_named(tarballs: Path, tmp_path: Path, options: dict, message: str) -> None:
@@ -277,7 +301,8 @@ def test_npm_fetches_the_packages_at_their_versions(
     fake_npm(tmp_path / "bin", script, monkeypatch)
     assert main(["data", "drawings", "--out", str(tmp_path / "out"), "--size", "4"]) == 0
     asked = (tmp_path / "asked").read_text().split()
-    wanted = [f"{package.name}@0.0.1" for package in packages.PACKAGES.values()]
+    used = {*SIX, *packages.NAMES}
+    wanted = [f"{one.name}@0.0.1" for key, one in packages.PACKAGES.items() if key in used]
     assert asked == ["pack", "--silent", *wanted]
     assert len(list((tmp_path / "out").glob("*/*.png"))) == 15
 

@@ -56,7 +56,15 @@ VOID = [
     ("train_unet", "--weighting=min_snr --p2_gamma=1", "p2_gamma=1.0 has no effect with weightin"),
     ("train_unet", "--logit_std=2", "logit_std=2.0 has no effect with timestep_distribution=unif"),
     ("train_unet", "--vlb_weight=1", "vlb_weight=1.0 has no effect with diffusion.learned_varian"),
-    ("train_unet", "--diffusion.steps_offset=0", "diffusion.steps_offset=0 has no effect with di"),
+    (
+        "train_unet",
+        "--diffusion.schedule=flow --diffusion.prediction=v_prediction --diffusion.steps_offset=0",
+        "diffusion.steps_offset=0 has no effect with diffusion.timestep_spacing=trailing",
+    ),
+    # A model to start from has a network of its own, and without one there is nothing to change.
+    ("train_unet", "--init=emoji --unet.layers_per_block=2", "unet has no effect with init=emoji"),
+    ("train_unet", "--init=emoji --dit.patch_size=2", "dit has no effect with init=emoji"),
+    ("train_unet", "--lora.rank=4", "lora has no effect with init=null"),
     # What is done never.
     ("train_unet", "--snapshot_every=9", "snapshot_every=9 has no effect with ema_lengths=[]"),
     ("train_vae", "--validate_every=9", "validate_every=9 has no effect in this script"),

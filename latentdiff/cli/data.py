@@ -10,7 +10,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     kinds = data.add_subparsers(metavar="KIND", required=True)
     _add_emoji(kinds.add_parser("emoji", help="every emoji of a font", allow_abbrev=False))
     _add_drawings(
-        kinds.add_parser("drawings", help="six sets of emoji, in six styles", allow_abbrev=False)
+        kinds.add_parser("drawings", help="sets of emoji, in six styles", allow_abbrev=False)
     )
     _add_shapes(kinds.add_parser("shapes", help="scenes of coloured shapes", allow_abbrev=False))
     _add_check(kinds.add_parser("check", help="find what cannot be used", allow_abbrev=False))
@@ -32,6 +32,7 @@ def _add_drawings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--languages", type=_names, default=languages, help="such as en,zh")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    parser.add_argument("--sets", type=_names, help="such as noto,emojione; default: six of nine")
     parser.set_defaults(run=_data_drawings, parser=parser)
 
 
@@ -82,12 +83,14 @@ def _data_emoji(arguments: argparse.Namespace) -> None:
 
 def _data_drawings(arguments: argparse.Namespace) -> None:
     from latentdiff.data.drawings.build import build_drawings
+    from latentdiff.data.drawings.sets import SIX
 
     styles = build_drawings(
         arguments.out,
         packages=arguments.packages,
         languages=arguments.languages,
         size=arguments.size,
+        sets=SIX if arguments.sets is None else arguments.sets,
     )
     _report(arguments.out, {split: sum(count.values()) for split, count in styles.items()})
 

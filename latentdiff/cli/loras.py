@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentdiff.formats.diffusers import LORA
+
 if TYPE_CHECKING:
     import torch
 
@@ -15,7 +17,10 @@ DEFAULT_RANK = 16
 
 
 def file_and_scale(text: str) -> tuple[Path, float]:
-    """FILE, of scale 1, or FILE:SCALE. Raises ValueError if there is no such file."""
+    """FILE, of scale 1, or FILE:SCALE; the file may be named by its run's `model/`.
+
+    Raises ValueError if there is no such file.
+    """
     name, _, scale = text.rpartition(":")
     try:
         factor = float(scale)
@@ -23,9 +28,10 @@ def file_and_scale(text: str) -> tuple[Path, float]:
         name, factor = text, 1.0
     if not math.isfinite(factor):
         raise ValueError(f"--lora {text}: the scale {scale} must be a finite number")
-    if not name or not Path(name).is_file():
+    path = Path(name) / LORA if name and (Path(name) / LORA).is_file() else Path(name)
+    if not name or not path.is_file():
         raise ValueError(f"--lora {text}: {name or text} is not a file")
-    return Path(name), factor
+    return path, factor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

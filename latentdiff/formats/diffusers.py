@@ -105,6 +105,10 @@ def find_model(
         raise ValueError(f"model={name_or_path!r} {error}; {allowed}") from error
 
 
+LORA = "lora.safetensors"
+"""The one file in the `model/` of a run that trained a LoRA."""
+
+
 def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[str, str | None]:
     """Check a pipeline folder and return the variant of weights to read for each component.
 
@@ -130,6 +134,12 @@ def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[s
         for near, what in ((folder / "model", "a run"), (folder.parent, "one component")):
             if (near / "model_index.json").is_file():
                 raise ValueError(f"{folder} is the folder of {what}; the pipeline is {near}")
+        for near in (folder, folder / "model"):
+            if (lora := near / LORA).is_file():
+                raise ValueError(
+                    f"{folder} holds a LoRA, which is loaded on top of the model that it was "
+                    f"trained on: --lora {lora}"
+                )
     if missing:
         raise ValueError(f"{folder} is not a whole pipeline folder; missing: {', '.join(missing)}")
     _check_classes(folder, denoiser)

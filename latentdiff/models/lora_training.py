@@ -113,8 +113,8 @@ def trained_lora(network: nn.Module) -> dict[str, LoRALayer]:
 
     return {
         name: LoRALayer(
-            module.lora_A[ADAPTER].weight.detach(),
-            module.lora_B[ADAPTER].weight.detach(),
+            module.lora_A[ADAPTER].get_parameter("weight").detach(),
+            module.lora_B[ADAPTER].get_parameter("weight").detach(),
             float(module.lora_alpha[ADAPTER]),
         )
         for name, module in network.named_modules()

@@ -148,6 +148,10 @@ def _sentence(text: str, config: type[Any]) -> str:
             return f"{name} is named {renamed[name]} now"
         near = get_close_matches(name, list(_option_paths(config)), 1, cutoff=0.75)
         return f"{name} is no option" + (f"; did you mean {near[0]}?" if near else "")
+    if required := re.fullmatch("the following arguments are required: (.*)", text):
+        names = required[1].split(", ")
+        paths = [path for path in _option_paths(config) if path.rpartition(".")[2] in names]
+        return f"{' and '.join(paths)} must be given as well"
     return text.removeprefix('Parser key "config": ')
 
 

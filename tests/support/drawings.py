@@ -84,6 +84,9 @@ def files() -> dict[str, dict[str, bytes]]:
         "fluent-emoji-3d": {
             f"assets/{points}.webp": webp("navy") for points in (CAT, ROCKET, "1f1ef-1f1f5")
         },
+        "emojione": icons("gold", {}, a="cat-face", b="rocket"),
+        "fxemoji": icons("teal", {}, a="catface"),
+        "streamline-emojis": icons("black", {}, a="scissors"),
         "concepts": {"data-by-emoji.json": json.dumps(entries).encode(), **named},
         "names": {path: data for one in names for path, data in one.items()} | named,
         "names of sequences": keycap,

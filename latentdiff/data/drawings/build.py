@@ -11,8 +11,8 @@ from latentdiff.data.drawings.articles import with_article
 from latentdiff.data.drawings.card import card, notice
 from latentdiff.data.drawings.icons import read_concepts, read_drawings
 from latentdiff.data.drawings.names import Name, ancestors, locales, read_names
-from latentdiff.data.drawings.packages import tarballs
-from latentdiff.data.drawings.sets import SETS
+from latentdiff.data.drawings.packages import NAMES, tarballs
+from latentdiff.data.drawings.sets import SETS, SIX
 from latentdiff.data.folder import (
     SPLITS,
     Example,
@@ -43,40 +43,45 @@ def build_drawings(
     packages: Path | None = None,
     languages: Sequence[str] = ("en", "zh", "es", "fr", "de"),
     size: int = 128,
+    sets: Sequence[str] = SIX,
 ) -> dict[str, dict[str, int]]:
-    """Draw the six sets into the image folder `out`, with captions in each language.
+    """Draw sets of `SETS` into the image folder `out`, with captions in each language.
 
     `out` has `train/` and `test/` (see `splits_of`), each with PNGs (`size` x `size`, on white)
     and `metadata.jsonl`, whose columns README.md in `out` explains; NOTICE there names the authors
     and licences. `packages` is a folder with the tarballs of `PACKAGES`; None fetches them with
-    npm. `languages` are locales of the Unicode CLDR's annotations, English among them.
+    npm, those of the six sets in any case, by which the others' drawings are known. `languages`
+    are locales of the Unicode CLDR's annotations, English among them.
 
     Returns:
         For "train" and "test": the number of images in each style.
 
     Raises:
-        ValueError: an unknown language, or languages without English; a size not from 1 to 4,096;
-            packages that are missing, damaged or cannot be fetched; an `out` with something in it.
+        ValueError: an unknown set or language, or languages without English; a size not from 1 to
+            4,096; packages that are missing, damaged or cannot be fetched; an `out` with something
+            in it.
     """
     if "en" not in languages:
         raise ValueError(f"languages={list(languages)} must have en: it is the column `text`")
+    if not sets or set(sets) - SETS.keys():
+        raise ValueError(f"sets={list(sets)} must be some of {', '.join(SETS)}")
     check_side(size)
     check_free(out)
     counts = {split: Counter[str]() for split in SPLITS}
-    with tarballs(packages) as paths:
+    with tarballs(packages, {*SIX, *sets, *NAMES}) as paths:
         known = locales(paths["names"])
         if unknown := sorted(set(languages) - set(known)):
             raise ValueError(f"languages={unknown} are unknown: choose from {', '.join(known)}")
         concepts = read_concepts(paths["concepts"])
         drawings = read_drawings(paths, concepts)
         names = {language: read_names(paths, language, concepts) for language in languages}
-        licenses = notice(paths)
+        licenses = notice(paths, sets)
 
     def examples() -> Iterator[Example]:
         for concept, (_, group) in tqdm(concepts.items(), desc="drawings", unit="concept"):
             points = code_points(concept)
             fields = _texts(concept, group, names)
-            keys = {SETS[key].styles["en"].word: key for key in SETS if concept in drawings[key]}
+            keys = {SETS[key].styles["en"].word: key for key in sets if concept in drawings[key]}
             for style, split in splits_of(points, list(keys)).items():
                 counts[split][style] += 1
                 name = f"{points}-{style.replace(' ', '-')}.png".lower()
@@ -87,7 +92,7 @@ def build_drawings(
     write_image_folder(
         out,
         examples(),
-        card=lambda: card(languages, size=size, counts=counts),
+        card=lambda: card(languages, size=size, counts=counts, sets=sets),
         notice=licenses,
     )
     return {split: dict(counter) for split, counter in counts.items()}

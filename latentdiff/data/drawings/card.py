@@ -13,7 +13,13 @@ from latentdiff.data.drawings.sets import SETS
 from latentdiff.data.folder import SPLITS
 
 
-def card(languages: Sequence[str], *, size: int, counts: Mapping[str, Counter[str]]) -> str:
+def card(
+    languages: Sequence[str],
+    *,
+    size: int,
+    counts: Mapping[str, Counter[str]],
+    sets: Sequence[str],
+) -> str:
     """Return the data set's card; `counts` are of the images of each split and style."""
     total = sum(counter.total() for counter in counts.values())
     return f"""---
@@ -23,7 +29,7 @@ license_link: NOTICE
 task_categories: [text-to-image]
 language: [{", ".join(languages)}]
 ---
-# Drawings with captions, in six styles
+# Drawings with captions, in {len(sets)} {"style" if len(sets) == 1 else "styles"}
 
 {total} images of {size} x {size} pixels on white, made by `latentdiff data drawings`:
 
@@ -32,7 +38,7 @@ datasets.load_dataset("imagefolder", data_dir="this folder")
 ```
 
 ## Source
-- Images: six sets of emoji from npm packages at fixed versions (`NOTICE` has authors and \
+- Images: sets of emoji from npm packages at fixed versions (`NOTICE` has authors and \
 licences). Vectors are drawn by resvg-py {version("resvg-py")} at {OVERSAMPLING} x {size} pixels \
 and shrunk (each pixel is the mean of its area); the 3D set is images of 256 x 256 pixels, scaled.
 - Captions: Unicode CLDR {PACKAGES["names"].version}, in {", ".join(languages)}.
@@ -47,22 +53,20 @@ more than {MAX_SHARED} concepts share.
 - `concept`: the code points, without U+FE0F; `group`: Unicode's group.
 
 ## Styles and splits
-{_table(counts)}
+{_table(counts, sets)}
 
-- No skin tones, no flags of countries or regions. The 3D set has no drawing that both of \
-Microsoft's other sets lack.
+- No skin tones, no flags of countries or regions.
 - `test` has pairs of a concept and a style whose concept `train` has in other styles: those for \
 which the SHA-256 of "1F431/3D" (the columns `concept` and `style`), read as a whole number, \
 leaves less than {TEST_PERCENT} when divided by 100. A concept that would be left in no style of \
 `train` is in `train` in all.
-- The three Fluent sets ({_words("fluent")}) share their shapes: a pair of these that is held out \
-may be known in another colouring. Those of the other sets are drawings of their own.
+{_fluent(sets)}\
 - A set may draw several concepts alike ("man running" and "person running"): the same image then \
 occurs more than once, each time with its own caption.
 """
 
 
-def notice(tarballs: Mapping[str, Path]) -> str:
+def notice(tarballs: Mapping[str, Path], sets: Sequence[str]) -> str:
     """Return whose work the drawings and their names are, under which licences, from where.
 
     Two licences ask for their text: the packages of the names and of the concepts have it.
@@ -73,7 +77,8 @@ def notice(tarballs: Mapping[str, Path]) -> str:
         f"  by {one.author}, {one.link}\n"
         f"  {one.license}, {_LICENSES[one.license]}\n"
         f"  from the npm package {PACKAGES[key].name} {PACKAGES[key].version}"
-        for key, one in SETS.items()
+        for key in sets
+        for one in [SETS[key]]
     )
     cldr, derived, names = (PACKAGES[key] for key in ("names", "names of sequences", "concepts"))
     return f"""The images are drawn from these sets; they are scaled and laid on white, and not \
@@ -116,10 +121,10 @@ def _license(tarball: Path) -> str:
     return text.decode()
 
 
-def _table(counts: Mapping[str, Counter[str]]) -> str:
+def _table(counts: Mapping[str, Counter[str]], sets: Sequence[str]) -> str:
     rows = [
         f"| {word} | {SETS[key].title} | " + " | ".join(str(counts[s][word]) for s in SPLITS) + " |"
-        for key in SETS
+        for key in sets
         if (word := SETS[key].styles["en"].word)
     ]
     totals = " | ".join(str(counts[split].total()) for split in SPLITS)
@@ -127,5 +132,14 @@ def _table(counts: Mapping[str, Counter[str]]) -> str:
     return "\n".join([*head, *rows, f"| all | | {totals} |"])
 
 
-def _words(prefix: str) -> str:
-    return ", ".join(one.styles["en"].word for key, one in SETS.items() if key.startswith(prefix))
+def _fluent(sets: Sequence[str]) -> str:
+    """What holds where all of Microsoft's sets are drawn."""
+    fluent = [key for key in SETS if key.startswith("fluent")]
+    if not set(fluent) <= set(sets):
+        return ""
+    words = ", ".join(SETS[key].styles["en"].word for key in fluent)
+    return (
+        "- The 3D set has no drawing that both of Microsoft's other sets lack.\n"
+        f"- The three Fluent sets ({words}) share their shapes: a pair of these that is held out "
+        "may be known in another colouring. Those of the other sets are drawings of their own.\n"
+    )

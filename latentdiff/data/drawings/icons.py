@@ -50,20 +50,24 @@ def read_drawings(
 ) -> dict[str, dict[str, Draw]]:
     """Return for each set the concepts that it has, each with the function that draws it.
 
-    An icon is matched by the code points that its set gives, or else by its name: that of an icon
-    of another set with code points, or Unicode's. The 3D set has only what one of Microsoft's
+    `tarballs` has those of the six sets at least. An icon is matched by the code points that its
+    set gives, or else by its name, with or without hyphens: that of an icon of another set with
+    code points, or Unicode's. The 3D set has only what one of Microsoft's
     other two has: the origin of the rest is not known.
     """
-    data = {key: _read_iconify(tarballs[key]) for key in SETS if key != "fluent-emoji-3d"}
+    keys = [key for key in SETS if key in tarballs]
+    data = {key: _read_iconify(tarballs[key]) for key in keys if key != "fluent-emoji-3d"}
     names = {_hyphened(name): concept for concept, (name, _) in concepts.items()}
     for _, points in data.values():
         names |= points
+    joined = {name.replace("-", ""): concept for name, concept in names.items()}
     drawings = {
-        key: _vectors(icons, names | points, concepts) for key, (icons, points) in data.items()
+        key: _vectors(icons, (joined if key == "fxemoji" else {}) | names | points, concepts)
+        for key, (icons, points) in data.items()
     }
     microsoft = drawings["fluent-emoji-flat"].keys() | drawings["fluent-emoji-high-contrast"].keys()
     drawings["fluent-emoji-3d"] = _images(tarballs["fluent-emoji-3d"], microsoft)
-    return {key: drawings[key] for key in SETS}
+    return {key: drawings[key] for key in keys}
 
 
 def _read_iconify(tarball: Path) -> tuple[dict[str, Any], dict[str, str]]:

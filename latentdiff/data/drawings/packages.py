@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +63,24 @@ PACKAGES: Mapping[str, Package] = {
         "sha512-esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX"
         "5w==",
     ),
+    "emojione": Package(
+        "@iconify-json/emojione",
+        "1.2.3",
+        "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CM"
+        "Mg==",
+    ),
+    "fxemoji": Package(
+        "@iconify-json/fxemoji",
+        "1.2.2",
+        "sha512-UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78Dp"
+        "iQ==",
+    ),
+    "streamline-emojis": Package(
+        "@iconify-json/streamline-emojis",
+        "1.2.4",
+        "sha512-iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE"
+        "6A==",
+    ),
     "concepts": Package(
         "unicode-emoji-json",
         "0.9.0",
@@ -83,10 +101,13 @@ PACKAGES: Mapping[str, Package] = {
     ),
 }
 
+NAMES = ("concepts", "names", "names of sequences")
+"""The packages that are no sets of drawings."""
+
 
 @contextmanager
-def tarballs(folder: Path | None) -> Iterator[dict[str, Path]]:
-    """Give the checked tarball of each of `PACKAGES`, from `folder` or fetched with `npm pack`.
+def tarballs(folder: Path | None, keys: Collection[str]) -> Iterator[dict[str, Path]]:
+    """Give the checked tarballs of some of `PACKAGES`, from `folder` or fetched with `npm pack`.
 
     Fetched tarballs are in a temporary folder, which is deleted at the end.
 
@@ -94,11 +115,11 @@ def tarballs(folder: Path | None) -> Iterator[dict[str, Path]]:
         ValueError: npm is not installed or fails; a tarball is missing or is not the pinned one.
     """
     if folder is not None:
-        yield _checked(folder)
+        yield _checked(folder, keys)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        _fetch(Path(temporary))
-        yield _checked(Path(temporary))
+        _fetch(Path(temporary), keys)
+        yield _checked(Path(temporary), keys)
 
 
 def read_members(tarball: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
@@ -112,8 +133,8 @@ def read_members(tarball: Path, wanted: Callable[[str], bool]) -> dict[str, byte
         }
 
 
-def _fetch(folder: Path) -> None:
-    wanted = [f"{package.name}@{package.version}" for package in PACKAGES.values()]
+def _fetch(folder: Path, keys: Collection[str]) -> None:
+    wanted = [f"{one.name}@{one.version}" for key, one in PACKAGES.items() if key in keys]
     advice = "or put the tarballs that `npm pack` writes into a folder and name it with --packages"
     if shutil.which("npm") is None:
         raise ValueError(
@@ -129,8 +150,8 @@ def _fetch(folder: Path) -> None:
         )
 
 
-def _checked(folder: Path) -> dict[str, Path]:
-    paths = {key: folder / package.file_name for key, package in PACKAGES.items()}
+def _checked(folder: Path, keys: Collection[str]) -> dict[str, Path]:
+    paths = {key: folder / one.file_name for key, one in PACKAGES.items() if key in keys}
     for key, path in paths.items():
         name, version, integrity = PACKAGES[key]
         if not path.is_file():

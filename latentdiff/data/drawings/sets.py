@@ -1,4 +1,4 @@
-"""The six sets of drawings: their styles in words of five languages, their authors and licences."""
+"""The sets of drawings: their styles in words of five languages, their authors and licences."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,6 +22,7 @@ class DrawingSet(NamedTuple):
 
 
 _NOTO = "https://github.com/googlefonts/noto-emoji"
+_STREAMLINE = "https://github.com/webalys-hq/streamline-vectors"
 _FLUENT = "https://github.com/microsoft/fluentui-emoji"
 
 # The key is that of the set's package. In a language that is not here a style has its English name.
@@ -86,4 +87,37 @@ SETS: Mapping[str, DrawingSet] = {
         },
         *("Fluent Emoji High Contrast", "Microsoft Corporation", "MIT", _FLUENT),
     ),
+    "emojione": DrawingSet(
+        {
+            "en": Style("detailed", "detailed style"),
+            "zh": Style("细致", "细致风格"),
+            "es": Style("detallado", "estilo detallado"),
+            "fr": Style("détaillé", "style détaillé"),
+            "de": Style("detailliert", "detaillierter Stil"),
+        },
+        *("Emoji One", "Emoji One", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo"),
+    ),
+    "fxemoji": DrawingSet(
+        {
+            "en": Style("Firefox", "Firefox style"),
+            "zh": Style("火狐", "火狐风格"),
+            "es": Style("Firefox", "estilo Firefox"),
+            "fr": Style("Firefox", "style Firefox"),
+            "de": Style("Firefox", "Firefox-Stil"),
+        },
+        *("Firefox OS Emoji", "Mozilla", "Apache-2.0", "https://github.com/mozilla/fxemoji"),
+    ),
+    "streamline-emojis": DrawingSet(
+        {
+            "en": Style("outlined", "outlined style"),
+            "zh": Style("描边", "描边风格"),
+            "es": Style("contorneado", "estilo contorneado"),
+            "fr": Style("cerné", "style cerné"),
+            "de": Style("umrandet", "umrandeter Stil"),
+        },
+        *("Streamline Emojis", "Streamline", "CC-BY-4.0", _STREAMLINE),
+    ),
 }
+
+SIX = tuple(SETS)[:6]
+"""The sets that are drawn unless others are named."""

@@ -32,8 +32,8 @@ def open_cache(
 
     `load_vae(data)` gets the VAE to train beside, on the CPU, and its folder, or None for one that
     a UNet was trained on before, whose latents are not checked; `data` is None where nobody knows
-    it. Raises ValueError for less data than a batch, before any network is loaded. Where the data has
-    changed since the cache was made, that is said.
+    it. Where the data has changed since the cache was made, that is said. Raises ValueError for
+    less data than a batch.
     """
     batch_size, say = config.loop.batch_size, run.accelerator.print
     if config.cache is not None:

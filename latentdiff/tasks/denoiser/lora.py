@@ -6,12 +6,13 @@ from collections import Counter
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.data.cache import LatentCache
+from latentdiff.formats.diffusers import LORA
 from latentdiff.formats.ldm.compatibility import is_sd_shape
 from latentdiff.formats.ldm.inferred_config import ModelConfigs
 from latentdiff.formats.ldm.modelspec import modelspec
@@ -30,7 +31,6 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.tasks.denoiser.config import TrainUNet
 
-FILE = "lora.safetensors"
 MAX_COUNTED = 100_000  # images whose captions are counted for the metadata
 MAX_TAGS = 1000
 
@@ -55,7 +55,7 @@ def lora_network(
     What is frozen, the VAE too, is converted to bfloat16 or float16 where the run computes in it.
     Raises ValueError for weights that are too large for float16, and as `add_lora` does.
     """
-    unet, tower = model.unet, model.text_encoder.model
+    unet, tower = model.unet, cast(nn.Module, model.text_encoder.model)
     assert isinstance(unet, UNet)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is not None:
@@ -99,7 +99,7 @@ def save_lora(
         text = trained_lora(getattr(tower, "text_model", tower))
     folder.mkdir(parents=True, exist_ok=True)
     write_lora(
-        LoRAFile(trained_lora(unet), text), folder / FILE, names=config.names, metadata=metadata
+        LoRAFile(trained_lora(unet), text), folder / LORA, names=config.names, metadata=metadata
     )
 
 

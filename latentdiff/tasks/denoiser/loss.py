@@ -63,6 +63,10 @@ class LossConfig:
         """Raise ValueError for an option that does not apply to the diffusion."""
         if self.timestep_shift != 1 and diffusion.schedule != "flow":
             raise ValueError(f"timestep_shift={self.timestep_shift} must be 1 unless schedule=flow")
+        if self.vlb_weight != LossConfig.vlb_weight and not diffusion.learned_variance:
+            raise ValueError(
+                f"vlb_weight={self.vlb_weight} has no effect: the variance is not learned"
+            )
 
     def sample_t(self, diffusion: Diffusion, n: int, *, generator: torch.Generator) -> Tensor:
         """n timesteps to train at, (n,): integers 1 to T, or for `flow` real numbers in (0, T]."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,13 +34,14 @@ def load_init(config: TrainUNet, say: Say) -> Components | None:
     """
     if config.init is None:
         return None
-    init = Pipeline.from_pretrained(config.init).components
+    try:
+        init = Pipeline.from_pretrained(config.init).components
+    except ValueError as error:
+        raise ValueError(f"init: {error}") from error
     network, diffusion = init.unet, init.diffusion
     kind, count = type(network).__name__, sum(p.numel() for p in network.parameters())
     if config.lora is not None and not isinstance(network, UNet):
-        raise ValueError(
-            f"lora must be null: init={config.init} has a {kind}, and LoRAs are of a UNet"
-        )
+        raise ValueError(f"lora needs a UNet, and init={config.init} has a {kind}: leave lora out")
     say(
         f"init: {config.init}, a {kind} of {count / 1e6:,.1f} M parameters, "
         f"prediction={diffusion.prediction}, schedule={diffusion.schedule}"
@@ -100,8 +102,8 @@ def make_start(
     if init is None:
         network = new_denoiser(config, diffusion, cache=cache, vae=vae, text_encoder=text_encoder)
     else:
-        network = init.unet
-        side = cache.image_size // vae.config.factor
+        network: Any = init.unet
+        side = cache.image_size // vae.config.factor  # what is drawn by default from now on
         network.config = replace(network.config, sample_size=side)
         if changes := _differences(init.diffusion, diffusion):
             say(f"the diffusion is not that of init, which the network has to unlearn: {changes}")
