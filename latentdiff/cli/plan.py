@@ -130,8 +130,11 @@ def _modes(execution: "Execution", settings: Mapping[str, Any]) -> str:
 
 
 def _arithmetic(plan: "Plan") -> list[tuple[str, str]]:
+    title = "parameters"
+    if plan.footprint.averaged < plan.footprint.weights:
+        title = "trained parameters"
     return [
-        ("parameters", f"{plan.footprint.num_parameters / 1e6:,.2f} M"),
+        (title, f"{plan.footprint.num_parameters / 1e6:,.2f} M"),
         ("FLOP per image, forward", f"{plan.forward_flop / 1e9:,.2f} G"),
         ("FLOP per image, training", f"{plan.training_flop / 1e9:,.2f} G"),
     ]
@@ -146,9 +149,11 @@ def _memory(plan: "Plan", fitting: "Fitting | None", *, cpu: bool) -> Iterator[t
         yield f"  {name}", _size(size)
     note = "with the heap's overhead, beside Python's own" if cpu else "of tensors"
     yield "  peak", f"{_size(plan.peak)} {note}"
+    if plan.read_peak > plan.peak:
+        yield "  before, while init is read", f"{_size(plan.read_peak)} in float32"
     if plan.memory_limit is None:
         return
-    verdict = "fits" if plan.peak <= plan.memory_limit else "does NOT fit"
+    verdict = "fits" if plan.fits else "does NOT fit"
     largest = (
         "not even one image does"
         if plan.max_micro_batch_size == 0

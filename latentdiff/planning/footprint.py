@@ -77,6 +77,8 @@ class Footprint:
     local_optimizer_state: int
     frozen: int
     """Parameters and buffers of the frozen networks."""
+    num_frozen: int
+    """Parameters that are not trained, of the model and of the frozen networks."""
     activations: int
     """What the forward pass saves for the backward pass, the batch included."""
     step_peak: int
@@ -164,6 +166,7 @@ def footprint(
             optimizer_state=optimizer_state,
             local_optimizer_state=_optimizer_state(model, execution.optimizer),
             frozen=sum(map(nbytes, frozen)),
+            num_frozen=_num_frozen([model, *frozen]),
             activations=activations,
             step_peak=tally.peak,
             forward_flop=forward.flop,
@@ -212,6 +215,11 @@ def _averaged(network: nn.Module) -> list[Tensor]:
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.requires_grad]
+
+
+def _num_frozen(networks: Sequence[nn.Module]) -> int:
+    parameters = [p for network in networks for p in network.parameters()]
+    return sum(p.numel() for p in parameters if not p.requires_grad)
 
 
 def _optimizer_state(network: nn.Module, optimizer: str) -> int:

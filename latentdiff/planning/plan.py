@@ -39,6 +39,8 @@ class Plan:
     resident: Mapping[str, int]
     peak: float
     """Of one process; on the CPU with the heap's overhead, without Python and its libraries."""
+    read_peak: int
+    """On a CPU, while `init` is read, all of whose networks are then in float32."""
     memory_limit: float | None
     """The memory that a process may take, or None if that of the device is not known."""
     max_micro_batch_size: int | None
@@ -55,6 +57,11 @@ class Plan:
     """Weights, averages and moments of one checkpoint, of all processes together."""
     snapshot_bytes: int
     """The averages of `ema_lengths` in float16, as one step's snapshots keep them."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the limit, as it is where none is known."""
+        return self.memory_limit is None or max(self.peak, self.read_peak) <= self.memory_limit
 
 
 def make_plan(
@@ -86,6 +93,9 @@ def make_plan(
     if limit is not None:
         limit *= 1 - MARGIN if gpu else 1.0
         largest = _largest(lambda n: estimate(n)[2], micro_batch_size, peak, limit)
+    read_peak = _read_peak(settings, measured)
+    if limit is not None and read_peak > limit:
+        largest = 0
     training_flop = measured.step_flop / micro_batch_size
     flops = processes * efficiency * device.flops[execution.precision]
     return Plan(
@@ -94,6 +104,7 @@ def make_plan(
         footprint=measured,
         resident=resident,
         peak=peak,
+        read_peak=read_peak,
         memory_limit=limit,
         max_micro_batch_size=largest,
         forward_flop=measured.forward_flop / micro_batch_size,
@@ -117,12 +128,14 @@ def find_fitting_options(
     images: int | None = None,
 ) -> Fitting | None:
     """The options that make the planned run fit, or None where it does; each is planned with."""
-    if plan.memory_limit is None or plan.peak <= plan.memory_limit:
+    if plan.memory_limit is None or plan.fits:
         return None
 
     def peak(settings: Mapping[str, Any]) -> float:
         execution = _execution(settings, device=device, gpu=gpu, processes=processes)
-        return _estimate(settings, execution, images, _micro_batch_size(settings, processes))[2]
+        micro_batch_size = _micro_batch_size(settings, processes)
+        measured, _, peak = _estimate(settings, execution, images, micro_batch_size)
+        return max(peak, _read_peak(settings, measured))
 
     half = next((name for name in ("bf16", "fp16") if name in device.flops), None)
     return find_fitting(
@@ -198,6 +211,13 @@ def _memory(measured: Footprint, resident: dict[str, int]) -> tuple[dict[str, in
         resident["weights before sharding"] = measured.weights
     heap = HEAP_BY_BLOCKS if execution.gradient_checkpointing or fully_sharded else HEAP
     return resident, sum(resident.values()) + measured.step_peak * heap
+
+
+def _read_peak(settings: Mapping[str, Any], measured: Footprint) -> int:
+    if settings.get("init") is None or measured.execution.gpu:
+        return 0
+    of_lora = settings.get("lora") is not None
+    return 4 * (measured.num_frozen + (0 if of_lora else measured.num_parameters))
 
 
 def _largest(peak_of: Callable[[int], float], n: int, peak: float, limit: float) -> int:
