@@ -55,7 +55,7 @@ interchange: $(VENV)/.installed-dev ## measure every file format against other t
 	$(BIN)/python -m pytest -q --interchange_table docs/interchange.md tests/test_interchange.py \
 	    tests/test_full_size.py tests/test_single_file.py tests/test_single_file_reading.py \
 	    tests/test_open_clip.py tests/test_lora.py tests/test_a1111.py tests/test_editing.py \
-	    tests/test_convert.py
+	    tests/test_convert.py tests/test_inpainting_training.py
 
 theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, numbers, links
 	MPLBACKEND=Agg $(BIN)/python docs/theory/figures.py

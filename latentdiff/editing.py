@@ -8,10 +8,10 @@ Shapes: B images, C latent channels, H/W latent size, h/w image size. Masks are 
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentdiff.images import from_pil, mask_from_pil
 from latentdiff.levels import Denoise, NoiseLevel
+from latentdiff.models.inpainting import latent_masks, mask_channels, masked_images
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
 from latentdiff.request import Request
@@ -52,8 +52,8 @@ def edit(
     x = noise.first(*variation)
     if latents is not None:
         x = level.alpha * latents + level.sigma * x
-    masked_latents = _encode(vae, images * (1 - masks), noise)  # grey where to draw
-    channels = torch.cat([_latent_masks(masks, masked_latents), masked_latents], dim=1)
+    masked_latents = _encode(vae, masked_images(images, masks), noise)
+    channels = mask_channels(latent_masks(masks, masked_latents), masked_latents)
     return x, with_channels(denoise, channels)
 
 
@@ -68,7 +68,7 @@ def inpainting_denoiser(
     the noised latents in after each step. If sampling starts from noise, `noise_only` is the sigma
     at which x_t is eps alone. If `denoise` gives v of a learned variance after x0, v is unchanged.
     """
-    masks = _latent_masks(masks, latents)
+    masks = latent_masks(masks, latents)
 
     def denoise_masked(x: Tensor, level: NoiseLevel) -> Tensor:
         init = level.alpha * latents + level.sigma * eps
@@ -105,11 +105,6 @@ def _images(request: Request, size: tuple[int, int]) -> Tensor:
 def _masks(request: Request, size: tuple[int, int]) -> Tensor:
     """The masks, (B, 1, h, w), 1 where to draw."""
     return torch.stack([mask_from_pil(mask, size) for mask in request.masks])
-
-
-def _latent_masks(masks: Tensor, latents: Tensor) -> Tensor:
-    """The masks at the size of the latents, (B, 1, H, W): the nearest pixel, as in diffusers."""
-    return F.interpolate(masks, size=latents.shape[-2:])
 
 
 def _encode(vae: VAE, images: Tensor, noise: ImageNoise) -> Tensor:

@@ -109,7 +109,7 @@ def test_the_cache_holds_what_the_vae_encodes(tmp_path: Path, images: CaptionedI
         assert isinstance(sample, Sample)
         size = cache.sizes[cache.buckets[number]]
         assert size == cache.sizes[nearest(sample.image.size, cache.sizes)]
-        images = crop_flip.variants(sample.image, sample.name, size)
+        images = crop_flip.views(sample.image, sample.name, size)
         with torch.no_grad():
             exact = network.encode(to_floats(images))
         batch = collate_moments([cache[number, v] for v in range(crop_flip.num_variants)])
@@ -154,9 +154,12 @@ def test_a_stream_is_cached_as_a_set_is(tmp_path: Path, images: CaptionedImages)
     assert stream == whole
 
 
-def test_several_processes_write_what_one_writes(tmp_path: Path, images: CaptionedImages) -> None:
-    network = vae()
-    write(tmp_path / "one", images, network, chunk_size=2)
+@pytest.mark.parametrize("masks", [0, 2])
+def test_several_processes_write_what_one_writes(
+    tmp_path: Path, images: CaptionedImages, masks: int
+) -> None:
+    network, given = vae(), {"chunk_size": 2, "crop_flip": CropFlip(2, True, masks)}
+    write(tmp_path / "one", images, network, **given)
     barrier = Barrier(3)
 
     def process(rank: int) -> None:
@@ -165,7 +168,7 @@ def test_several_processes_write_what_one_writes(tmp_path: Path, images: Caption
             barrier.wait()
 
         options = {"rank": rank, "world_size": 3, "on_all": on_all}
-        write(tmp_path / "three", images, network, chunk_size=2, **options)
+        write(tmp_path / "three", images, network, **given, **options)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(process, range(3)))
@@ -221,6 +224,7 @@ CHANGES = [
     ({}, {"bucket_step": 16}, {}, "bucket_step was 8 and is 16"),
     ({}, {"background": "black"}, {}, "background was 'white' and is 'black'"),
     ({}, {}, {"crop_flip": CropFlip()}, "crops was 2 and is 1; flip was True and is False"),
+    ({}, {}, {"crop_flip": CropFlip(2, True, 3)}, "masks was 0 and is 3"),
     ({}, {}, {"chunk_size": 4}, "chunk_size was 5 and is 4"),
     ({"seed": 1}, {"image_size": 24}, {}, "its VAE is another; image_size was 16 and is 24"),
 ]

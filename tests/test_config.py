@@ -18,7 +18,7 @@ from latentdiff.training.command_line import parse_config, run_script, write_con
 READERS = {
     **{"clip": "train_clip", "vae": "train_vae", "cache": "cache_latents", "unet": "train_unet"},
     **{"enlarge": "train_vae", "enlarge_cache": "cache_latents", "enlarge_unet": "train_unet"},
-    "dit": "train_unet",
+    **{"dit": "train_unet", "inpainting": "train_unet"},
 }
 
 

@@ -66,7 +66,7 @@ def test_a_crop_is_not_enlarged_for_variety() -> None:
 def variants(
     crops: int, flip: bool, name: str = "a", size: Sequence[int] = (90, 60)
 ) -> torch.Tensor:
-    return CropFlip(crops, flip).variants(coordinates(*size), name, (40, 32))
+    return CropFlip(crops, flip).views(coordinates(*size), name, (40, 32))
 
 
 def test_variant_0_is_the_middle_and_the_second_half_are_mirror_images() -> None:

@@ -19,6 +19,7 @@ from latentdiff.data.batches import batches
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.caption_table import CaptionTable, CaptionTokens
 from latentdiff.data.config import DataConfig
+from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.dataset import CaptionedImages
 from latentdiff.data.resident import ResidentImages, ResidentLatents
 from latentdiff.data.shapes import build_shapes
@@ -64,11 +65,14 @@ def test_tokens_are_those_of_the_chosen_captions_or_of_none() -> None:
     assert tokens(rows, u).equal(letters(["199", "b", "b"]))
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
-def test_latents_in_memory_are_those_on_disk(tmp_path: Path, rank: int, world_size: int) -> None:
-    """Three sizes, four variants, a validation split, and a start in the middle."""
+@pytest.mark.parametrize(("rank", "world_size", "masks"), [(0, 1, 0), (1, 2, 0), (0, 1, 2)])
+def test_latents_in_memory_are_those_on_disk(
+    tmp_path: Path, rank: int, world_size: int, masks: int
+) -> None:
+    """Three sizes, four variants or eight, a validation split, and a start in the middle."""
     write_images(tmp_path / "set", 40)
-    write(tmp_path / "cache", CaptionedImages(data_config(tmp_path / "set")))
+    images = CaptionedImages(data_config(tmp_path / "set"))
+    write(tmp_path / "cache", images, crop_flip=CropFlip(2, True, masks))
     cache, val = LatentCache(tmp_path / "cache"), np.array([3, 4, 30])
 
     def variants(step: int) -> list[int]:

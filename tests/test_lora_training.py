@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from support.runs import make_learner
 from support.tiny import tiny_pipeline
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentdiff.formats.lora import LoRAFile, read_lora
+from latentdiff.formats.header import read_header
+from latentdiff.formats.lora import LoRAFile, LoRALayer, read_lora
 from latentdiff.formats.lora_writing import write_lora
 from latentdiff.models.lora_training import (
     TEXT_LAYERS,
@@ -22,6 +25,13 @@ from latentdiff.models.lora_training import (
 )
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.pipeline import Pipeline
+
+SD15_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 
 
 @pytest.fixture
@@ -102,6 +112,67 @@ def test_a_text_encoder_takes_one_too(pipeline: Pipeline) -> None:
     layers = sum(isinstance(m, nn.Linear) for n, m in model.named_modules() if "layers" in n)
     assert add_lora(model, LoRAConfig(rank=2), TEXT_LAYERS, seed=0) == layers
     assert all(name.startswith(("encoder.", "text_model.")) for name in trained_lora(model))
+
+
+def test_every_name_in_the_file_is_one_that_kohya_and_comfyui_look_for(tmp_path: Path) -> None:
+    """Of SD 1.5: by the rule of kohya's networks/lora.py, which names the linear layers and
+    convolutions inside of certain classes of diffusers, and by that of comfy/lora.py, which takes
+    the names of diffusers' weights. kohya's rule finds no other layers than ours either."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+        theirs = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        tower = CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
+
+    def by_class(prefix: str, network: nn.Module, classes: set[str]) -> set[str]:
+        return {
+            ".".join(filter(None, (prefix, name, inner))).replace(".", "_")
+            for name, module in network.named_modules()
+            if type(module).__name__ in classes
+            for inner, layer in module.named_modules()
+            if type(layer).__name__ in ("Linear", "Conv2d", "LoRACompatibleConv")
+        }
+
+    blocks = {"Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"}
+    kohya = by_class("lora_unet", theirs, blocks)
+    kohya = {name for name in kohya if "time_emb_proj" not in name}  # ours leaves them alone
+    text = tower if hasattr(tower, "text_model") else nn.ModuleDict({"text_model": tower})
+    kohya |= by_class("lora_te", text, {"CLIPAttention", "CLIPMLP"})
+    comfyui = {
+        f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+        for name in theirs.state_dict()
+        if name.endswith(".weight")
+    }
+    comfyui |= {
+        f"lora_te_text_model_encoder_layers_{number}_{name}"
+        for number in range(12)
+        for name in (
+            *("mlp_fc1", "mlp_fc2", "self_attn_k_proj", "self_attn_q_proj", "self_attn_v_proj"),
+            "self_attn_out_proj",
+        )
+    }
+    config = LoRAConfig(layers=tuple(UNET_LAYERS))  # pyright: ignore[reportArgumentType]
+    inner = getattr(tower, "text_model", tower)
+    file = LoRAFile(
+        thin(unet, unet_pattern(config)),
+        thin(inner, TEXT_LAYERS),
+    )
+    write_lora(file, tmp_path / "lora.safetensors")
+    names = {name.partition(".")[0] for name in read_header(tmp_path / "lora.safetensors").shapes}
+    assert names == kohya
+    assert names <= comfyui
+
+
+def thin(network: nn.Module, pattern: str) -> dict[str, LoRALayer]:
+    """A LoRA of rank 1 on the layers that match, whose weights are on the meta device."""
+    return {
+        name: LoRALayer(
+            torch.ones(1, *module.weight.shape[1:]),
+            torch.ones(len(module.weight), 1, *(1 for _ in module.weight.shape[2:])),
+            1.0,
+        )
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and re.fullmatch(pattern, name)
+    }
 
 
 def test_what_cannot_be_is_refused(pipeline: Pipeline) -> None:

@@ -244,6 +244,15 @@ def test_each_view_of_an_image_is_cached() -> None:
     assert six == 6 * one
 
 
+def test_a_masked_image_is_cached_beside_the_image_with_its_mask() -> None:
+    """Of 16 latent channels: 32 numbers a pixel of the latents, and 65 with each mask."""
+    settings = {**unet(32, 2, 32), "crops": 2}
+    plain, masked = (cache_bytes_per_image(s) for s in (settings, {**settings, "masks": 3}))
+    assert plain is not None
+    assert masked is not None
+    assert masked * 32 == plain * 3 * 65
+
+
 @pytest.mark.exhaustive
 def test_accumulation_changes_no_arithmetic() -> None:
     plans = [{**vae(16, 8, 32), "gradient_accumulation_steps": steps} for steps in (1, 4)]

@@ -45,6 +45,9 @@ def main() -> None:
     task = DenoiserTask(config, run, cache=cache, val=val, model=model)
     loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
     fit(task, ahead(loader, task.prepare, run.device), run)
+    if config.lora is not None:
+        model = config.loop.output_dir / "model"
+        say(f'draw with it: latentdiff generate --model {config.init} --lora {model} "a prompt"')
 
 
 if __name__ == "__main__":

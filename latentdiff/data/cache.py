@@ -4,7 +4,9 @@ Training samples a new latent from the moments each time (LDM, section 3.1).
 
 A cache folder, which `cache_writer.py` writes, holds
 - `moments-00012-64x48.npy`: the moments of the m images of chunk 12 of the data that were cropped
-  to 64 x 48 pixels, (m, V, 2C, h, w) in float16 for V variants (crops and flips);
+  to 64 x 48 pixels, (m, V, 2C, h, w) in float16 for V variants (crops and flips); where these
+  are masked for inpainting, (m, V, 4C + 1, h, w): the mask and the moments of the masked image
+  follow, see `split_masked`;
 - `index.npy`: the bucket, chunk and row of each sample, (N, 3) int32;
 - `samples.arrow`: the name of each sample, its captions, how often each of them comes, and the
   digest of its image file;
@@ -23,6 +25,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.table import MemoryMappedTable
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentdiff.data.buckets import Size
@@ -38,8 +41,9 @@ FORMAT = 4  # version of the files and of the cropping; caches of other versions
 class LatentCache(Dataset[dict[str, Any]]):
     """Examples `{"moments": (2C, h, w) float32, "captions": [str, …]}` from a finished cache.
 
-    `cache[i]` is variant 0 of example i, and `cache[i, v]` variant v. Moments are read when they
-    are indexed, and worker processes open the files anew, whether they are forked or spawned.
+    With masks the moments have 4C + 1 channels, see `split_masked`. `cache[i]` is variant 0 of
+    example i, and `cache[i, v]` variant v. Moments are read when they are indexed, and worker
+    processes open the files anew, whether they are forked or spawned.
     """
 
     header: dict[str, Any]
@@ -78,6 +82,11 @@ class LatentCache(Dataset[dict[str, Any]]):
         """The variants of each image."""
         return CropFlip(**self.header["views"])
 
+    def mask(self, index: int) -> Tensor:
+        """Return the mask of example `index`'s variant 0, (1, height, width), 1 where to paint."""
+        name = self._rows[index]["name"]
+        return self.crop_flip.random_masks(name, self.sizes[self.buckets[index]])[0]
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the VAE, the crops, the images and the captions, wherever the data lies.
@@ -106,7 +115,7 @@ class LatentCache(Dataset[dict[str, Any]]):
         return {"moments": moments, "captions": self.captions[number]}
 
     def bucket_moments(self, bucket: int) -> np.ndarray:
-        """Read the moments of all examples of a bucket, in order, (n, V, 2C, h, w) float16.
+        """Read all moments of a bucket's examples, in order, (n, V, 2C or 4C + 1, h, w) float16.
 
         Raises ValueError for a file that is missing or damaged.
         """
@@ -131,9 +140,10 @@ class LatentCache(Dataset[dict[str, Any]]):
     def _open(self) -> None:
         self._index = np.load(self.folder / "index.npy", mmap_mode="r")
         self.buckets = self._index[:, 0]
-        rows = MemoryMappedTable.from_file(str(self.folder / "samples.arrow"))
+        table = MemoryMappedTable.from_file(str(self.folder / "samples.arrow"))
+        self._rows = datasets.Dataset(table, fingerprint=self.fingerprint)
         self.captions = Captions(
-            datasets.Dataset(rows, fingerprint=self.fingerprint),
+            self._rows,
             CaptionRules(
                 columns=("captions",),
                 weights={"captions": "counts"},
@@ -148,7 +158,7 @@ class LatentCache(Dataset[dict[str, Any]]):
         self._endings = [f"{width}x{height}.npy" for width, height in self.sizes]
 
     def _moments(self, chunk: int, bucket: int, row: int, variant: int) -> np.ndarray:
-        """Read the moments of one image, (2C, h, w) float16; the file is opened for them alone.
+        """Read one variant's moments, float16; the file is opened for them alone.
 
         Memory maps would not be faster: a large cache has more files than a process may keep open,
         so that nearly every example would map its file anew.
@@ -177,8 +187,17 @@ def _damaged(path: Path | str, error: Exception) -> ValueError:
     )
 
 
+def split_masked(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the moments of a cache with masks, (…, 4C + 1, h, w), into those of the image,
+    (…, 2C, h, w), the mask, (…, 1, h, w), 1 where to paint, and those of the masked image.
+    """
+    both = moments.shape[-3] - 1
+    image, mask, masked = moments.split([both // 2, 1, both // 2], dim=-3)
+    return image, mask, masked
+
+
 def collate_moments(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Examples -> `{"moments": (B, 2C, H, W) float32, "captions": [[str, …], …]}`."""
+    """Examples -> `{"moments": (B, 2C or 4C + 1, H, W) float32, "captions": [[str, …], …]}`."""
     return {
         "moments": torch.stack([example["moments"] for example in examples]),
         "captions": [example["captions"] for example in examples],

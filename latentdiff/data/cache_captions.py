@@ -17,6 +17,7 @@ from latentdiff.data.cache import LatentCache
 from latentdiff.data.cache_chunks import SAMPLES, SAMPLES_FILE
 from latentdiff.data.captions import counted
 from latentdiff.data.config import DataConfig
+from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.decode import BadSample
 from latentdiff.data.opening import open_images
 from latentdiff.data.samples import EncodedSample, digest
@@ -61,7 +62,8 @@ def check_same(
 
 
 def _flat(inputs: Mapping[str, Any], noted: bool) -> dict[str, Any]:
-    flat = {"format": inputs["format"], "chunk_size": inputs["chunk_size"], **inputs["views"]}
+    views = vars(CropFlip(**inputs["views"]))
+    flat = {"format": inputs["format"], "chunk_size": inputs["chunk_size"], **views}
     return flat | (inputs["options"] if noted else {"buckets": inputs["buckets"]})
 
 

@@ -8,7 +8,7 @@ depend neither on the number of processes nor on interruptions.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,12 @@ from latentdiff.data.samples import EncodedSample, Sample, decoded
 from latentdiff.formats.weights import replacing
 from latentdiff.images import to_floats
 from latentdiff.models.fingerprint import encoder_fingerprint
+from latentdiff.models.inpainting import latent_masks, masked_images
 from latentdiff.models.vae import VAE
 
 CHUNK = 256  # samples in a chunk; a killed process has to encode its unfinished chunk again
+Views = tuple[Tensor, Tensor | None]
+"""An image's crops and flips, (…, 3, H, W) uint8, and for inpainting the masks of its variants."""
 
 
 def write_cache(
@@ -82,7 +85,7 @@ def write_cache(
         "vae": encoder_fingerprint(vae),
         "data": dataset.fingerprint,
         "options": noted_options(config),
-        "views": asdict(crop_flip),
+        "views": crop_flip.to_dict(),
         "buckets": [list(size) for size in config.buckets()],
         "chunk_size": chunk_size,
     }
@@ -232,9 +235,10 @@ class _Encoder:
         return len(record)
 
     def _shape(self, size: Size) -> tuple[int, int, int, int]:
-        """Return the shape of one image's moments, (V, 2C, h, w)."""
+        """Return the shape of one image's moments, (V, 2C or 4C + 1, h, w)."""
         f, C = self.vae.config.factor, self.vae.config.latent_channels
-        return self.crop_flip.num_variants, 2 * C, size[1] // f, size[0] // f
+        channels = 4 * C + 1 if self.crop_flip.masks else 2 * C
+        return self.crop_flip.num_variants, channels, size[1] // f, size[0] // f
 
     def _chunk(
         self, number: int, samples: Iterable[Sample | BadSample], progress: Any
@@ -245,13 +249,13 @@ class _Encoder:
         record: list[dict[str, Any]] = []
         with ExitStack() as stack:
             files: dict[int, MomentsFile] = {}
-            waiting: dict[int, list[Tensor]] = {}
+            waiting: dict[int, list[Views]] = {}
             for prepared in prefetch(self._fit, samples, threads=self.config.num_workers):
                 progress.update()
                 if isinstance(prepared, BadSample):
                     record.append({"reason": prepared.reason, "detail": prepared.detail})
                     continue
-                name, captions, file_digest, bucket, pixels = prepared
+                name, captions, file_digest, bucket, views = prepared
                 if bucket not in files:
                     path = moments_path(self.folder, number, buckets[bucket])
                     file = stack.enter_context(stack.enter_context(replacing(path)).open("w+b"))
@@ -261,13 +265,13 @@ class _Encoder:
                 texts, counts = counted(captions)
                 record.append({"name": name, "captions": texts, "counts": counts})
                 record[-1] |= {"digest": file_digest, "bucket": bucket, "row": row}
-                waiting[bucket].append(pixels)
+                waiting[bucket].append(views)
                 if len(waiting[bucket]) == group:
                     files[bucket].add(self._encode(waiting[bucket]))
                     waiting[bucket] = []
-            for bucket, pixels in waiting.items():
-                if pixels:
-                    files[bucket].add(self._encode(pixels))
+            for bucket, rest in waiting.items():
+                if rest:
+                    files[bucket].add(self._encode(rest))
             for file in files.values():
                 file.finish()
         write_record(record_path(self.folder, number), record, self.inputs)
@@ -275,10 +279,8 @@ class _Encoder:
 
     def _fit(
         self, sample: Sample | BadSample
-    ) -> BadSample | tuple[str, list[str], bytes, int, Tensor]:
-        """Return a sample's name, captions, digest, bucket and variants (V, 3, H, W), or why it is
-        bad.
-        """
+    ) -> BadSample | tuple[str, list[str], bytes, int, Views]:
+        """Return a sample's name, captions, digest, bucket and views, or why it is bad."""
         if isinstance(sample, BadSample):
             return sample
         size = sample.image.size
@@ -288,18 +290,32 @@ class _Encoder:
             check_scale(size, wanted, self.config.upscale_limit)
         except BadSample as error:
             return BadSample(error.reason, f"{sample.name!r} {error.detail}")
-        variants = self.crop_flip.variants(sample.image, sample.name, wanted)
-        return sample.name, sample.captions, sample.digest, bucket, variants
+        pixels = self.crop_flip.views(sample.image, sample.name, wanted)
+        masks = self.crop_flip.random_masks(sample.name, wanted) if self.crop_flip.masks else None
+        return sample.name, sample.captions, sample.digest, bucket, (pixels, masks)
 
     @torch.no_grad()
-    def _encode(self, pixels: list[Tensor]) -> np.ndarray:
-        """Encode the variants of n images, (V, 3, H, W) each, to moments (n, V, 2C, h, w)."""
+    def _encode(self, views: list[Views]) -> np.ndarray:
+        """Encode the views of n images to moments (n, V, 2C or 4C + 1, h, w)."""
         device = next(self.vae.parameters()).device
-        posterior = self.vae.encode(to_floats(torch.cat(pixels).to(device)))
-        moments = torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu()
+        images = to_floats(torch.cat([pixels for pixels, _ in views]).to(device))
+        moments = self._moments(images)
+        if self.crop_flip.masks:
+            masks = torch.cat([masks for _, masks in views if masks is not None]).to(device)
+            images, moments = (
+                x.repeat_interleave(self.crop_flip.masks, 0) for x in (images, moments)
+            )
+            masked = self._moments(masked_images(images, masks))
+            moments = torch.cat([moments, latent_masks(masks, masked), masked], dim=1)
+        moments = moments.half().cpu()
         if not moments.isfinite().all():
             raise ValueError("the VAE makes latents that are not finite, or too large for float16")
-        return moments.unflatten(0, (len(pixels), -1)).numpy()
+        return moments.unflatten(0, (len(views), -1)).numpy()
+
+    def _moments(self, images: Tensor) -> Tensor:
+        """Mean and log-variance of the latents of images in [-1, 1], (B, 2C, h, w)."""
+        posterior = self.vae.encode(images)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
 
 def _check_left_out(left_out: Counter[str], total: int, config: DataConfig) -> None:

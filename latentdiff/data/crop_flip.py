@@ -1,8 +1,12 @@
-"""CropFlip: how an image is scaled and cropped to a size, in one or in several variants."""
+"""CropFlip: how an image is scaled and cropped to a size, in one or in several variants.
+
+For inpainting each of them is masked as well.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,37 +15,54 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentdiff.data.buckets import Size
+from latentdiff.data.masks import random_mask
 
 MIN_CROP = 0.8  # side of the smallest random crop, relative to the largest crop's
 
 
 @dataclass(frozen=True)
 class CropFlip:
-    """The variants of each image: crops and, with `flip`, their mirror images.
+    """The variants of each image: crops and, with `flip`, their mirror images; masks of each.
 
     Variant 0 is the largest crop, at the centre of the image. The sides of the other crops are 80
     to 100 % of its sides, but not so small that the crop would be enlarged, and their position is
     uniform over the image. Their size and position are functions of the image's name and the
     variant's number. All crops of an image that has no more pixels than the target size have the
-    largest size. Raises ValueError for fewer than one crop.
+    largest size. With `masks` each crop and mirror image is as many variants, one after the other,
+    each with a mask of its own: see `random_mask`. Raises ValueError for fewer than one crop.
     """
 
     crops: int = 1
     """Number of crops of each image; each training step draws one."""
     flip: bool = False
     """Whether each crop has a mirror image."""
+    masks: int = 0
+    """For inpainting: number of random masks of each crop and of each mirror image; each training
+    step draws one. 0 is none."""
 
     def __post_init__(self) -> None:
         if self.crops < 1:
             raise ValueError(f"crops={self.crops} must be at least 1")
+        if self.masks < 0:
+            raise ValueError(f"masks={self.masks} must be at least 0")
 
     @property
     def num_variants(self) -> int:
         """V, the number of variants of each image."""
-        return self.crops * (2 if self.flip else 1)
+        return self.crops * (2 if self.flip else 1) * max(1, self.masks)
 
-    def variants(self, image: Image.Image, name: str, size: Size) -> Tensor:
-        """Return an RGB image's variants, (V, 3, H, W) uint8; the crops precede all flips."""
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a cache notes them: one without masks as those that knew of none."""
+        noted = asdict(self)
+        return noted if self.masks else {name: noted[name] for name in ("crops", "flip")}
+
+    def random_masks(self, name: str, size: Size) -> Tensor:
+        """Return the masks of an image's variants, (V, 1, H, W) float32, 1 where to paint."""
+        masks = [random_mask(f"{name}/{variant}", size) for variant in range(self.num_variants)]
+        return torch.from_numpy(np.stack(masks)).float()[:, None]
+
+    def views(self, image: Image.Image, name: str, size: Size) -> Tensor:
+        """Return an RGB image's crops and then their mirror images, (…, 3, H, W) uint8."""
         crops = [crop_to(image, size)]
         for number in range(1, self.crops):
             u, *position = _uniform(f"{name}/{number}", 3)

@@ -135,7 +135,7 @@ def some_images(dataset: ImageDataset) -> Iterator[Tensor]:
         if isinstance(sample, Sample):
             with suppress(BadSample):  # too small an image
                 check_scale(sample.image.size, size, dataset.config.upscale_limit)
-                yield CropFlip().variants(sample.image, sample.name, size)[0]
+                yield CropFlip().views(sample.image, sample.name, size)[0]
 
 
 def _channels(numbers: Sequence[int], fractions: Sequence[float]) -> str:

@@ -70,7 +70,7 @@ class ResidentLatents:
         for bucket in np.unique(self.buckets).tolist():
             members = np.flatnonzero(self.buckets == bucket)
             self.place[members] = np.arange(len(members))
-            moments = torch.from_numpy(cache.bucket_moments(bucket))  # (n, V, 2C, h, w)
+            moments = torch.from_numpy(cache.bucket_moments(bucket))  # (n, V, …, h, w)
             self.moments[bucket] = moments.flatten(0, 1).to(device)
         self.num_variants = cache.crop_flip.num_variants
 
@@ -89,7 +89,8 @@ class ResidentLatents:
     ) -> Iterator[dict[str, Any]]:
         """Yield `{"moments": (b, 2C, h, w) float32, "rows": (b,)}` of each step from `start` on.
 
-        `examples` (n,) are the indices that are drawn from; `variants` and `options` are those of
+        With masks the moments have 4C + 1 channels, as in the cache. `examples` (n,) are the
+        indices that are drawn from; `variants` and `options` are those of
         `step_ids`.
         """
         buckets = self.buckets[examples]

@@ -80,7 +80,7 @@ def with_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dic
 
 
 def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run takes from its latent cache, if there is one yet: size, crops and flips."""
+    """What a run takes from its latent cache, if there is one yet: size, crops, flips, masks."""
     if settings.get("cache") is None or not Path(settings["cache"]).is_dir():
         return {}
     cache = LatentCache(Path(settings["cache"]))

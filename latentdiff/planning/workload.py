@@ -46,16 +46,18 @@ def make_workload(
 
 
 def cache_bytes_per_image(settings: Mapping[str, Any]) -> int | None:
-    """Bytes in the latent cache of all crops and flips of an image; None if none is trained from.
+    """Bytes in the latent cache of all variants of an image; None if none is trained from.
 
-    Means and log-variances are in float16. An image that keeps its shape, in a bucket, takes as
-    much at most.
+    Means and log-variances are in float16; those of the masked image and the mask come to them for
+    inpainting. An image that keeps its shape, in a bucket, takes as much at most.
     """
     if not isinstance(network_config(settings)[1], UNetConfig | DiTConfig):
         return None
     C, side = _latent_shape(settings, _vae_config(settings))
     variants = positive_int(settings, "crops", 1) * (2 if settings.get("flip", False) else 1)
-    return variants * 2 * 2 * C * side * side
+    if not settings.get("masks"):
+        return variants * 2 * 2 * C * side * side
+    return variants * positive_int(settings, "masks") * 2 * (4 * C + 1) * side * side
 
 
 def kept_state_bytes(settings: Mapping[str, Any], images: int | None) -> int:

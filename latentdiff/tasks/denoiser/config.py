@@ -43,6 +43,7 @@ class TrainUNet:
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(OF_THE_CACHE, "cache=null"),
         "num_workers": "cache=null or in_memory=false",
+        "masks": "cache=null and inpainting",
         "shuffle_buffer": "",  # a stream is encoded in its order
         "lora": "init",
         "unet": "dit=null and init=null",
@@ -51,6 +52,7 @@ class TrainUNet:
         "unet.addition_embed_type_num_heads": "unet.addition_embed_type",
         "diffusion.steps_offset": "diffusion.timestep_spacing=leading",
         "validate_every": "val_fraction",
+        "preview_prompts": "inpainting=false",
     }
 
     init: str | None = None
@@ -84,7 +86,9 @@ class TrainUNet:
     val_fraction: float = option(0.01, former_name="held_out")
     """Fraction of the examples in the validation split, which has 256 at most."""
     preview_prompts: Sequence[str] = option((), may_change=True)
-    """Prompts of the preview grid; by default up to eight captions of the training data."""
+    """Prompts of the preview grid; by default up to eight captions of the training data. For
+    inpainting the grid shows images of the data, masked and as they are painted by their own
+    captions."""
     loss: LossConfig = group(LossConfig)
     data: DataConfig = group(DataConfig)
     crop_flip: CropFlip = group(CropFlip)
@@ -101,3 +105,8 @@ class TrainUNet:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
+        if self.inpainting and self.cache is None and self.crop_flip.masks == 0:
+            raise ValueError(
+                "masks=0 must be at least 1 with inpainting=true: how many random masks of each "
+                "crop the network learns from, such as 4"
+            )

@@ -38,6 +38,7 @@ def open_cache(
     batch_size, say = config.loop.batch_size, run.accelerator.print
     if config.cache is not None:
         cache = LatentCache(config.cache)
+        _check_masks(cache, inpainting=config.inpainting)
         check_batch(batch_size, len(cache))
         vae = load_vae(cache.data)[0].to(run.device)
         cache.check_vae(vae)
@@ -77,6 +78,20 @@ def _say_changes(cache: LatentCache) -> None:
             f"data={data} has changed since {cache.folder} was made of it, and this run trains on "
             "the cache as it is: cache_latents.py, run again, reads the captions anew and encodes "
             "nothing"
+        )
+
+
+def _check_masks(cache: LatentCache, *, inpainting: bool) -> None:
+    masks = cache.crop_flip.masks
+    if inpainting and not masks:
+        raise ValueError(
+            f"{cache.folder} has no masked images, which inpainting=true needs; make a cache with "
+            "cache_latents.py --masks 4"
+        )
+    if masks and not inpainting:
+        raise ValueError(
+            f"{cache.folder} has masks={masks} and is for inpainting=true; make a cache without "
+            "masks"
         )
 
 

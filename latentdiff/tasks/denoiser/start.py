@@ -12,6 +12,7 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.loading import Components, check_shapes
 from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import encoder_fingerprint
+from latentdiff.models.inpainting import with_mask_channels
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE
@@ -30,7 +31,9 @@ HIGH_RATE = 3e-4
 def load_init(config: TrainUNet, say: Say) -> Components | None:
     """The model that `init` names, in float32; None without one.
 
-    Raises ValueError where there is no such model, and where a LoRA is asked of a DiT.
+    For inpainting its network has the channels that it needs. Raises ValueError where there is no
+    such model, where a LoRA is asked of a DiT, and where the network is for inpainting and the run
+    is not, or has no channels for it and a LoRA is asked.
     """
     if config.init is None:
         return None
@@ -46,6 +49,7 @@ def load_init(config: TrainUNet, say: Say) -> Components | None:
         f"init: {config.init}, a {kind} of {count / 1e6:,.1f} M parameters, "
         f"prediction={diffusion.prediction}, schedule={diffusion.schedule}"
     )
+    _fit_inpainting(config, init, say)
     rate = config.optimizer.learning_rate
     if config.lora is None and rate > HIGH_RATE:
         say(
@@ -123,13 +127,36 @@ def new_denoiser(
     channels = vae.config.latent_channels
     network = replace(
         config.unet if config.dit is None else config.dit,
-        in_channels=channels,
+        in_channels=2 * channels + 1 if config.inpainting else channels,
         out_channels=2 * channels if diffusion.learned_variance else channels,
         sample_size=cache.image_size // vae.config.factor,
         cross_attention_dim=text_encoder.width,
     )
     torch.manual_seed(config.loop.seed)
     return UNet(network) if isinstance(network, UNetConfig) else DiT(network)
+
+
+def _fit_inpainting(config: TrainUNet, init: Components, say: Say) -> None:
+    """Give the network of `init` the channels that inpainting needs."""
+    channels, given = init.vae.config.latent_channels, init.unet.config.in_channels
+    if not config.inpainting:
+        if given == 2 * channels + 1:
+            raise ValueError(
+                f"init={config.init} is an inpainting model: inpainting must be true, with a mask "
+                "for each image"
+            )
+        return
+    if config.lora is not None and given == channels:
+        raise ValueError(
+            f"lora must be null: init={config.init} has no channels for mask and masked image, and "
+            "a LoRA cannot add them; take an inpainting model as init, or train all of this one"
+        )
+    with_mask_channels(init.unet, channels)
+    if given == channels:
+        say(
+            f"inpainting: the network gets {channels + 1} more input channels, for the mask and "
+            "the masked image, whose weights are 0 at first"
+        )
 
 
 def _compare_latents(config: TrainUNet, own: VAE, given: VAE, say: Say) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.cache import LatentCache, collate_moments
+from latentdiff.data.cache import LatentCache, collate_moments, split_masked
 from latentdiff.data.summary import cache_summary
 from latentdiff.images import image_grid
 from latentdiff.loading import Components
@@ -22,6 +22,7 @@ from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.vae import Posterior
 from latentdiff.pipeline import Pipeline
 from latentdiff.tasks.denoiser.config import TrainUNet
+from latentdiff.tasks.denoiser.inpainting import painted, sampled_channels, with_channels
 from latentdiff.tasks.denoiser.latents import check_sizes
 from latentdiff.tasks.denoiser.lora import (
     UNetWithText,
@@ -93,8 +94,8 @@ class DenoiserTask:
     def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """A process's batch with all that its step needs of the host.
 
-        `batch` has moments (b, 2C, H, W) and captions, or rows of the tokens in memory. Timesteps
-        and noise are drawn for the global batch.
+        `batch` has moments (b, 2C, H, W), or (b, 4C + 1, H, W) with masks, and captions, or rows of
+        the tokens in memory. Timesteps and noise are drawn for the global batch.
         """
         config, batch_size = self.config, self.config.loop.batch_size
         processes = self.run.processes
@@ -107,17 +108,27 @@ class DenoiserTask:
 
         loss, u = config.loss, rows(torch.rand(batch_size, 2, generator=rng("caption")))
         dropped = u[:, 1].double().numpy() < config.caption_dropout
-        return {
+        prepared = {
             "moments": batch["moments"],
             "caption": self.captions.prepare(batch, u[:, 0], dropped),
             "posterior": rows(torch.randn(shape, generator=rng("posterior"))),
             "t": rows(loss.sample_t(self.diffusion, batch_size, generator=rng("t"))),
             "noise": rows(loss.noise(shape, generator=rng("noise"))),
         }
+        if config.inpainting:
+            names = ("moments", "mask", "masked_moments")
+            prepared |= zip(names, split_masked(batch["moments"]), strict=True)
+            noise = torch.randn(shape, generator=rng("masked posterior"))
+            prepared["masked_posterior"] = rows(noise)
+        return prepared
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
         """One micro-batch of what `prepare` made, on the device; the host reads none of it."""
         diffusion, loss_config = self.diffusion, self.config.loss
+        network = self.learner.forward_model
+        if self.config.inpainting:
+            masked = batch["mask"], batch["masked_moments"], batch["masked_posterior"]
+            network = with_channels(network, sampled_channels(*masked))
         x0 = Posterior.from_moments(batch["moments"]).sample(batch["posterior"])
         context = batch["caption"]
         if not self.trains_text:  # the network itself reads the token ids otherwise
@@ -127,7 +138,7 @@ class DenoiserTask:
             torch.manual_seed(seed_of(self.config.loop.seed, step, f"dropout {micro_batch.index}"))
         t, noise = batch["t"], batch["noise"]
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
-        errors, vlb = diffusion.losses(self.learner.forward_model, x0, context, noise=noise, t=t)
+        errors, vlb = diffusion.losses(network, x0, context, noise=noise, t=t)
         metrics = {"loss": errors.mean()}
         weight = loss_config.weight(diffusion, t).to(errors)  # (b,), as are errors and vlb
         if self.uncertainty is not None:  # EDM2, eq. 21, of which each network minimises its part
@@ -169,9 +180,13 @@ class DenoiserTask:
 
         batch = collate_moments([self.cache[index] for index in indices])
         captions = choose(batch["captions"], [float(torch.rand((), generator=rng)) for rng in rngs])
-        size = batch["moments"].shape[2:]
-        posterior = Posterior.from_moments(batch["moments"].to(self.run.device))
-        x0 = posterior.sample(randn(self.channels, *size))
+        moments, network = batch["moments"].to(self.run.device), self.ema
+        size = moments.shape[2:]
+        if self.config.inpainting:
+            moments, mask, masked = split_masked(moments)
+            channels = sampled_channels(mask, masked, randn(self.channels, *size))
+            network = with_channels(network, channels.repeat_interleave(BINS, 0))
+        x0 = Posterior.from_moments(moments).sample(randn(self.channels, *size))
         noise = randn(BINS, self.channels, *size).flatten(0, 1)
         t = self.val_t[rows].flatten()
         with self.run.accelerator.autocast():
@@ -180,19 +195,31 @@ class DenoiserTask:
             else:
                 context = self.text_encoder(captions)
             x0, context = (x.repeat_interleave(BINS, 0) for x in (x0, context))
-            errors = self.diffusion.loss(self.ema, x0, context, noise=noise, t=t)
+            errors = self.diffusion.loss(network, x0, context, noise=noise, t=t)
         return errors.unflatten(0, (-1, BINS))
 
     def preview(self, path: Path) -> None:
-        """Draw images of up to eight captions, which are the same each time."""
-        captions = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
-        prompts = list(self.config.preview_prompts or dict.fromkeys(captions))
+        """Draw images of up to eight captions, or paint as many masked images, the same each time.
+
+        The images are of the validation split, if there is one.
+        """
         seed = self.config.loop.seed
         # The frozen weights of a LoRA are in half precision, its own are not.
         mixed = nullcontext() if self.config.lora is None else self.run.accelerator.autocast()
-        with mixed:
-            output = self.pipeline(prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False)
-        image_grid(output.images, prompts).save(path)
+        if self.config.inpainting:
+            known = self.val if len(self.val) else np.arange(len(self.cache))
+            examples = np.unique(known[np.arange(8) * len(known) // 8]).tolist()
+            prompts = [self.cache.captions[index][0] for index in examples]
+            with mixed:
+                images = painted(self.pipeline, self.cache, examples, prompts, seed=seed)
+        else:
+            captions = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
+            prompts = list(self.config.preview_prompts or dict.fromkeys(captions))
+            with mixed:
+                images = self.pipeline(
+                    prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False
+                ).images
+        image_grid(images, prompts).save(path)
 
     def save(self, folder: Path) -> None:
         """Write a pipeline folder with the EMA network, or the EMA LoRA as one file."""
