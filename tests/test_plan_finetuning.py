@@ -269,6 +269,7 @@ WRONG = [
     ({"init": "nobody/nothing"}, "is neither a file, a folder nor a model in the cache of the"),
     ({"vae": "sd15", "text_encoder": "sd15"}, "cross_attention_dim=16 of the network of init="),
     ({"image_size": None}, "image_size is missing"),
+    ({"inpainting": True, **lora()}, "lora must be null: init=.* has no channels for masks"),
 ]
 
 

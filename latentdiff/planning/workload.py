@@ -187,6 +187,11 @@ def _fitted(
                 f"{name}={value} of the network of init={settings['init']} must be {allowed[0]}, "
                 f"{what}"
             )
+    if settings.get("lora") is not None and config.in_channels != in_channels:
+        raise ValueError(
+            f"lora must be null: init={settings['init']} has no channels for masks, which a LoRA "
+            "cannot add; take an inpainting model as init, or train all of this one"
+        )
     return replace(config, in_channels=in_channels, sample_size=side)
 
 
