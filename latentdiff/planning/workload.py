@@ -137,7 +137,8 @@ def _denoiser(
     def loss(model: Model, frozen: Sequence[Model], B: int) -> Tensor:
         def denoise(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
             x = torch.cat([x, torch.zeros(B, more, side, side)], dim=1) if more else x
-            return model(x, t, context)[:, :C]  # without a learned variance
+            output = model(x, t, context)
+            return output[:, :C] if config.out_channels > C else output  # no learned variance
 
         posterior = Posterior.from_moments(torch.randn(B, 2 * C, side, side))
         x0 = posterior.sample(torch.randn(B, C, side, side))
