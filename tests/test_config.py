@@ -19,6 +19,7 @@ READERS = {
     **{"clip": "train_clip", "vae": "train_vae", "cache": "cache_latents", "unet": "train_unet"},
     **{"enlarge": "train_vae", "enlarge_cache": "cache_latents", "enlarge_unet": "train_unet"},
     **{"dit": "train_unet", "inpainting": "train_unet"},
+    **{"style": "train_unet", "subject": "train_unet"},
 }
 
 

@@ -1,5 +1,6 @@
 """Options that have no effect beside others are refused, and defaults stay silent."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def test_every_condition_names_options_that_are_there(name: str) -> None:
     declared = {one.name: one.metadata.get("needs") for one in flat_fields(cls)}
     for path, needs in {**declared, **getattr(cls, "NEEDS", {})}.items():
         value_of(config, path)
-        for condition in (needs or "").split(" or "):
+        for condition in re.split(" or | and ", needs or ""):
             value_of(config, condition.partition("=")[0] or path)
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
-from support.scripts import ROOT, run_here, script
+from support.scripts import ROOT, TWO, launch, run_here, script
 from support.tiny import CONTEXT_DIM, UNET, Recording, randomise, tiny_pipeline
 from test_cache import write_images
 from test_interchange import decibels, first_noise
@@ -295,7 +295,22 @@ def test_a_run_s_model_is_a_start_too_and_its_average_begins_there(
     assert task.pipeline.side == 32
 
 
+@pytest.mark.processes
+def test_two_processes_train_the_lora_that_one_trains(home: Path, tmp_path: Path) -> None:
+    """Of the UNet and the text encoder; gradients are averaged, which rounds otherwise."""
+    options = LORA | {"lora.dropout": 0.0}
+    run_here("train_unet", *arguments(home, tmp_path / "one", **options))
+    launch(TWO, "train_unet", *arguments(home, tmp_path / "two", **options))
+    one, two = (load_safetensors(tmp_path / n / "model/lora.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    largest = max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_up" in name)
+    assert largest > 1e-4
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.float(), two[name].float(), atol=0.03 * largest), name
+
+
 WRONG = [
+    ({"sharding": "full", "lora.rank": 2}, "sharding=full must be none with lora"),
     ({"lora.rank": 17}, "lora.rank=17 must be at most 16, the rank of "),
     ({"lora.layers": "[]"}, "lora.layers=[] must name layers"),
     ({"init": "{home}/data"}, "{home}/data is not a whole pipeline folder; missing: model_index"),

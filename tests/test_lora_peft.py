@@ -192,10 +192,10 @@ def test_a_config_beside_is_not_that_of_any_other_file(pipeline: Pipeline, tmp_p
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora=True is not read, only false"),
         ({"lora_bias": True}, "lora_bias=True is not read"),
         ({"layer_replication": [[0, 4]]}, "layer_replication="),
-        ({"peft_type": "LOHA"}, "peft_type='LOHA' is not read, only LORA"),
+        ({"peft_type": "OFT"}, "peft_type='OFT' is not read, only LORA, LOHA, LOKR"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA' is not that of the tensors, first"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not read: it changes the"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
         ({"lora_alpha": "6"}, "has alpha '6', not a number"),

@@ -13,7 +13,8 @@ from support.tiny import tiny_pipeline
 from torch import Tensor, nn
 
 from latentdiff.cli import main
-from latentdiff.formats.lora import LoRAFile, LoRALayer, is_lora, read_lora
+from latentdiff.formats.lora import LoRAFile, is_lora, read_lora
+from latentdiff.formats.lora_layers import LoRALayer
 from latentdiff.formats.lora_writing import Names, write_lora
 from latentdiff.models.low_rank import difference, low_rank, resized
 from latentdiff.pipeline import Pipeline

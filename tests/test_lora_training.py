@@ -13,7 +13,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff.formats.header import read_header
-from latentdiff.formats.lora import LoRAFile, LoRALayer, read_lora
+from latentdiff.formats.lora import LoRAFile, read_lora
+from latentdiff.formats.lora_layers import LoRALayer
 from latentdiff.formats.lora_writing import write_lora
 from latentdiff.models.lora_training import (
     TEXT_LAYERS,

@@ -24,7 +24,9 @@ from latentdiff.training.processes import Processes
 from latentdiff.training.validation import (
     BINS,
     MAX_EXAMPLES,
+    VAL_ERRORS,
     Subset,
+    num_draws,
     stratified_t,
     val_indices,
     validation_loss,
@@ -117,11 +119,36 @@ def test_the_losses_are_means_of_all_examples() -> None:
     for rows in asked:
         assert len(rows) <= 4
         assert len({BUCKETS[row] for row in rows}) == 1
-    assert list(found) == ["val_loss", *(f"val_loss_{i}" for i in range(BINS))]
+    assert list(found) == ["val_loss", *(f"val_loss_{i}" for i in range(BINS)), VAL_ERRORS]
     means = LOSSES.double().mean(dim=0)
     assert float(found["val_loss"]) == pytest.approx(float(means.mean()))
     for number in range(BINS):
         assert float(found[f"val_loss_{number}"]) == pytest.approx(float(means[number]))
+    assert found[VAL_ERRORS].equal(LOSSES.double().mean(dim=1)[:, None])
+
+
+def test_the_draws_of_an_example_stand_beside_each_other() -> None:
+    found = validation_loss(
+        lambda rows: LOSSES[list(rows)], BUCKETS, batch_size=4, processes=Processes(), draws=5
+    )
+    assert found[VAL_ERRORS].equal(LOSSES.double().mean(dim=1).reshape(4, 5))
+    assert float(found["val_loss"]) == pytest.approx(float(LOSSES.mean()))
+
+
+@given(num_val=st.integers(1, MAX_EXAMPLES), every=st.integers(1, 1000), size=st.integers(1, 64))
+def test_few_examples_get_as_many_passes_as_many_if_training_has_as_many(
+    num_val: int, every: int, size: int
+) -> None:
+    draws = num_draws(num_val, validate_every=every, batch_size=size)
+    assert draws == 1 or draws * num_val * BINS <= every * size
+    enough = draws * num_val >= MAX_EXAMPLES
+    assert enough or (draws + 1) * num_val * BINS > every * size
+    assert draws * num_val < MAX_EXAMPLES + num_val
+
+
+def test_a_full_split_has_one_noise_as_before() -> None:
+    assert num_draws(MAX_EXAMPLES, validate_every=10**6, batch_size=10**6) == 1
+    assert num_draws(0, validate_every=1, batch_size=1) == 1
 
 
 def validated(folder: Path) -> list[dict[str, float]]:

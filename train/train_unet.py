@@ -8,6 +8,7 @@ from transformers.utils import logging
 from latentdiff.data.batches import check_batch
 from latentdiff.data.caption_lengths import cut_captions, some_captions
 from latentdiff.tasks.ahead import ahead
+from latentdiff.tasks.denoiser.class_images import join_class_images
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.denoiser.latents import latent_batches, open_cache, warn_of_small_sizes
 from latentdiff.tasks.denoiser.start import (
@@ -17,6 +18,7 @@ from latentdiff.tasks.denoiser.start import (
     start_vae,
 )
 from latentdiff.tasks.denoiser.task import DenoiserTask
+from latentdiff.training.by_heart import split_in_words
 from latentdiff.training.command_line import parse_config, run_script
 from latentdiff.training.loop import fit
 from latentdiff.training.run import Run
@@ -33,17 +35,26 @@ def main() -> None:
     init = load_init(config, say)
     cache, vae = open_cache(config, run, lambda data: start_vae(config, init, data, say))
     val = val_indices(len(cache), config.val_fraction, seed=config.loop.seed)
-    check_batch(config.loop.batch_size, len(cache) - len(val))
-    if run.processes.rank == 0:
-        warn_of_small_sizes(cache, val, config.loop.batch_size)
-    if config.val_fraction > 0 and len(val) == 0:
-        say(f"no validation: val_fraction={config.val_fraction} of {len(cache)} images is not one")
+    prior = join_class_images(config, run, init, cache=cache, val=val, vae=vae)
+    if prior is None:  # beside class images a batch may have an image several times
+        check_batch(config.loop.batch_size, len(cache) - len(val))
+        if run.processes.rank == 0:
+            warn_of_small_sizes(cache, val, config.loop.batch_size)
+    captions = cache.captions if prior is None else prior.captions
     text_encoder = start_text_encoder(config, init, cache.data, say)
-    if sentence := cut_captions(some_captions(cache.captions), text_encoder.tokenizer):
+    if sentence := cut_captions(some_captions(captions), text_encoder.tokenizer):
         say(sentence)
     model = make_start(config, init, cache=cache, vae=vae, text_encoder=text_encoder, say=say)
-    task = DenoiserTask(config, run, cache=cache, val=val, model=model)
-    loader = partial(latent_batches, cache=cache, val=val, config=config, run=run)
+    task = DenoiserTask(config, run, cache=cache, val=val, model=model, prior=prior)
+    if sentence := split_in_words(
+        len(val),
+        len(cache),
+        val_fraction=config.val_fraction,
+        draws=task.draws,
+        validate_every=config.loop.validate_every,
+    ):
+        say(sentence)
+    loader = partial(latent_batches, cache=cache, val=val, config=config, run=run, prior=prior)
     fit(task, ahead(loader, task.prepare, run.device), run)
     if config.lora is not None:
         model = config.loop.output_dir / "model"

@@ -61,6 +61,9 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         "--caption_columns", type=_names, default=("text",), help='such as text,text_zh; "" is none'
     )
     parser.add_argument("--allow_empty_caption", action="store_true")
+    parser.add_argument(
+        "--instance_prompts", nargs="+", default=(), help="captions in place of those in the data"
+    )
     parser.add_argument("--max_megapixels", type=float, default=64, help="larger is bad")
     parser.add_argument("--first_frame", action="store_true", help="take it from animations")
     parser.add_argument("--background", default="white", help="behind transparent images")
@@ -116,6 +119,12 @@ def _data_check(arguments: argparse.Namespace) -> None:
     config = DataConfig(**{name: v for name, v in vars(arguments).items() if name in names})
     if arguments.batch_size is not None and not config.bucket_step:
         raise ValueError("--batch_size has no effect without --bucket_step")
+    if config.instance_prompts and (
+        config.caption_columns != ("text",) or config.allow_empty_caption
+    ):
+        raise ValueError(
+            "--caption_columns and --allow_empty_caption have no effect with --instance_prompts"
+        )
     out = arguments.out
     if out is None:
         if not Path(config.data).exists():

@@ -99,14 +99,15 @@ def rewrite(arguments: argparse.Namespace, dtype: "torch.dtype | None") -> None:
     """Write the LoRA IN with other names, ranks or precision."""
     from latentdiff.formats.header import read_header
     from latentdiff.formats.lora import LoRAFile, read_lora
-    from latentdiff.formats.lora_writing import write_lora
+    from latentdiff.formats.lora_writing import plain_layers, write_lora
     from latentdiff.models.low_rank import resized
 
     source, rank = Path(arguments.source), arguments.lora_rank
     file, header = read_lora(source, layers_per_block=2), read_header(source)
+    parts = plain_layers(file, source)
     if rank is not None:
         file = LoRAFile(
-            *({n: resized(one, rank) for n, one in part.items()} for part in vars(file).values())
+            *({n: resized(one, rank) for n, one in part.items()} for part in parts.values())
         )
     kept = {
         name: text

@@ -134,7 +134,7 @@ def _keep(
 
 def _check_config(config: DataConfig, vae: VAE) -> None:
     """Raise ValueError for data without captions, and for sizes that the VAE cannot encode."""
-    if not config.caption_columns:
+    if not config.caption_rules():
         raise ValueError("caption_columns is empty: latents are for training on captions")
     for width, height in config.buckets():
         if width % vae.config.factor or height % vae.config.factor:

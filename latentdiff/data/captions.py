@@ -34,7 +34,8 @@ class CaptionRules:
     of captions to its weight, a number that its captions in a row share equally, or to the name of
     the column with the weight of each. Captions of a column without an entry have weight 1 each.
     The templates of a caption share its weight equally. `counted`: the weights are whole numbers,
-    and are how often the result has each caption.
+    and are how often the result has each caption. `prompts` are the captions of every row, which
+    is not read then.
     """
 
     columns: Sequence[str]
@@ -42,6 +43,11 @@ class CaptionRules:
     weights: Mapping[str, str | float] = field(default_factory=dict)
     allow_empty: bool = False
     counted: bool = False
+    prompts: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        """Whether there are captions at all: a VAE's data has none."""
+        return bool(self.columns or self.prompts)
 
     def named(self) -> list[str]:
         """Return the columns that the rules read."""
@@ -63,6 +69,8 @@ class CaptionRules:
         Raises BadSample for impossible weights and for a template that names an empty column,
         ValueError for a value that is not text.
         """
+        if self.prompts:
+            return list(self.prompts)
         pairs = list(self._weighted(row))
         if not pairs and self.allow_empty:
             return [""]
@@ -101,7 +109,8 @@ class Captions(Sequence[list[str]]):
     def __init__(self, rows: datasets.Dataset, rules: CaptionRules) -> None:
         """Take a table. Raises ValueError for captions that are not texts, weights not numbers."""
         self.rules = rules
-        self.rows = rows.select_columns(rules.named())
+        # A selection of no columns would have no rows.
+        self.rows = rows if rules.prompts else rows.select_columns(rules.named())
         for name in rules.columns:
             _check(rows, name, "texts", _TEXTS)
         for name in rules.template_columns():
@@ -110,7 +119,7 @@ class Captions(Sequence[list[str]]):
             _check(rows, name, "numbers", (pa.types.is_floating, pa.types.is_integer))
 
     def __len__(self) -> int:
-        return len(self.rows) if self.rules.columns else 0
+        return len(self.rows) if self.rules else 0
 
     @overload
     def __getitem__(self, index: int) -> list[str]: ...
@@ -119,9 +128,11 @@ class Captions(Sequence[list[str]]):
     def __getitem__(self, index: int | slice) -> list[str] | list[list[str]]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.rules.of(self.rows[index])
+        return self.rules.of({} if self.rules.prompts else self.rows[index])
 
     def __iter__(self) -> Iterator[list[str]]:
+        if self.rules.prompts:
+            yield from (self.rules.of({}) for _ in range(len(self)))
         if not self.rules.columns:
             return
         for batch in self.rows.iter(batch_size=1000):

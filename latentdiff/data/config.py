@@ -5,16 +5,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from latentdiff.data.buckets import Size, bucket_sizes
 from latentdiff.data.captions import CaptionRules, as_list
 from latentdiff.data.decode import Decoding
 from latentdiff.data.forms.detect import splits
 from latentdiff.data.shapes import build_shapes
-from latentdiff.options import option
+from latentdiff.options import NEEDS, option
 
 SHAPES_FOLDER = Path("runs/shapes/data")  # `data: shapes` writes its images here, once
 MAX_ASPECT = 16.0  # upper bound of `max_aspect`
+OWN_CAPTIONS = "instance_prompts=[]"  # what the options of captions need
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,22 @@ class DataConfig:
     max_aspect: float = option(2.0, fingerprinted=False, needs="bucket_step")
     """With bucket_step: the largest ratio of a bucket's longer side to its shorter one."""
     image_column: str = "image"
-    caption_columns: Sequence[str] = ("text",)
+    instance_prompts: Sequence[str] = option((), fingerprinted=False)
+    """The captions of every image, such as '["a photo of sks dog"]', in place of those of the data,
+    which needs none; each training step draws one of them."""
+    caption_columns: Sequence[str] = option(("text",), needs=OWN_CAPTIONS)
     """Columns with a caption or a list of captions; each training step draws one of them all."""
-    caption_templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    caption_templates: Mapping[str, Sequence[str]] = field(
+        default_factory=dict, metadata={NEEDS: OWN_CAPTIONS}
+    )
     """For each column, templates such as "a {}"; each makes one caption of each of the column's.
     {style} stands for the text in the row's column `style`."""
-    caption_weights: Mapping[str, str | float] = field(default_factory=dict)
+    caption_weights: Mapping[str, str | float] = field(
+        default_factory=dict, metadata={NEEDS: OWN_CAPTIONS}
+    )
     """For each column of captions, its weight, which its captions in a row share equally, or the
     name of the column with the weight of each: a number or a list of them."""
-    allow_empty_caption: bool = option(False, needs="caption_columns")
+    allow_empty_caption: bool = option(False, needs=f"caption_columns and {OWN_CAPTIONS}")
     """Train on images without a caption as if they had an empty one."""
     exclude: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each column, values; rows with one of these values, or with one in a list, are left out.
@@ -85,6 +94,10 @@ class DataConfig:
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad={self.max_bad} must be in [0, 1]")
         self.decoding()
+        if any(not prompt.strip() for prompt in self.instance_prompts):
+            raise ValueError(
+                f"instance_prompts={list(self.instance_prompts)} must be texts that are not blank"
+            )
         for field_name in ("caption_templates", "caption_weights"):
             for name in getattr(self, field_name):
                 if name not in self.caption_columns:
@@ -151,8 +164,18 @@ class DataConfig:
                 f"that do are {list(image_columns)}"
             )
 
+    def with_prompts(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what identifies the data, with `instance_prompts` where there are any.
+
+        Without them it is what it was before the option was there, and so are fingerprints.
+        """
+        prompts = list(self.instance_prompts)
+        return options | ({"instance_prompts": prompts} if prompts else {})
+
     def caption_rules(self) -> CaptionRules:
         """Return the options that turn columns into captions."""
+        if self.instance_prompts:
+            return CaptionRules(columns=(), prompts=self.instance_prompts)
         return CaptionRules(
             columns=self.caption_columns,
             templates=self.caption_templates,

@@ -86,7 +86,7 @@ class CaptionedImages(Dataset[dict[str, Any]]):
                 *("caption_templates", "caption_weights", "allow_empty_caption", "upscale_limit"),
             )
         }
-        text = json.dumps(options, sort_keys=True) + repr(config.decoding())
+        text = json.dumps(config.with_prompts(options), sort_keys=True) + repr(config.decoding())
         digest = hashlib.sha256(text.encode())
         digest.update(self.index.rows._fingerprint.encode())
         if self._selected is not None:
@@ -247,7 +247,7 @@ def index_captions(
 def known_faults(index: Index, captions: Captions, config: DataConfig) -> dict[int, BadSample]:
     """Map the row of each sample that is bad by its metadata alone to what is wrong with it."""
     faults = dict(index.faults)
-    if config.caption_columns and not config.allow_empty_caption:
+    if captions.rules.columns and not captions.rules.allow_empty:
         for row in np.flatnonzero(~captions.present()).tolist():
             faults.setdefault(row, BadSample("no caption"))
     return faults

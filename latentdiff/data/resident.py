@@ -15,6 +15,7 @@ from latentdiff.data.batches import step_ids
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.caption_table import CaptionTable
 from latentdiff.data.dataset import CaptionedImages
+from latentdiff.data.joined import JoinedLatents
 from latentdiff.data.prefetch import prefetch
 
 
@@ -62,7 +63,7 @@ class ResidentImages:
 class ResidentLatents:
     """All moments of a latent cache on the device, in float16 as they are on disk."""
 
-    def __init__(self, cache: LatentCache, device: torch.device) -> None:
+    def __init__(self, cache: LatentCache | JoinedLatents, device: torch.device) -> None:
         """Read every file. Raises ValueError for one that is missing or damaged."""
         self.buckets = np.array(cache.buckets)
         self.place = np.empty(len(cache), dtype=np.int64)  # of an example in its bucket

@@ -73,6 +73,7 @@ class StreamedImages:
         """SHA-256 of the files' sizes and times, and of the options that decide what is read."""
         names = fingerprinted(DataConfig)
         options = {name: getattr(self.config, name) for name in names}
+        options = self.config.with_prompts(options)
         text = json.dumps([self._files, options, self.listed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

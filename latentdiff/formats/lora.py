@@ -1,89 +1,76 @@
-"""Read LoRA files (Hu et al. 2021) of diffusers, peft, ComfyUI and kohya's trainer into one form.
+"""Read LoRA files of diffusers, peft, ComfyUI, LyCORIS and kohya's trainer into one form.
 
-lora_names.py knows the names that their tensors have, lora_scale.py where their alphas are;
-models/lora.py applies what is read here to the networks.
+lora_layers.py knows what a layer's tensors compute, lora_names.py the names that they have,
+lora_scale.py where their alphas are; models/lora.py applies what is read here to the networks.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from latentdiff.formats.header import read_header, short_repr
+from latentdiff.formats.lora_layers import COMPLETE, DORA, AdapterLayer, assemble, rank_of
 from latentdiff.formats.lora_names import COMPONENTS, SDXL, Layer, parse_name
-from latentdiff.formats.lora_scale import MAX_ALPHA, adapter_configs, configured_alpha
+from latentdiff.formats.lora_scale import (
+    MAX_ALPHA,
+    adapter_configs,
+    configured_alpha,
+    configured_rank,
+)
 from latentdiff.formats.weights import load_safetensors
 
-MAX_RANK = 4096  # no weight of SD 1.x and 2.x has a rank above 1280
-_MARK = re.compile(r"[._]lora[._](?:A|B|down|up)\b|\.lora_(?:down|up)\.weight$")
-
-
-@dataclass(frozen=True)
-class LoRALayer:
-    """The change of one layer's weight, alpha / r · up · down.
-
-    down is (r, in) and up (out, r); of a convolution (r, in, h, w) and (out, r, 1, 1).
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """r, the number of rows of `down`."""
-        return self.down.shape[0]
+_MARK = re.compile(
+    r"[._]lora[._](?:A|B|down|up)\b|\.lora_(?:down|up)\.weight$|\.(?:hada_w1|lokr_w1)(?:_a)?$"
+)
 
 
 @dataclass(frozen=True)
 class LoRAFile:
     """The changes of a LoRA, by layer name; names in the text tower are without `text_model.`."""
 
-    unet: dict[str, LoRALayer]
-    text_encoder: dict[str, LoRALayer]
+    unet: Mapping[str, AdapterLayer]
+    text_encoder: Mapping[str, AdapterLayer]
 
 
 def read_lora(path: Path, *, layers_per_block: int) -> LoRAFile:
     """Read a LoRA file in any of the namings; `layers_per_block` is the UNet's, for LDM's names.
 
-    Alphas that are not among the tensors are those of peft's configuration, in the metadata or, of
-    a file that peft wrote, in adapter_config.json beside it. Raises ValueError if the file is not
-    safetensors, is damaged, or holds anything besides a LoRA
-    for SD 1.x or 2.x (DoRA, LoHa, LoKr, biases, a second text encoder): nothing is ignored.
-    Raises ModuleNotFoundError without diffusers.
+    LoHa, LoKr and DoRA are read too, also beside one another. Alphas that are not among the tensors
+    are those of peft's configuration, in the metadata or, of a file that peft wrote, in
+    adapter_config.json beside it. Raises ValueError if the file is not safetensors, is damaged, or
+    holds anything besides such changes for SD 1.x or 2.x (biases, a second text encoder, other
+    kinds of LyCORIS and peft): nothing is ignored. Raises ModuleNotFoundError without diffusers.
     """
     path = Path(path)
     header = read_header(path)
     names = _names_by_layer(path, header.shapes, layers_per_block)
     for (_, layer), kinds in names.items():
-        if not {"down", "up"} <= kinds.keys():
+        factors = frozenset(kinds) - {"alpha", *DORA}
+        if factors not in COMPLETE or kinds.keys() >= {*DORA}:
             raise ValueError(
                 f"{path}: of the LoRA's layer {short_repr(layer)} there is only "
-                f"{short_repr(sorted(kinds.values()))}; each has two weights, down and up"
+                f"{short_repr(sorted(kinds.values()))}; each has the two weights of a LoRA, down "
+                "and up, or all of a LoHa or LoKr, and perhaps one magnitude"
             )
     configs = adapter_configs(path, header.metadata, header.shapes)
     tensors = load_safetensors(path)
-    layers: dict[str, dict[str, LoRALayer]] = {component: {} for component in COMPONENTS}
+    layers: dict[str, dict[str, AdapterLayer]] = {component: {} for component in COMPONENTS}
     for (component, layer), kinds in names.items():
-        down, up = tensors[kinds["down"]], tensors[kinds["up"]]
-        _check_pair(path, layer, down, up)
-        if "alpha" in kinds:
-            alpha = tensors[kinds["alpha"]]
-            if alpha.numel() != 1:
-                raise ValueError(
-                    f"{path}: {short_repr(kinds['alpha'])} holds {alpha.numel()} numbers"
-                )
-            alpha = float(alpha)
-        else:
-            alpha = configured_alpha(configs[component], component, layer, rank=len(down))
-        if not abs(alpha) <= MAX_ALPHA:
+        weights = {kind: tensors[name] for kind, name in kinds.items()}
+        config = configs[component]
+        if config.get("use_dora") and not weights.keys() & {*DORA}:
             raise ValueError(
-                f"{path}: alpha={alpha} of {short_repr(layer)} must be a number within "
-                f"±{MAX_ALPHA:g}"
+                f"{path}: {short_repr(layer)} has no lora_magnitude_vector, and use_dora=true in "
+                "its configuration: the file is not whole"
             )
-        layers[component][layer] = LoRALayer(down, up, alpha)
+        try:
+            layers[component][layer] = _layer(layer, weights, component, config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return LoRAFile(unet=layers["unet"], text_encoder=layers["text_encoder"])
 
 
@@ -133,26 +120,29 @@ def _names_by_layer(
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of its {len(names)} tensors, first {short_repr(unknown[0])}, "
-            "are no part of a LoRA; one has an up and a down weight for each layer, and perhaps "
-            "alpha (DoRA, LoHa, LoKr and biases are not read)"
+            "are no part of a LoRA, LoHa, LoKr or DoRA (a LoCon's `lora_mid`, biases and all other "
+            "kinds of LyCORIS and peft are not read)"
         )
     if not layers:
         raise ValueError(f"{path}: holds no LoRA, no tensor at all")
     return layers
 
 
-def _check_pair(path: Path, layer: str, down: Tensor, up: Tensor) -> None:
-    if not (down.is_floating_point() and up.is_floating_point()):
+def _layer(
+    name: str, weights: dict[str, Tensor], component: str, config: Mapping[str, Any]
+) -> AdapterLayer:
+    """A layer of its tensors, and of the alpha that is one of them or the configuration's."""
+    given = weights.pop("alpha", None)
+    rank = rank_of(weights)
+    if given is None or rank is None:  # a LoKr of two whole matrices has an alpha without meaning
+        rank = configured_rank(config, component, name) if rank is None else rank
+        alpha = configured_alpha(config, component, name, rank=rank)
+    elif given.numel() == 1:
+        alpha = float(given)
+    else:
+        raise ValueError(f"alpha of {short_repr(name)} holds {given.numel()} numbers")
+    if not abs(alpha) <= MAX_ALPHA:
         raise ValueError(
-            f"{path}: {short_repr(layer)} holds {down.dtype} and {up.dtype}, expected "
-            "floating point"
+            f"alpha={alpha} of {short_repr(name)} must be a number within ±{MAX_ALPHA:g}"
         )
-    if down.ndim not in (2, 4) or down.ndim != up.ndim or down.shape[0] != up.shape[1]:
-        raise ValueError(
-            f"{path}: {short_repr(layer)} has down {tuple(down.shape)} and up {tuple(up.shape)}, "
-            "expected (r, in) and (out, r), or (r, in, h, w) and (out, r, 1, 1)"
-        )
-    if not 1 <= down.shape[0] <= MAX_RANK:
-        raise ValueError(
-            f"{path}: rank {down.shape[0]} of {short_repr(layer)} must be from 1 to {MAX_RANK}"
-        )
+    return assemble(name, weights, alpha, rank)

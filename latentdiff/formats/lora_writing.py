@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from latentdiff.formats.ldm.keys import TEXT_MODEL
-from latentdiff.formats.lora import LoRAFile, LoRALayer
+from latentdiff.formats.lora import LoRAFile
+from latentdiff.formats.lora_layers import LoRALayer, kind
 from latentdiff.formats.weights import save_safetensors, to_write
 
 Names = Literal["kohya", "diffusers"]
@@ -29,22 +30,39 @@ def write_lora(
     diffusers: peft and every release of diffusers read it. These names have no place for alpha, so
     that the scale alpha / r becomes a part of `up`.
     `metadata` stands in the header, beside kohya's entries for rank and alpha. Raises ValueError
-    for a LoRA without layers, and for unknown names.
+    for a LoRA without layers, for one that is not plain, and for unknown names.
     """
     if names not in get_args(Names):
         raise ValueError(f"names={names!r} must be one of {', '.join(get_args(Names))}")
-    layers = [*file.unet.values(), *file.text_encoder.values()]
+    parts = plain_layers(file, path)
+    layers = [layer for part in parts.values() for layer in part.values()]
     if not layers:
         raise ValueError(f"{path} would be a LoRA without layers: nothing is changed")
     tensors = {}
     for component, prefix in (("unet", "lora_unet"), ("text_encoder", "lora_te")):
         inner = TEXT_MODEL if component == "text_encoder" else ""
-        for name, layer in getattr(file, component).items():
+        for name, layer in parts[component].items():
             if names == "kohya":
                 tensors |= _kohya(f"{prefix}_{inner}{name}".replace(".", "_"), layer)
             else:
                 tensors |= _diffusers(f"{component}.{inner}{name}", layer)
     save_safetensors(to_write(tensors, path, dtype), path, {**_entries(layers), **(metadata or {})})
+
+
+def plain_layers(file: LoRAFile, path: Path) -> dict[str, dict[str, LoRALayer]]:
+    """The layers of both networks. Raises ValueError, naming `path`, for any that is not plain."""
+    parts: dict[str, dict[str, LoRALayer]] = {}
+    for component, layers in (("unet", file.unet), ("text_encoder", file.text_encoder)):
+        parts[component] = {}
+        for name, layer in layers.items():
+            if not isinstance(layer, LoRALayer) or layer.magnitude is not None:
+                raise ValueError(
+                    f"{path}: {name} is a {kind(layer)}, and a plain LoRA alone can get another "
+                    "rank, precision or other names; `latentdiff convert MODEL OUT --lora FILE` "
+                    "writes any kind into a model, whose difference is a LoRA (--lora_of)"
+                )
+            parts[component][name] = layer
+    return parts
 
 
 def _kohya(module: str, layer: LoRALayer) -> dict[str, Tensor]:

@@ -1,28 +1,23 @@
-"""LoRAs (Hu et al. 2021) on a UNet and its text tower: several at once, each with its scale.
+"""LoRAs on a UNet and its text tower: several at once, of any kind, each with its scale.
 
-The computation is peft's: it wraps each layer that a LoRA changes in one that computes
-W x + scale · alpha / r · up (down x), and leaves W unchanged. formats/lora.py reads the files.
+formats/lora.py reads the files, adapters.py puts peft's layers on, dora.py makes those of DoRA.
 """
 
 import math
-import re
-import warnings
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.formats.header import short_repr
-from latentdiff.formats.lora import LoRALayer, read_lora
+from latentdiff.formats.lora import read_lora
+from latentdiff.formats.lora_layers import AdapterLayer, LoRALayer, kind, shape_of
 from latentdiff.formats.weights import check_numbers
+from latentdiff.models import adapters
 from latentdiff.models.dit import DiT
+from latentdiff.models.dora import decomposed
 from latentdiff.models.unet import UNet
-
-if TYPE_CHECKING:
-    from peft.tuners import lora
 
 
 class LoRAs:
@@ -64,10 +59,12 @@ class LoRAs:
         file = read_lora(path, layers_per_block=self.unet.config.layers_per_block)
         _check_layers(path, "UNet", self.unet, file.unet)
         _check_layers(path, "text encoder", self.text_encoder, file.text_encoder)
-
-        adapter = _adapter(len(self._scales))
-        _inject(self.unet, file.unet, adapter)
-        _inject(self.text_encoder, file.text_encoder, adapter)
+        parts = (
+            (self.unet, *_split(path, self.unet, file.unet)),
+            (self.text_encoder, *_split(path, self.text_encoder, file.text_encoder)),
+        )
+        for network, layers, gains in parts:
+            adapters.add(network, layers, gains, _adapter(len(self._scales)))
         self._scales[name] = float(scale)
         self._apply()
         return name
@@ -91,7 +88,7 @@ class LoRAs:
         """
         self._check_any("unload")
         for network in (self.unet, self.text_encoder):
-            _unwrap(network)
+            adapters.take_off(network)
         self._scales = {}
 
     @torch.no_grad()
@@ -105,18 +102,15 @@ class LoRAs:
         self._check_any("fuse")
         active = self._active()
         for network in (self.unet, self.text_encoder):
-            for layer_name, layer in _lora_layers(network).items():
-                weight = layer.get_base_layer().get_parameter("weight")
-                changes = [layer.get_delta_weight(a) for a in active if a in layer.lora_A]
-                if not torch.isfinite(sum(changes, weight)).all():
+            for layer_name, layer in adapters.wrapped(network).items():
+                weight = adapters.fused_weight(layer, active)
+                if not torch.isfinite(weight).all():
                     raise ValueError(
                         f"the LoRAs {list(self._scales)} cannot be fused: the weight of "
                         f"{layer_name} would be too large for {weight.dtype}"
                     )
         for network in (self.unet, self.text_encoder):
-            for layer in _lora_layers(network).values():
-                layer.merge(adapter_names=active)
-            _unwrap(network)
+            adapters.fuse(network, active)
         self._scales = {}
 
     def _active(self) -> list[str]:
@@ -124,14 +118,9 @@ class LoRAs:
         return [_adapter(i) for i, scale in enumerate(self._scales.values()) if scale != 0]
 
     def _apply(self) -> None:
-        """Set the scales in peft's layers; LoRAs of scale 0 are disabled, not added as 0."""
-        from peft.functional import set_adapter
-
+        scales = {_adapter(i): scale for i, scale in enumerate(self._scales.values())}
         for network in (self.unet, self.text_encoder):
-            set_adapter(network, self._active(), inference_mode=True)
-            for layer in _lora_layers(network).values():
-                for i, scale in enumerate(self._scales.values()):
-                    layer.set_scale(_adapter(i), scale)
+            adapters.set_scales(network, scales)
 
     def _check_any(self, verb: str) -> None:
         if not self._scales:
@@ -152,13 +141,13 @@ def _check_scale(scale: float) -> None:
 
 
 def _check_layers(
-    path: Path, title: str, network: nn.Module, layers: Mapping[str, LoRALayer]
+    path: Path, title: str, network: nn.Module, layers: Mapping[str, AdapterLayer]
 ) -> None:
     """Raise ValueError, naming the first, unless each layer is in the network with its widths.
 
     Its numbers, too, must be within the range of the network's precision.
     """
-    weights = _weights(network)
+    weights = adapters.weights(network)
     absent = [name for name in layers if name not in weights]
     if absent:
         raise ValueError(
@@ -167,81 +156,57 @@ def _check_layers(
         )
     wrong = [name for name, layer in layers.items() if not _fits(layer, weights[name])]
     if wrong:
-        layer, weight = layers[wrong[0]], weights[wrong[0]]
         raise ValueError(
             f"{path}: {len(wrong)} of its {len(layers)} layers for the {title}, first {wrong[0]}, "
-            f"have other widths than this model: {tuple(layer.down.shape)} and "
-            f"{tuple(layer.up.shape)} for a weight of {tuple(weight.shape)}"
+            f"have other widths than this model: {_shapes(layers[wrong[0]])} for a weight of "
+            f"{tuple(weights[wrong[0]].shape)}"
         )
     for name, layer in layers.items():
-        for half in (layer.down, layer.up):
-            try:
-                check_numbers(name, half, weights[name].dtype)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+        for tensor in _tensors(layer).values():
+            _check_numbers(path, name, tensor, weights[name].dtype)
 
 
-def _fits(layer: LoRALayer, weight: Tensor) -> bool:
-    out, channels, *kernel = weight.shape
-    down, up = (layer.rank, channels, *kernel), (out, layer.rank, *(1 for _ in kernel))
-    return tuple(layer.down.shape) == down and tuple(layer.up.shape) == up
+def _split(
+    path: Path, network: nn.Module, layers: Mapping[str, AdapterLayer]
+) -> tuple[dict[str, AdapterLayer], dict[str, Tensor]]:
+    """The changes of a network's layers, none with a magnitude, and the gains that come of those.
 
-
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """Weights that a LoRA can change, by the names that their layers have without LoRAs."""
-    wrapped = _lora_layers(network)
-    inside = tuple(f"{name}." for name in wrapped)
-    weights = {}
-    for name, module in network.named_modules():
-        layer = wrapped[name].get_base_layer() if name in wrapped else module
-        if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith(inside):
-            weights[name] = layer.weight
-    return weights
-
-
-def _lora_layers(network: nn.Module) -> dict[str, "lora.Linear | lora.Conv2d"]:
-    from peft.tuners.lora import Conv2d, Linear
-
-    modules = network.named_modules()
-    return {name: layer for name, layer in modules if isinstance(layer, Linear | Conv2d)}
-
-
-def _inject(network: nn.Module, layers: Mapping[str, LoRALayer], adapter: str) -> None:
-    """Wrap layers in peft's, with these weights in the network's precision."""
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    if not layers:
-        return
-    weights = _weights(network)
-    # peft compares each layer's name with each pattern, so that the commonest need none.
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
-    patterns = {name: f"^{re.escape(name)}" for name in layers}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - kohya's need not be whole
-        rank_pattern={patterns[n]: l.rank for n, l in layers.items() if l.rank != rank},
-        alpha_pattern={patterns[n]: l.alpha for n, l in layers.items() if l.alpha != alpha},
-        target_modules=list(layers),
-        init_lora_weights=False,
-        inference_mode=True,
-    )
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, network, adapter, low_cpu_mem_usage=True)
-    for parameter in trainable:  # peft has frozen them
-        parameter.requires_grad_()
-    state = {}
+    Raises ValueError for numbers beyond the range of the network's precision.
+    """
+    weights, without, gains = adapters.weights(network), dict(layers), {}
     for name, layer in layers.items():
-        state[f"{name}.lora_A.weight"] = layer.down.to(weights[name].dtype)
-        state[f"{name}.lora_B.weight"] = layer.up.to(weights[name].dtype)
-    result = set_peft_model_state_dict(network, state, adapter, low_cpu_mem_usage=True)
-    assert not result.unexpected_keys
+        if layer.magnitude is not None:
+            without[name], gains[name] = decomposed(layer, weights[name].detach())
+            for tensor in (*_tensors(without[name]).values(), gains[name]):
+                _check_numbers(path, name, tensor, weights[name].dtype)
+    return without, gains
 
 
-def _unwrap(network: nn.Module) -> None:
-    """Replace peft's layers by those that they wrap."""
-    for name, layer in _lora_layers(network).items():
-        network.set_submodule(name, layer.get_base_layer())
-    vars(network).pop("peft_config", None)
+def _check_numbers(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    try:
+        check_numbers(name, tensor, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _fits(layer: AdapterLayer, weight: Tensor) -> bool:
+    change, (out, channels, *kernel) = shape_of(layer), weight.shape
+    if layer.magnitude is not None:
+        ones = [1] * len(kernel)
+        if list(layer.magnitude.shape) not in ([out, 1, *ones], [1, channels, *ones]):
+            return False
+    if isinstance(layer, LoRALayer) or len(change) == 4:
+        return change == tuple(weight.shape)
+    return change == (out, weight[0].numel())
+
+
+def _tensors(layer: AdapterLayer) -> dict[str, Tensor]:
+    tensors = (
+        {"down": layer.down, "up": layer.up} if isinstance(layer, LoRALayer) else layer.tensors
+    )
+    return dict(tensors) | ({} if layer.magnitude is None else {"magnitude": layer.magnitude})
+
+
+def _shapes(layer: AdapterLayer) -> str:
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in _tensors(layer).items())
+    return f"{kind(layer)} of {shapes}"

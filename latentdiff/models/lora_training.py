@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from latentdiff.formats.lora import LoRALayer
+from latentdiff.formats.lora_layers import LoRALayer
 from latentdiff.formats.lora_writing import Names
 
 Layers = Literal["attention", "feed_forward", "projections", "convolutions"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentdiff.formats.lora import LoRALayer
+from latentdiff.formats.lora_layers import LoRALayer
 
 
 class Difference(NamedTuple):

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentdiff.formats.weights import load_json
+from latentdiff.training.by_heart import ERRORS_FILE, HeldOutErrors
 from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
 from latentdiff.training.checkpoint_files import MANIFEST, origin
 from latentdiff.training.ema_synthesis import save_snapshot
@@ -22,6 +24,7 @@ from latentdiff.training.nonfinite import first_nonfinite_module
 from latentdiff.training.processes import StopSignals
 from latentdiff.training.randomness import MicroBatch, micro_batches
 from latentdiff.training.run import Run
+from latentdiff.training.validation import VAL_ERRORS
 
 STOPPED = 143
 """Exit code of a run that a signal stopped: 128 + 15, as shells and batch systems know SIGTERM."""
@@ -51,7 +54,8 @@ class Task(Protocol):
         ...
 
     def validate(self) -> Metrics:
-        """Scalar metrics, or none; called in every process, with each `ema` up to date."""
+        """Scalar metrics, or none, and VAL_ERRORS, by which it is noticed that images are learned
+        by heart; called in every process, with each `ema` up to date."""
         ...
 
     def preview(self, path: Path) -> None:
@@ -133,6 +137,7 @@ class _Loop:
         }
         if (path := run.config.loop.resume_from) is not None:
             self.manifest["resumed_from"] = origin(run.folder.checkpoints, path)
+        self._start, self._held_out = 0, None
 
     def resume(self) -> int:
         """Load the newest checkpoint and open the log there; returns its step, or 0."""
@@ -148,6 +153,7 @@ class _Loop:
         if (summary := self.task.data_summary) is not None:
             self.processes.on_main(lambda: write_data(self.folder, summary))
         self._log = self.processes.on_main(lambda: Log(self.folder / "log.jsonl", start))
+        self._start = start
         return start
 
     def take_step(self, batch: Any, step: int) -> Metrics:
@@ -231,8 +237,19 @@ class _Loop:
 
     def _validate(self, done: int) -> None:
         self._gather()
-        if metrics := self.task.validate():
+        metrics = self.task.validate()
+        errors = metrics.pop(VAL_ERRORS, None)
+        if metrics:
             self.log({"step": done} | {name: float(value) for name, value in metrics.items()})
+        if errors is not None:
+            self.processes.on_main(lambda: self._watch(done, errors))
+
+    def _watch(self, done: int, errors: Tensor) -> None:
+        """Say it if the held-out examples have become worse; the bar is not broken by it."""
+        if self._held_out is None:
+            self._held_out = HeldOutErrors(self.folder / ERRORS_FILE, self._start)
+        if sentence := self._held_out.add(done, errors):
+            tqdm.write(sentence)
 
     def _preview(self, done: int) -> None:
         path = self.folder / "previews" / f"step-{done:07d}.png"

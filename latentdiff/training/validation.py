@@ -2,9 +2,11 @@
 
 The bins are of equal width. They are logged apart because their mean hides much: it falls even if
 a network only improves at high noise, where that is easy. Examples, noise and t are the same each
-time, so that two values differ by the weights alone.
+time, so that two values differ by the weights alone. Of few examples each has several noises and
+times; whether the loss rises again is said in `by_heart.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -22,7 +24,10 @@ from latentdiff.training.randomness import generator
 BINS = 8
 """Bins of t, from low noise to high."""
 MAX_EXAMPLES = 256
-"""Examples in a validation split at most: each takes BINS forward passes."""
+"""Examples in a validation split at most: each takes BINS forward passes. Fewer are drawn several
+times, until there are as many passes."""
+VAL_ERRORS = "val_errors"
+"""What a task returns beside its scalar metrics: the loss of each held-out example, (n, draws)."""
 
 
 def val_indices(num_samples: int, fraction: float, *, seed: int) -> np.ndarray:
@@ -35,6 +40,19 @@ def val_indices(num_samples: int, fraction: float, *, seed: int) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     draws = torch.rand(num_samples, generator=generator(seed, 0, "held out"), dtype=torch.float64)
     return draws.topk(count, largest=False).indices.sort().values.numpy()
+
+
+def num_draws(num_val: int, *, validate_every: int, batch_size: int) -> int:
+    """How many noises, and times in each bin, each of `num_val` held-out examples gets.
+
+    As many as give MAX_EXAMPLES pairs of an example and a noise, but no more forward passes than
+    examples are trained on from one validation to the next: a validation takes a third of the time
+    of those steps at most, of whose three passes two are backward, if it takes more than one draw.
+    """
+    if num_val == 0:
+        return 1
+    affordable = validate_every * batch_size // (num_val * BINS)
+    return max(1, min(math.ceil(MAX_EXAMPLES / num_val), affordable))
 
 
 class Subset(Dataset[Any]):
@@ -76,11 +94,13 @@ def validation_loss(
     *,
     batch_size: int,
     processes: Processes,
+    draws: int = 1,
 ) -> Metrics:
-    """The mean `val_loss` and each bin's `val_loss_0` … over the examples of all processes.
+    """The mean `val_loss` and each bin's `val_loss_0` … over the rows of all processes, VAL_ERRORS.
 
-    `buckets` has the bucket of each example of the split. `errors(rows)` returns the losses,
-    (len(rows), BINS), of up to `batch_size` of them, all of one bucket. Every process must call it.
+    Row r is draw r % draws of example r // draws of the split, and `buckets` has its bucket.
+    `errors(rows)` returns the losses, (len(rows), BINS), of up to `batch_size` of them, all of one
+    bucket. Every process must call it.
     """
     order = sorted(range(len(buckets)), key=lambda row: buckets[row])
     local = order[processes.rank :: processes.count]
@@ -95,9 +115,11 @@ def validation_loss(
     for of_process in processes.gather(processes.on_all(local_errors)):
         of_row |= of_process
     # In the order of examples, so that the sum does not depend on the number of processes.
-    means = torch.tensor([of_row[row] for row in sorted(of_row)], dtype=torch.float64).mean(dim=0)
+    losses = torch.tensor([of_row[row] for row in sorted(of_row)], dtype=torch.float64)
+    means = losses.mean(dim=0)
     names = {f"val_loss_{number}": mean for number, mean in enumerate(means)}
-    return {"val_loss": means.mean(), **names}
+    of_example = losses.mean(dim=1).unflatten(0, (-1, draws))
+    return {"val_loss": means.mean(), **names, VAL_ERRORS: of_example}
 
 
 def _batches(

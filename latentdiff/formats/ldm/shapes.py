@@ -18,7 +18,8 @@ HEAD_WIDTH = 64  # of every head of SD 2.x's UNet and of both versions' text tow
 # Other models in safetensors files, by the start of a tensor's name or, after a star, a part of it.
 _OTHER_MODELS = (
     ("*lora_", "a LoRA, which is loaded on top of a model"),
-    ("*.hada_w", "a LyCORIS adapter"),
+    ("*.hada_w", "a LoHa, which is loaded on top of a model as a LoRA is"),
+    ("*.lokr_w", "a LoKr, which is loaded on top of a model as a LoRA is"),
     ("*joint_blocks.", "Stable Diffusion 3"),
     ("*double_blocks.", "Flux"),
     ("conditioner.embedders.", "SDXL or another model of its kind"),

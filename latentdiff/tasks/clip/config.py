@@ -24,6 +24,7 @@ class TrainCLIP:
 
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("bucket_step", "max_aspect"), ""),
+        "instance_prompts": "",  # the loss compares captions with each other
         "validate_every": "val_fraction",
     }
 

@@ -13,6 +13,7 @@ from latentdiff.models.lora_training import LoRAConfig
 from latentdiff.models.unet import UNetConfig
 from latentdiff.options import group, option
 from latentdiff.tasks.denoiser.loss import LossConfig
+from latentdiff.tasks.denoiser.prior import PriorConfig
 from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
 from latentdiff.training.ema import EMAConfig
 from latentdiff.training.optimizer import OptimizerConfig
@@ -45,7 +46,7 @@ class TrainUNet:
         "num_workers": "cache=null or in_memory=false",
         "masks": "cache=null and inpainting",
         "shuffle_buffer": "",  # a stream is encoded in its order
-        "lora": "init",
+        **{"lora": "init", "class_prompt": "init"},
         "unet": "dit=null and init=null",
         "dit": "init=null",
         **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},
@@ -90,6 +91,7 @@ class TrainUNet:
     inpainting the grid shows images of the data, masked and as they are painted by their own
     captions."""
     loss: LossConfig = group(LossConfig)
+    prior: PriorConfig = group(PriorConfig)
     data: DataConfig = group(DataConfig)
     crop_flip: CropFlip = group(CropFlip)
     optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=300)
@@ -103,6 +105,10 @@ class TrainUNet:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1]")
+        if self.lora is not None and self.parallel.sharding != "none":
+            raise ValueError(
+                f"sharding={self.parallel.sharding} must be none with lora: little of it is trained"
+            )
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be in [0, 1)")
         if self.inpainting and self.cache is None and self.crop_flip.masks == 0:

@@ -13,6 +13,7 @@ from latentdiff.data.buckets import small_buckets
 from latentdiff.data.cache import LatentCache, collate_moments
 from latentdiff.data.cache_captions import changed_data
 from latentdiff.data.cache_writer import write_cache
+from latentdiff.data.joined import Chosen, JoinedLatents, collate_joined
 from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
 from latentdiff.data.resident import ResidentLatents
@@ -35,7 +36,9 @@ def open_cache(
     it. Where the data has changed since the cache was made, that is said. Raises ValueError for
     less data than a batch.
     """
-    batch_size, say = config.loop.batch_size, run.accelerator.print
+    say = run.accelerator.print
+    # Beside class images the data's are repeated.
+    batch_size = config.loop.batch_size if config.prior.class_prompt is None else 1
     if config.cache is not None:
         cache = LatentCache(config.cache)
         _check_masks(cache, inpainting=config.inpainting)
@@ -116,14 +119,21 @@ def warn_of_small_sizes(cache: LatentCache, val: np.ndarray, batch_size: int) ->
 
 
 def latent_batches(
-    start: int, *, cache: LatentCache, val: np.ndarray, config: TrainUNet, run: Run
+    start: int,
+    *,
+    cache: LatentCache,
+    val: np.ndarray,
+    config: TrainUNet,
+    run: Run,
+    prior: JoinedLatents | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This process's batches of moments and captions from step `start` on, see `collate_moments`.
 
     `val` (n,) are the indices of the validation split. With `in_memory` they are those of
-    `ResidentLatents`, which have rows in place of captions.
+    `ResidentLatents`, which have rows in place of captions. With `prior` they are of both its
+    kinds and have rows.
     """
-    loop, train = config.loop, Subset(cache, val)
+    loop = config.loop
 
     def variants(step: int) -> list[int]:
         """Which variant of each example of a global batch is seen."""
@@ -139,16 +149,22 @@ def latent_batches(
         "variants": variants,
     }
     if config.compute.in_memory:
-        resident = ResidentLatents(cache, run.device)
+        resident = ResidentLatents(cache if prior is None else prior, run.device)
         run.accelerator.print(f"in memory: {resident.summary()}")
-        examples = np.delete(np.arange(len(cache)), val)
+        left = np.delete(np.arange(len(cache)), val)
+        examples = left if prior is None else prior.examples
         return resident.batches(start, examples=examples, **options)
+    if prior is None:
+        train, buckets, collate = Subset(cache, val), np.delete(cache.buckets, val), collate_moments
+    else:
+        train, buckets = Chosen(prior, prior.examples), prior.buckets[prior.examples]
+        collate = collate_joined
     return batches(
         train,
         start,
         num_samples=len(train),
         num_workers=config.data.num_workers,
-        collate=collate_moments,
-        buckets=np.delete(cache.buckets, val),
+        collate=collate,
+        buckets=buckets,
         **options,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.cache import LatentCache, collate_moments, split_masked
+from latentdiff.data.joined import JoinedLatents
 from latentdiff.data.summary import cache_summary
 from latentdiff.images import image_grid
 from latentdiff.loading import Components
@@ -36,7 +37,7 @@ from latentdiff.tasks.denoiser.text import StepCaptions
 from latentdiff.training.logging.meter import Metrics
 from latentdiff.training.randomness import MicroBatch, choose, generator, seed_of
 from latentdiff.training.run import Run
-from latentdiff.training.validation import BINS, stratified_t, validation_loss
+from latentdiff.training.validation import BINS, num_draws, stratified_t, validation_loss
 
 
 class DenoiserTask:
@@ -50,21 +51,24 @@ class DenoiserTask:
         cache: LatentCache,
         val: np.ndarray,
         model: Components,
+        prior: JoinedLatents | None = None,
     ) -> None:
         """`val` (n,): the indices of the validation split; `model`: what is trained, and what it is
-        trained beside. Raises ValueError for a cache with a size that the network cannot take, and
-        for a LoRA that does not fit the network."""
+        trained beside; `prior`: the cache with that of class images. Raises ValueError for a cache
+        with a size that the network cannot take, and for a LoRA that does not fit the network.
+        """
         self.config, self.run, self.cache, self.val = config, run, cache, val
+        self.prior, joined = prior, cache if prior is None else prior
         self.diffusion, self.channels = model.diffusion, model.vae.config.latent_channels
         check_sizes(cache, model.vae, model.unet)
         # Of the weights as they are given, which a LoRA's training converts.
         self.fingerprints = {
-            "data": cache.fingerprint,
+            "data": joined.fingerprint,
             "vae": cache.header["vae"],
             "text_encoder": fingerprint(model.text_encoder.model, {}),
         }
         if config.init is not None:
-            self.fingerprints["init"] = fingerprint(model.unet, model.unet.config.to_dict())
+            self.fingerprints["init"] = fingerprint(model.unet, {})
         self.model, network, lora = model, model.unet, config.lora
         if lora is not None:
             precision = run.accelerator.mixed_precision
@@ -73,7 +77,7 @@ class DenoiserTask:
         self.text_encoder = model.text_encoder.to(run.device)
         self.trains_text = isinstance(network, UNetWithText)
         self.captions = StepCaptions(
-            cache.captions, self.text_encoder, run, frozen=not self.trains_text
+            joined.captions, self.text_encoder, run, frozen=not self.trains_text
         )
         self.learner = run.learner(network, compute=run.compiled(num_sizes=len(cache.sizes)))
         name = "dit" if isinstance(network, DiT) else "unet"
@@ -83,13 +87,20 @@ class DenoiserTask:
             self.uncertainty = run.learner(Uncertainty(), ema=None, sharding="none")
             self.learners["uncertainty"] = self.uncertainty
         self.ema: Any = self.learner.ema
-        self.val_t = stratified_t(self.diffusion, len(val), seed=config.loop.seed).to(run.device)
+        loop = config.loop
+        self.draws = num_draws(
+            len(val), validate_every=loop.validate_every, batch_size=loop.batch_size
+        )
+        rows = len(val) * self.draws
+        self.val_t = stratified_t(self.diffusion, rows, seed=loop.seed).to(run.device)
         unet, text_encoder = drawing_networks(self.ema, self.text_encoder)
         self.pipeline = Pipeline(
             unet=unet, vae=model.vae, text_encoder=text_encoder, diffusion=self.diffusion
         )
         data = config.data.location() if config.cache is None else str(config.cache)
         self.data_summary = cache_summary(cache, data, num_val=len(val))
+        if prior is not None:
+            self.data_summary["class_images"] = prior.summary()
 
     def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """A process's batch with all that its step needs of the host.
@@ -120,6 +131,8 @@ class DenoiserTask:
             prepared |= zip(names, split_masked(batch["moments"]), strict=True)
             noise = torch.randn(shape, generator=rng("masked posterior"))
             prepared["masked_posterior"] = rows(noise)
+        if self.prior is not None:
+            prepared["loss_weight"] = self.prior.loss_weights[batch["rows"]]
         return prepared
 
     def step(self, batch: dict[str, Any], step: int, micro_batch: MicroBatch) -> Metrics:
@@ -147,10 +160,11 @@ class DenoiserTask:
             u_loss = (errors.detach() * torch.exp(-u) + u).mean()
             metrics["grad_norm_uncertainty"] = self.uncertainty.update(u_loss, micro_batch)
             metrics["uncertainty"] = u.mean()
-        total = (weight * errors).mean()
+        of_example = batch.get("loss_weight", 1.0)  # of a class image another than of an own one
+        total = (weight * of_example * errors).mean()
         if vlb is not None:  # L_simple + lambda L_vlb (Nichol & Dhariwal 2021)
             metrics["bound"] = vlb.mean()
-            total = total + loss_config.vlb_weight * metrics["bound"]
+            total = total + loss_config.vlb_weight * (of_example * vlb).mean()
         return metrics | {"grad_norm": self.learner.update(total, micro_batch)}
 
     def validate(self) -> Metrics:
@@ -161,17 +175,20 @@ class DenoiserTask:
         count = self.run.processes.count * parallel.gradient_accumulation_steps
         return validation_loss(
             self._validation_errors,
-            self.cache.buckets[self.val].tolist(),
+            self.cache.buckets[self.val].repeat(self.draws).tolist(),
             batch_size=max(1, loop.batch_size // count // BINS),
             processes=self.run.processes,
+            draws=self.draws,
         )
 
     @torch.no_grad()
     def _validation_errors(self, rows: Sequence[int]) -> Tensor:
-        """Losses of validation examples of one size, (B, BINS); each has a generator of its own."""
-        indices = self.val[rows].tolist()
-        seed = self.config.loop.seed
-        rngs = [generator(seed, index, "held out noise") for index in indices]
+        """Losses of validation rows of one size, (B, BINS); each has a generator of its own."""
+        seed, indices = self.config.loop.seed, [int(self.val[row // self.draws]) for row in rows]
+        draws = [row % self.draws for row in rows]
+        purposes = [f"held out noise {draw}" if draw else "held out noise" for draw in draws]
+        pairs = zip(indices, purposes, strict=True)
+        rngs = [generator(seed, index, purpose) for index, purpose in pairs]
 
         def randn(*shape: int) -> Tensor:
             """N(0, I) of shape (B, *shape), from the examples' generators."""
@@ -213,13 +230,20 @@ class DenoiserTask:
             with mixed:
                 images = painted(self.pipeline, self.cache, examples, prompts, seed=seed)
         else:
-            captions = (self.cache.captions[i * len(self.cache) // 8][0] for i in range(8))
-            prompts = list(self.config.preview_prompts or dict.fromkeys(captions))
+            prompts = list(self.config.preview_prompts or self._preview_prompts())
             with mixed:
                 images = self.pipeline(
                     prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False
                 ).images
         image_grid(images, prompts).save(path)
+
+    def _preview_prompts(self) -> list[str]:
+        """Captions of the data, and last that of class images, which shows how the class drifts."""
+        count = 8 if self.prior is None else 7
+        rows = (i * len(self.cache) // 8 for i in range(8))
+        prompts = self.cache.header.get("options", {}).get("instance_prompts")
+        prompts = list(dict.fromkeys(prompts or (self.cache.captions[row][0] for row in rows)))
+        return prompts[:count] + ([] if self.prior is None else [self.prior.class_prompt])
 
     def save(self, folder: Path) -> None:
         """Write a pipeline folder with the EMA network, or the EMA LoRA as one file."""
@@ -232,4 +256,7 @@ class DenoiserTask:
     def lora_metadata(self) -> dict[str, str]:
         """What the LoRA's file says of its training."""
         base = self.fingerprints["init"]
-        return lora_metadata(self.model, self.config, self.cache, base=base)
+        metadata = lora_metadata(self.model, self.config, self.cache, base=base)
+        if self.prior is not None:
+            metadata["ss_num_reg_images"] = str(len(self.prior.classes))
+        return metadata

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.caption_table import CaptionTable, CaptionTokens
-from latentdiff.data.captions import Captions
 from latentdiff.models.text import TextEncoder
 from latentdiff.training.randomness import choose
 from latentdiff.training.run import Run
@@ -22,7 +21,7 @@ class StepCaptions:
     """One caption of each example of a batch, or the empty one, as the network gets it."""
 
     def __init__(
-        self, captions: Captions, text_encoder: TextEncoder, run: Run, *, frozen: bool
+        self, captions: Sequence[list[str]], text_encoder: TextEncoder, run: Run, *, frozen: bool
     ) -> None:
         """With `in_memory` all captions are tokenised here. `frozen`: the text encoder is not
         trained; if captions are few, all of them are encoded here."""
