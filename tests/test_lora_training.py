@@ -77,6 +77,14 @@ def test_a_new_lora_changes_no_bit_and_its_training_nothing_else(pipeline: Pipel
             assert torch.equal(module.weight, weights[name.removesuffix(".base_layer") + ".weight"])
 
 
+def test_a_lora_of_half_precision_is_itself_in_float32(pipeline: Pipeline) -> None:
+    """peft gave it the network's bfloat16, in which a step of AdamW is mostly rounded away."""
+    unet = pipeline.unet.to(torch.bfloat16)
+    add_lora(unet, LoRAConfig(rank=4), unet_pattern(LoRAConfig()), seed=0)
+    assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in unet.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
 def test_the_file_of_the_average_draws_what_the_average_draws(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:

@@ -244,5 +244,5 @@ def test_options_that_do_not_apply_are_refused() -> None:
         options(optimizer="muon", muon_learning_rate=0.0)
     with pytest.raises(ValueError, match="optimizer='muon' must be 'adamw' with sharding='zero1'"):
         learner(sharding="zero1")
-    with pytest.raises(ValueError, match="optimizer='sgd' must be one of adamw, muon"):
+    with pytest.raises(ValueError, match="optimizer='sgd' must be one of adamw, adamw8bit, muon"):
         OptimizerConfig(optimizer="sgd")  # pyright: ignore[reportArgumentType]

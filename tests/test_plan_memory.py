@@ -13,7 +13,8 @@ from support.settings import ANY, unet, vae
 
 from latentdiff.planning.plan import make_plan
 
-TINY = {"unet": unet(32, 4, 32, stages=3), "vae": vae(16, 4, 16, stages=3)}
+LORA = {"init": "emoji", "lora": {"rank": 4}, "batch_size": 1, "image_size": 64}
+TINY = {"unet": unet(32, 4, 32, stages=3), "vae": vae(16, 4, 16, stages=3), "init": LORA}
 CHECKPOINTING = {"gradient_checkpointing": True}
 AVERAGES = {"ema_lengths": [0.05, 0.1]}
 SIZES = [
@@ -26,6 +27,10 @@ SIZES = [
     {**unet(64, 16, 64, stages=3), **CHECKPOINTING, **AVERAGES},
     {**unet(64, 16, 64, stages=3), **AVERAGES, "gradient_accumulation_steps": 2},
 ]
+SD15 = {
+    **{"init": "sd15", "lora": {"rank": 16}, "batch_size": 1, "image_size": 512},
+    **{"mixed_precision": "bf16", "steps": 2},
+}
 SHARED = [
     {**unet(64, 16, 64, stages=3), "sharding": "full"},
     {**unet(64, 16, 64, stages=3), "sharding": "full", **CHECKPOINTING, **AVERAGES},
@@ -40,7 +45,7 @@ def title(settings: dict[str, Any]) -> str:
 
 
 def kind_of(settings: dict[str, Any]) -> str:
-    return "unet" if "unet" in settings else "vae"
+    return next(kind for kind in TINY if kind in settings)
 
 
 def measured(settings: dict[str, Any], count: int) -> list[int]:
@@ -106,3 +111,12 @@ def test_the_peak_is_within_15_percent_of_what_training_takes(settings: dict[str
 @pytest.mark.parametrize("settings", SHARED, ids=title)
 def test_so_it_is_where_two_processes_share_a_network(settings: dict[str, Any]) -> None:
     compare(settings, 2)
+
+
+@pytest.mark.full_size
+@pytest.mark.processes
+@ON_LINUX
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_so_it_is_for_a_lora_of_sd_15(checkpointing: bool) -> None:
+    """Two steps at 512²: from the second on the moments are there as well."""
+    compare({**SD15, "gradient_checkpointing": checkpointing})

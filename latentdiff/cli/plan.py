@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentdiff.planning.fitting import Fitting
     from latentdiff.planning.footprint import Execution
     from latentdiff.planning.plan import Plan
 
@@ -22,7 +23,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.set_defaults(run=_plan, parser=parser)
     add = parser.add_argument
-    add("--config", type=Path, required=True, help="of train_unet, train_vae or train_clip")
+    add("--config", type=Path, help="of train_unet, train_vae or train_clip; or give --init")
     add("--device", default="cpu", help="a GPU's name, such as a100-80gb; default: this CPU")
     add("--device_memory", type=float, metavar="GIB", help="of each process; default: the GPU's")
     add("--processes", type=int, default=1, help="of the full run, one per GPU; default: 1")
@@ -35,12 +36,33 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         overrides.add_argument(f"--{name}", type=int, metavar="N")
     overrides.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"))
     overrides.add_argument("--sharding", choices=("none", "full", "zero1", "zero2"))
-    overrides.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction)
+    _add_switch(overrides, "gradient_checkpointing")
+    overrides.add_argument("--optimizer", choices=("adamw", "adamw8bit", "muon"))
     overrides.add_argument("--ema_lengths", type=float, nargs="+", metavar="SIGMA")
-    overrides.add_argument("--flip", action=argparse.BooleanOptionalAction)
+    _add_switch(overrides, "flip")
+    overrides.add_argument("--init", help="a model to train from, or sd15 for SD 1.x's shapes")
+    overrides.add_argument("--lora.rank", type=int, metavar="N", help="train a LoRA of init")
     for name in ("vae", "text_encoder"):
         overrides.add_argument(f"--{name}", help="a folder, emoji, or sd15 for SD 1.x's shapes")
-    parser.set_defaults(overrides=[action.dest for action in overrides._group_actions])
+    names = {action.dest for action in overrides._group_actions}
+    parser.set_defaults(overrides=sorted(names))
+
+
+def _add_switch(group: "argparse._ArgumentGroup", name: str) -> None:
+    """--NAME, as here, --NAME true or false, as in the scripts, and --no-NAME."""
+    words = {"true": True, "false": False}
+
+    def truth(word: str) -> bool:
+        if word not in words:
+            raise argparse.ArgumentTypeError(f"{word!r} must be true or false")
+        return words[word]
+
+    group.add_argument(
+        f"--{name}", nargs="?", const=True, type=truth, default=None, metavar="true|false"
+    )
+    group.add_argument(
+        f"--no-{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS
+    )
 
 
 def _renamed(name: str) -> Callable[[str], str]:
@@ -52,10 +74,12 @@ def _renamed(name: str) -> Callable[[str], str]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from latentdiff.planning.devices import DEVICES, measure_cpu
-    from latentdiff.planning.plan import make_plan
+    from latentdiff.planning.plan import find_fitting_options, make_plan
     from latentdiff.planning.settings import read_settings
 
     _check_numbers(arguments)
+    if arguments.config is None and arguments.init is None:
+        raise ValueError("give --config, the configuration of a run, or --init, a model")
     overrides = {name: getattr(arguments, name) for name in arguments.overrides}
     settings = read_settings(arguments.config, overrides)
     name: str = arguments.device
@@ -63,25 +87,21 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"device={name!r} must be one of cpu, {', '.join(DEVICES)}")
     device = measure_cpu() if name == "cpu" else DEVICES[name]
     memory = None if arguments.device_memory is None else arguments.device_memory * GIB
-    plan = make_plan(
-        settings,
-        device=device,
-        gpu=name != "cpu",
-        processes=arguments.processes,
-        memory=memory,
-        efficiency=arguments.efficiency,
-    )
+    run: dict[str, Any] = {"device": device, "gpu": name != "cpu"}
+    run |= {"processes": arguments.processes, "images": arguments.images}
+    plan = make_plan(settings, memory=memory, efficiency=arguments.efficiency, **run)
+    fitting = find_fitting_options(settings, plan, **run)
     execution = plan.footprint.execution
     print(
         f"{plan.kind}: batch_size {settings['batch_size']} on {arguments.processes} × {name}, "
         f"micro-batches of {plan.micro_batch_size}, mixed precision {execution.precision}"
-        f"{_modes(execution)}"
+        f"{_modes(execution, settings)}"
     )
     speed = f"{_rate(plan.images_per_second)} at {arguments.efficiency:.0%} of "
     speed += f"{device.flops[execution.precision] / 1e12:.4g} TFLOP/s"
     for title, value in (
         *_arithmetic(plan),
-        *_memory(plan, cpu=name == "cpu"),
+        *_memory(plan, fitting, cpu=name == "cpu"),
         ("images per second", speed),
         *_time_and_disk(plan, settings, images=arguments.images),
     ):
@@ -98,22 +118,29 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ValueError(f"images={images} must be at least 1")
 
 
-def _modes(execution: "Execution") -> str:
+def _modes(execution: "Execution", settings: Mapping[str, Any]) -> str:
     modes = ["gradient checkpointing"] if execution.gradient_checkpointing else []
+    if settings.get("lora") is not None:
+        modes.insert(0, f"LoRA of rank {settings['lora'].get('rank', 16)}")
+    if execution.optimizer == "adamw8bit":
+        modes.append("adamw8bit")
     if execution.sharding != "none":
         modes.append(f"sharding {execution.sharding}")
     return "".join(f", {mode}" for mode in modes)
 
 
 def _arithmetic(plan: "Plan") -> list[tuple[str, str]]:
+    title = "parameters"
+    if plan.footprint.averaged < plan.footprint.weights:
+        title = "trained parameters"
     return [
-        ("parameters", f"{plan.footprint.num_parameters / 1e6:,.2f} M"),
+        (title, f"{plan.footprint.num_parameters / 1e6:,.2f} M"),
         ("FLOP per image, forward", f"{plan.forward_flop / 1e9:,.2f} G"),
         ("FLOP per image, training", f"{plan.training_flop / 1e9:,.2f} G"),
     ]
 
 
-def _memory(plan: "Plan", *, cpu: bool) -> Iterator[tuple[str, str]]:
+def _memory(plan: "Plan", fitting: "Fitting | None", *, cpu: bool) -> Iterator[tuple[str, str]]:
     yield "memory of each process", ""
     sizes = {name: size for name, size in plan.resident.items() if size}
     sizes["activations"] = plan.footprint.activations
@@ -122,15 +149,30 @@ def _memory(plan: "Plan", *, cpu: bool) -> Iterator[tuple[str, str]]:
         yield f"  {name}", _size(size)
     note = "with the heap's overhead, beside Python's own" if cpu else "of tensors"
     yield "  peak", f"{_size(plan.peak)} {note}"
+    if plan.read_peak > plan.peak:
+        yield "  before, while init is read", f"{_size(plan.read_peak)} in float32"
     if plan.memory_limit is None:
         return
-    verdict = "fits" if plan.peak <= plan.memory_limit else "does NOT fit"
+    verdict = "fits" if plan.fits else "does NOT fit"
     largest = (
         "not even one image does"
         if plan.max_micro_batch_size == 0
         else f"the largest micro-batch is {plan.max_micro_batch_size}"
     )
-    yield f"  {verdict}", f"in {_size(plan.memory_limit)}; {largest}"
+    yield f"  {verdict}", f"in {_size(plan.memory_limit)}; {largest}{_advice(fitting)}"
+
+
+def _advice(fitting: "Fitting | None") -> str:
+    """What makes it fit, in the words of the scripts' command lines."""
+    if fitting is None:
+        return ""
+    words = {True: "true", False: "false"}
+    given = (f"--{name} {words.get(value, value)}" for name, value in fitting.options.items())
+    if fitting.fits:
+        return f"; it fits with {' '.join(given)}"
+    if not fitting.options:
+        return "; no option makes it smaller"
+    return f"; no options make it fit: the least is {_size(fitting.peak)} with {' '.join(given)}"
 
 
 def _time_and_disk(

@@ -43,6 +43,23 @@ def fetch(
     return folder
 
 
+def cached(hub_id: str) -> Path:
+    """The folder of a Hub repository in huggingface_hub's cache; nothing is fetched.
+
+    Raises ValueError where it is not there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"model={hub_id!r} is neither a file, a folder nor a model in the cache of the Hugging "
+            "Face Hub, which alone is looked in here"
+        ) from error
+
+
 def fetch_tokenizer(hub_id: str) -> Path:
     """Fetch the tokenizer at the root of a Hub repository, such as CLIP's; returns its folder.
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from latentdiff.formats.header import Header, read_header, short_repr
 from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm import keys as ldm_keys
-from latentdiff.formats.ldm.given_configs import given_configs
+from latentdiff.formats.ldm.given_configs import GivenConfigs, given_configs
 from latentdiff.formats.ldm.inferred_config import (
+    V_BIAS,
     CheckpointInfo,
     ModelConfigs,
     infer_configs,
@@ -96,27 +97,11 @@ def read_single_file(
     weights = _read_weights(path, header, ema=ema, dtype=dtype)
     try:
         given = given_configs(path, config, header.metadata)
-        configs = given.configs
-        text_encoder = weights["clip"]
-        if not text_encoder:
-            layers = _num_layers(weights["open_clip"], configs, given.ldm_config)
-            text_encoder = to_transformers(weights["open_clip"], layers=layers)
-        if configs is None:
-            info = CheckpointInfo(
-                unet=weights["unet"],
-                vae=weights["vae"],
-                text_encoder=text_encoder,
-                open_clip=bool(weights["open_clip"]),
-                names=header.shapes,
-                buffers=weights["buffer"],
-                metadata=header.metadata,
-            )
-            configs, notes = infer_configs(info, given.ldm_config, beside=given.beside)
-            notes += _left_out(path, header.shapes)
-            if notes:
-                warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
+        text_encoder, configs, notes = _configs(header, weights, given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if given.configs is None and (notes := notes + _left_out(path, header.shapes)):
+        warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
     return SingleFile(
         unet=weights["unet"],
         vae=weights["vae"],
@@ -128,6 +113,24 @@ def read_single_file(
         tokenizer=given.tokenizer,
         metadata={key: value for key, value in header.metadata.items() if key != OUR_KEY},
     )
+
+
+def read_single_file_configs(path: str | Path) -> ModelConfigs:
+    """The configs of a file that `read_single_file` reads, by its header alone.
+
+    Sizes are right; what only values of tensors show, whether it predicts v for one, may not be.
+    Raises ValueError as `read_single_file` does.
+    """
+    path = Path(path)
+    header = read_header(path)
+    refuse_other_checkpoints(path, header.shapes)
+    try:
+        weights = _by_component(_expected(header, _names(header.shapes, ema=False)))
+        weights["unet"].pop(V_BIAS, None)
+        weights["buffer"] = {}
+        return _configs(header, weights, given_configs(path, None, header.metadata))[1]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_single_file(
@@ -202,10 +205,7 @@ def _read_weights(
         names = _names(header.shapes, ema=ema)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    expected = {
-        ours: torch.empty(header.shapes[name], dtype=header.dtypes[name], device="meta")
-        for name, ours in names.items()
-    }
+    expected = _expected(header, names)
     tensors = load_safetensors(
         path,
         expected=expected,
@@ -213,6 +213,19 @@ def _read_weights(
         rename=lambda name: names.get(name, f"ignored {name}"),
         dtype=dtype,
     )
+    return _by_component(tensors)
+
+
+def _expected(header: Header, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors without their values, by the names that `_names` gives them."""
+    return {
+        ours: torch.empty(header.shapes[name], dtype=header.dtypes[name], device="meta")
+        for name, ours in names.items()
+    }
+
+
+def _by_component(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each of `_COMPONENTS`, which are taken out of `tensors`."""
     weights: dict[str, dict[str, Tensor]] = {component: {} for component in _COMPONENTS}
     for ours in list(tensors):
         component, _, name = ours.partition(" ")
@@ -221,6 +234,28 @@ def _read_weights(
         if ldm_keys.is_vae_convolution(name) and tensor.ndim > 2:
             weights["vae"][name] = tensor.flatten(1)
     return weights
+
+
+def _configs(
+    header: Header, weights: Mapping[str, Mapping[str, Tensor]], given: GivenConfigs
+) -> tuple[dict[str, Tensor], ModelConfigs, list[str]]:
+    """The text tower by transformers' names, all configs, and what was assumed for them."""
+    text_encoder = dict(weights["clip"])
+    if not text_encoder:
+        layers = _num_layers(weights["open_clip"], given.configs, given.ldm_config)
+        text_encoder = to_transformers(weights["open_clip"], layers=layers)
+    if given.configs is not None:
+        return text_encoder, given.configs, []
+    info = CheckpointInfo(
+        unet=weights["unet"],
+        vae=weights["vae"],
+        text_encoder=text_encoder,
+        open_clip=bool(weights["open_clip"]),
+        names=header.shapes,
+        buffers=weights["buffer"],
+        metadata=header.metadata,
+    )
+    return text_encoder, *infer_configs(info, given.ldm_config, beside=given.beside)
 
 
 def _names(shapes: Shapes, *, ema: bool) -> dict[str, str]:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from latentdiff.planning.tally import Tally
 from latentdiff.training.accelerator import Sharding
+from latentdiff.training.adamw8bit import moment_bytes
 from latentdiff.training.blocks import blocks, checkpoint_activations, local, shard
 from latentdiff.training.deepspeed import BUCKET
 from latentdiff.training.muon import hidden_matrices
@@ -31,9 +32,10 @@ Model = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """A training step as functions that make real tensors, or fake ones in a FakeTensorMode."""
+    """A training step as functions that make real tensors, or others in torch's modes."""
 
     model: Callable[[], nn.Module]
+    """Parameters that need no gradient are frozen, as in `Learner`."""
     loss: Callable[[Model, Sequence[Model], int], Tensor]
     """`loss(model, frozen, n)`: () for n examples, which it makes up."""
     frozen: Callable[[], Sequence[nn.Module]] = tuple
@@ -51,7 +53,7 @@ class Execution:
     sharding: Sharding = "none"
     """"none" in one process."""
     optimizer: str = "adamw"
-    """"adamw" or "muon"."""
+    """"adamw", "adamw8bit" or "muon"."""
     gpu: bool = False
     """Autocast keeps norms and softmax in float32, as CUDA's does and the CPU's does not."""
 
@@ -67,11 +69,16 @@ class Footprint:
     """Parameters and buffers of the full model."""
     local_weights: int
     """What this process holds of them between steps: its shard, or all."""
-    matrices: int
-    """What Muon steps of the full model's parameters; 0 with AdamW."""
-    local_matrices: int
+    averaged: int
+    """What an average has of its own: all of `weights` but frozen parameters."""
+    local_averaged: int
+    optimizer_state: int
+    """Of the full model: AdamW has two moments of each trained parameter, Muon one."""
+    local_optimizer_state: int
     frozen: int
     """Parameters and buffers of the frozen networks."""
+    num_frozen: int
+    """Parameters that are not trained, of the model and of the frozen networks."""
     activations: int
     """What the forward pass saves for the backward pass, the batch included."""
     step_peak: int
@@ -81,32 +88,27 @@ class Footprint:
     step_flop: int
     """Forward and backward passes of one micro-batch, and the frozen networks' forward passes."""
 
-    @property
-    def optimizer_state(self) -> int:
-        """Of the full model: two moments per parameter with AdamW, one with Muon."""
-        return 2 * 4 * self.num_parameters - self.matrices
-
     def resident(self, *, averages: int) -> dict[str, int]:
         """What this process holds all the time, in bytes, by name; `averages`: the EMA and others.
 
-        AdamW keeps two moments per parameter, Muon one. With several processes DDP holds the
-        gradients once more, in the buckets that it reduces; ZeRO's buckets are smaller, and its
-        partition of weights and gradients is a copy. A sharded network has its EMA in full as well.
+        With several processes DDP holds the gradients once more, in the buckets that it reduces;
+        ZeRO's buckets are smaller, and its partition of weights and gradients is a copy. A sharded
+        network has its EMA in full as well. Frozen weights are in no average and have no moments.
         """
         full = 4 * self.num_parameters
         partition = -(-full // self.execution.processes)
         resident = {"weights": self.local_weights, "frozen networks": self.frozen}
         match self.execution.sharding:
             case "full":
-                resident["optimizer state"] = 2 * self.local_weights - self.local_matrices
-                resident["weight averages"] = self.weights + averages * self.local_weights
+                resident["optimizer state"] = self.local_optimizer_state
+                resident["weight averages"] = self.averaged + averages * self.local_averaged
             case "none":
                 resident["optimizer state"] = self.optimizer_state
-                resident["weight averages"] = averages * self.weights
+                resident["weight averages"] = averages * self.averaged
                 resident["gradient buckets"] = full if self.execution.processes > 1 else 0
             case "zero1" | "zero2":
                 resident["optimizer state"] = 2 * partition
-                resident["weight averages"] = averages * self.weights
+                resident["weight averages"] = averages * self.averaged
                 resident["weight and gradient partition"] = 2 * partition
                 resident["gradient buckets"] = min(full, 4 * BUCKET)
         return resident
@@ -126,11 +128,9 @@ def footprint(
     """
     fake = FakeTensorMode()
     with ExitStack() as stack:
-        with fake:
-            model, frozen = workload.model(), workload.frozen()
-        weights = nbytes(model)
-        muon = execution.optimizer == "muon"
-        matrices = _bytes_of(hidden_matrices(model)) if muon else 0
+        model, frozen = _fake_networks(workload, fake)
+        weights, averaged = nbytes(model), _bytes_of(_averaged(model))
+        optimizer_state = _optimizer_state(model, execution.optimizer)
         as_cuda = execution.gpu and execution.precision != "no"
         if execution.gradient_checkpointing:
             for block in blocks(model) if as_cuda else ():
@@ -161,14 +161,33 @@ def footprint(
             num_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             weights=weights,
             local_weights=nbytes(model),
-            matrices=matrices,
-            local_matrices=_bytes_of(hidden_matrices(model)) if muon else 0,
+            averaged=averaged,
+            local_averaged=_bytes_of(_averaged(model)),
+            optimizer_state=optimizer_state,
+            local_optimizer_state=_optimizer_state(model, execution.optimizer),
             frozen=sum(map(nbytes, frozen)),
+            num_frozen=_num_frozen([model, *frozen]),
             activations=activations,
             step_peak=tally.peak,
             forward_flop=forward.flop,
             step_flop=tally.flop - flop,
         )
+
+
+def _fake_networks(
+    workload: Workload, fake: FakeTensorMode
+) -> tuple[nn.Module, Sequence[nn.Module]]:
+    """The model and the frozen networks on fake tensors.
+
+    peft converts what it adds to a layer, which fake tensors do not allow, unless that has no
+    device yet.
+    """
+    with torch.device("meta"):
+        model, frozen = workload.model(), workload.frozen()
+    with fake:
+        for network in (model, *frozen):
+            network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+    return model, frozen
 
 
 def autocast(model: Model, precision: str) -> Model:
@@ -187,6 +206,29 @@ def autocast(model: Model, precision: str) -> Model:
 def nbytes(network: nn.Module) -> int:
     """Bytes of the network's parameters and buffers in this process."""
     return _bytes_of([*network.parameters(), *network.buffers()])
+
+
+def _averaged(network: nn.Module) -> list[Tensor]:
+    """What an average of the network has of its own: `Learner` shares what is frozen."""
+    return [*_trained(network), *network.buffers()]
+
+
+def _trained(network: nn.Module) -> list[nn.Parameter]:
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def _num_frozen(networks: Sequence[nn.Module]) -> int:
+    parameters = [p for network in networks for p in network.parameters()]
+    return sum(p.numel() for p in parameters if not p.requires_grad)
+
+
+def _optimizer_state(network: nn.Module, optimizer: str) -> int:
+    """Bytes of what the optimizer keeps in this process."""
+    trained = _trained(network)
+    if optimizer == "adamw8bit":
+        return sum(moment_bytes(p.numel()) for p in trained)
+    matrices = hidden_matrices(network) if optimizer == "muon" else []
+    return 2 * _bytes_of(trained) - _bytes_of(matrices)
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:

@@ -6,13 +6,16 @@ It follows from the configuration of train_unet.py, train_vae.py or train_clip.p
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 from latentdiff.planning.devices import Device
+from latentdiff.planning.fitting import Fitting, find_fitting
 from latentdiff.planning.footprint import Execution, Footprint, footprint
 from latentdiff.planning.settings import network_config, positive_int
-from latentdiff.planning.workload import cache_bytes_per_image, make_workload
+from latentdiff.planning.workload import cache_bytes_per_image, kept_state_bytes, make_workload
 from latentdiff.training.accelerator import ParallelConfig, Sharding, check_divisible
+from latentdiff.training.optimizer import Optimizer, check_sharding
 
 HEAP, HEAP_BY_BLOCKS = 1.45, 2.4
 """On a CPU: bytes that a step takes for each byte of its tensors, for glibc keeps freed memory; the
@@ -36,6 +39,8 @@ class Plan:
     resident: Mapping[str, int]
     peak: float
     """Of one process; on the CPU with the heap's overhead, without Python and its libraries."""
+    read_peak: int
+    """On a CPU, while `init` is read, all of whose networks are then in float32."""
     memory_limit: float | None
     """The memory that a process may take, or None if that of the device is not known."""
     max_micro_batch_size: int | None
@@ -53,6 +58,11 @@ class Plan:
     snapshot_bytes: int
     """The averages of `ema_lengths` in float16, as one step's snapshots keep them."""
 
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the limit, as it is where none is known."""
+        return self.memory_limit is None or max(self.peak, self.read_peak) <= self.memory_limit
+
 
 def make_plan(
     settings: Mapping[str, Any],
@@ -62,36 +72,30 @@ def make_plan(
     processes: int = 1,
     memory: float | None = None,
     efficiency: float = 0.4,
+    images: int | None = None,
 ) -> Plan:
     """Run the configured training step on fake tensors, and say what follows.
 
     `memory` (bytes) replaces that of the device; `efficiency` is the fraction of the device's peak
-    FLOP/s that training reaches. Raises ValueError, naming the key, for settings that are missing
-    or do not fit together.
+    FLOP/s that training reaches; `images` are those of the data set, None for many. Raises
+    ValueError, naming the key, for settings that are missing or do not fit together.
     """
     for name, value in (("processes", processes), ("efficiency", efficiency), ("memory", memory)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value} must be positive")
-    batch_size = positive_int(settings, "batch_size")
-    accumulation = positive_int(settings, "gradient_accumulation_steps", 1)
-    check_divisible(batch_size, ParallelConfig(gradient_accumulation_steps=accumulation), processes)
-    micro_batch_size = batch_size // (processes * accumulation)
+    micro_batch_size = _micro_batch_size(settings, processes)
     execution = _execution(settings, device=device, gpu=gpu, processes=processes)
-    workload = make_workload(settings, processes=processes, gpu=gpu)
     num_lengths = len(settings.get("ema_lengths") or ())
-
-    def estimate(micro_batch_size: int) -> tuple[Footprint, dict[str, int], float]:
-        measured = footprint(
-            workload, micro_batch_size, accumulation=accumulation, execution=execution
-        )
-        return measured, *_memory(measured, averages=1 + num_lengths)
-
+    estimate = partial(_estimate, settings, execution, images)
     measured, resident, peak = estimate(micro_batch_size)
     limit = device.memory if memory is None else memory
     largest = None
     if limit is not None:
         limit *= 1 - MARGIN if gpu else 1.0
         largest = _largest(lambda n: estimate(n)[2], micro_batch_size, peak, limit)
+    read_peak = _read_peak(settings, measured)
+    if limit is not None and read_peak > limit:
+        largest = 0
     training_flop = measured.step_flop / micro_batch_size
     flops = processes * efficiency * device.flops[execution.precision]
     return Plan(
@@ -100,17 +104,71 @@ def make_plan(
         footprint=measured,
         resident=resident,
         peak=peak,
+        read_peak=read_peak,
         memory_limit=limit,
         max_micro_batch_size=largest,
         forward_flop=measured.forward_flop / micro_batch_size,
         training_flop=training_flop,
         images_per_second=flops / training_flop,
         cache_bytes_per_image=cache_bytes_per_image(settings),
-        checkpoint_bytes=measured.weights
+        checkpoint_bytes=measured.averaged
         + 4 * measured.num_parameters * (1 + num_lengths)
         + measured.optimizer_state,
         snapshot_bytes=2 * measured.num_parameters * num_lengths,
     )
+
+
+def find_fitting_options(
+    settings: Mapping[str, Any],
+    plan: Plan,
+    *,
+    device: Device,
+    gpu: bool,
+    processes: int = 1,
+    images: int | None = None,
+) -> Fitting | None:
+    """The options that make the planned run fit, or None where it does; each is planned with."""
+    if plan.memory_limit is None or plan.fits:
+        return None
+
+    def peak(settings: Mapping[str, Any]) -> float:
+        execution = _execution(settings, device=device, gpu=gpu, processes=processes)
+        micro_batch_size = _micro_batch_size(settings, processes)
+        measured, _, peak = _estimate(settings, execution, images, micro_batch_size)
+        return max(peak, _read_peak(settings, measured))
+
+    half = next((name for name in ("bf16", "fp16") if name in device.flops), None)
+    return find_fitting(
+        settings, plan.footprint.execution, peak_of=peak, limit=plan.memory_limit, half=half
+    )
+
+
+def _estimate(
+    settings: Mapping[str, Any], execution: Execution, images: int | None, micro_batch_size: int
+) -> tuple[Footprint, dict[str, int], float]:
+    """What is counted, what one process holds all the time, and its peak; both in bytes."""
+    workload = make_workload(
+        settings,
+        processes=execution.processes,
+        gpu=execution.gpu,
+        precision=execution.precision,
+    )
+    measured = footprint(
+        workload,
+        micro_batch_size,
+        accumulation=positive_int(settings, "gradient_accumulation_steps", 1),
+        execution=execution,
+    )
+    resident = measured.resident(averages=1 + len(settings.get("ema_lengths") or ()))
+    resident["text states"] = kept_state_bytes(settings, images)
+    return measured, *_memory(measured, resident)
+
+
+def _micro_batch_size(settings: Mapping[str, Any], processes: int) -> int:
+    batch_size = positive_int(settings, "batch_size")
+    accumulation = positive_int(settings, "gradient_accumulation_steps", 1)
+    check_divisible(batch_size, ParallelConfig(gradient_accumulation_steps=accumulation), processes)
+    return batch_size // (processes * accumulation)
 
 
 def _execution(
@@ -126,14 +184,13 @@ def _execution(
         ("mixed_precision", precision, sorted(device.flops)),
         ("sharding", sharding, get_args(Sharding)),
         ("gradient_checkpointing", gradient_checkpointing, (True, False)),
-        ("optimizer", optimizer, ("adamw", "muon")),
+        ("optimizer", optimizer, get_args(Optimizer)),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))} here")
     if processes > 1 and sharding != "none" and precision == "fp16":
         raise ValueError(f"mixed_precision='fp16' must be bf16 or no with sharding={sharding!r}")
-    if optimizer == "muon" and sharding in ("zero1", "zero2"):
-        raise ValueError(f"optimizer='muon' must be 'adamw' with sharding={sharding!r}")
+    check_sharding(optimizer, sharding)
     return Execution(
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
@@ -144,11 +201,10 @@ def _execution(
     )
 
 
-def _memory(measured: Footprint, *, averages: int) -> tuple[dict[str, int], float]:
+def _memory(measured: Footprint, resident: dict[str, int]) -> tuple[dict[str, int], float]:
     """What one process holds all the time, by name, and its peak; both in bytes."""
     execution = measured.execution
     fully_sharded = execution.sharding == "full"
-    resident = measured.resident(averages=averages)
     if execution.gpu:
         return resident, sum(resident.values()) + measured.step_peak
     if fully_sharded:  # the network is complete at first, and the heap keeps that memory
@@ -157,14 +213,32 @@ def _memory(measured: Footprint, *, averages: int) -> tuple[dict[str, int], floa
     return resident, sum(resident.values()) + measured.step_peak * heap
 
 
+def _read_peak(settings: Mapping[str, Any], measured: Footprint) -> int:
+    if settings.get("init") is None or measured.execution.gpu:
+        return 0
+    of_lora = settings.get("lora") is not None
+    return 4 * (measured.num_frozen + (0 if of_lora else measured.num_parameters))
+
+
 def _largest(peak_of: Callable[[int], float], n: int, peak: float, limit: float) -> int:
     """The most examples whose peak stays under the limit, from the peak of n.
 
-    The peak is piecewise linear in the number of examples.
+    The peak is the largest of linear functions of the number of examples, and so convex: a line
+    through two points is above it between them, and below it beyond them.
     """
     other = n + 1 if n == 1 else 1
-    slope = (peak_of(other) - peak) / (other - n)
-    n = max(0, int(n + (limit - peak) / slope))
-    while n and (excess := peak_of(n) - limit) > 0:
-        n = max(0, n - max(1, int(excess / slope)))
-    return n
+    peaks = {n: peak, other: peak_of(other)}
+    if peaks[1] > limit:
+        return 0
+    while max(peaks.values()) <= limit:
+        a, b = sorted(peaks)[-2:]
+        more = (limit - peaks[b]) * (b - a) / (peaks[b] - peaks[a])
+        peaks[b + int(more) + 1] = peak_of(b + int(more) + 1)
+    while True:
+        a = max(n for n in peaks if peaks[n] <= limit)
+        b = min(n for n in peaks if peaks[n] > limit)
+        if b == a + 1:
+            return a
+        between = a + int((limit - peaks[a]) * (b - a) / (peaks[b] - peaks[a]))
+        n = min(max(between, a + 1), b - 1)
+        peaks[n] = peak_of(n)

@@ -14,9 +14,11 @@ from latentdiff.data.cache import LatentCache
 from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.dit import DiTConfig
+from latentdiff.models.lora_training import LoRAConfig
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
 from latentdiff.options import expanded, former_names
+from latentdiff.planning.start import read_start
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.vae.config import TrainVAE
@@ -38,11 +40,19 @@ REQUIRED = {
 RENAMED = former_names(TrainUNet) | former_names(TrainVAE) | former_names(TrainCLIP)
 
 
-def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a configuration file, with what is not None of `overrides` in their place.
 
     Raises ValueError for a file that is no configuration, or has the former name of an option.
     """
+    settings = {} if path is None else _read_yaml(path)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    settings = with_options(settings, given)
+    settings = {key: expanded(value) for key, value in settings.items()}
+    return _of_cache(settings) | settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -54,9 +64,19 @@ def read_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     for name in settings:
         if name in RENAMED:
             raise ValueError(f"{path}: {name} is named {RENAMED[name]} now")
-    settings |= {key: value for key, value in overrides.items() if value is not None}
-    settings = {key: expanded(value) for key, value in settings.items()}
-    return _of_cache(settings) | settings
+    return settings
+
+
+def with_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with options of a script's command line, such as `lora.rank`, in their place."""
+    changed = dict(settings)
+    for name, value in options.items():
+        group, _, key = name.rpartition(".")
+        if group:
+            changed[group] = {**(changed.get(group) or {}), key: value}
+        else:
+            changed[name] = value
+    return changed
 
 
 def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,16 +100,19 @@ def positive_int(settings: Mapping[str, Any], key: str, default: int | None = No
 def network_config(settings: Mapping[str, Any]) -> tuple[str, NetworkConfig]:
     """Which network is trained, "dit", "unet", "vae" or "clip", and its configuration.
 
-    Raises ValueError, naming the key, if there is not just one, or if it lacks a key or has an
-    unknown one.
+    A denoiser's is that of the model which `init` names. Raises ValueError, naming the key, if
+    there is not just one, or if it lacks a key or has an unknown one.
     """
     kinds = [kind for kind in NETWORKS if isinstance(settings.get(kind), dict)]
+    if settings.get("init") is not None and not {"vae", "clip"} & set(kinds):
+        network = read_start(settings["init"]).network
+        return "dit" if isinstance(network, DiTConfig) else "unet", network
     if kinds == ["dit", "unet"]:  # the script trains the DiT then, and has keys of both
         kinds = ["dit"]
     if len(kinds) != 1:
         raise ValueError(
-            "the configuration must have one of unet, dit, vae and clip with the network's keys; "
-            "a training script with --print_config writes all"
+            "the configuration must have one of unet, dit, vae and clip with the network's keys, "
+            "or init; a training script with --print_config writes all"
         )
     kind = kinds[0]
     values = settings[kind]
@@ -103,3 +126,26 @@ def network_config(settings: Mapping[str, Any]) -> tuple[str, NetworkConfig]:
         if key not in known:
             raise ValueError(f"{kind}.{key} is unknown; {kind} has {', '.join(known)}")
     return kind, NETWORKS[kind](**values)
+
+
+def lora_config(settings: Mapping[str, Any]) -> LoRAConfig | None:
+    """The LoRA that is trained, or None; ValueError for one that cannot be and unknown keys."""
+    values = settings.get("lora")
+    if values is None:
+        return None
+    known = [field.name for field in fields(LoRAConfig)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"lora.{key} is unknown; lora has {', '.join(known)}")
+    if (weights := values.get("weights")) is not None:
+        raise ValueError(
+            f"lora.weights={weights} must be left out for a plan, with its rank as lora.rank"
+        )
+    if settings.get("init") is None:
+        raise ValueError("lora has no effect with init=null; leave it out, or name the model")
+    kind, _ = network_config(settings)
+    if kind != "unet":
+        raise ValueError(
+            f"lora must be null: init={settings['init']} has a {kind}, and LoRAs are of a UNet"
+        )
+    return LoRAConfig(**values)

@@ -3,7 +3,8 @@
 Only shapes matter here. B examples of a micro-batch, C latent channels, H/W latent size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,33 +22,24 @@ from latentdiff.models.text_config import tower_config
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.planning.footprint import Model, Workload
-from latentdiff.planning.settings import network_config, positive_int
+from latentdiff.planning.settings import lora_config, network_config, positive_int
+from latentdiff.planning.start import SD15, SD15_TEXT, read_start
+from latentdiff.tasks.denoiser.lora import with_lora
+from latentdiff.tasks.denoiser.text import MAX_KEPT
 from latentdiff.tasks.vae.losses import vae_loss
-
-SD15 = "sd15"
-"""In place of a folder for `vae` and `text_encoder`: the shapes of Stable Diffusion 1.x."""
-# Shapes of the text tower of CLIP ViT-L/14 (Radford et al. 2021, table 20), SD 1.x's.
-_SD15_TEXT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "hidden_act": "quick_gelu",
-}
 
 
 def make_workload(
-    settings: Mapping[str, Any], *, processes: int = 1, gpu: bool = False
+    settings: Mapping[str, Any], *, processes: int = 1, gpu: bool = False, precision: str = "no"
 ) -> Workload:
     """The training step of the network that the settings name.
 
-    Raises ValueError, naming the key, for settings that are missing or do not fit together.
+    `precision` is that of the run, and of what is frozen beside a LoRA. Raises ValueError, naming
+    the key, for settings that are missing or do not fit together.
     """
     _, network = network_config(settings)
     if isinstance(network, UNetConfig | DiTConfig):
-        return _denoiser(settings, network)
+        return _denoiser(settings, network, precision)
     if isinstance(network, VAEConfig):
         return _vae(settings, network)
     return _clip(settings, network, processes=processes, eager=not gpu)
@@ -68,6 +60,18 @@ def cache_bytes_per_image(settings: Mapping[str, Any]) -> int | None:
     return variants * positive_int(settings, "masks") * 2 * (4 * C + 1) * side * side
 
 
+def kept_state_bytes(settings: Mapping[str, Any], images: int | None) -> int:
+    """Bytes of the text states that a run on so many images keeps, one caption each; at most."""
+    if images is None or images > MAX_KEPT:
+        return 0
+    lora = lora_config(settings)
+    is_denoiser = isinstance(network_config(settings)[1], UNetConfig | DiTConfig)
+    if not is_denoiser or (lora is not None and lora.text_encoder):
+        return 0
+    text = _text_config(settings)
+    return 4 * (images + 1) * (text.max_position_embeddings or 77) * text.hidden_size
+
+
 def _latent_shape(settings: Mapping[str, Any], vae: VAEConfig) -> tuple[int, int]:
     """Channels and side of the latents."""
     size = positive_int(settings, "image_size")
@@ -77,56 +81,130 @@ def _latent_shape(settings: Mapping[str, Any], vae: VAEConfig) -> tuple[int, int
 
 
 def _vae_config(settings: Mapping[str, Any]) -> VAEConfig:
-    """The configuration of the frozen VAE; only config.json is read."""
-    vae = settings.get("vae") or "emoji"
+    """The configuration of the frozen VAE; only config.json, or a header, is read."""
+    vae, init = settings.get("vae"), settings.get("init")
+    if vae is None and init is not None:
+        return read_start(init).vae
+    vae = vae or "emoji"
     if vae == SD15:
         return VAEConfig()
     return VAEConfig.from_dict(load_json(find_component(vae, "vae") / "config.json"))
 
 
 def _text_config(settings: Mapping[str, Any]) -> CLIPTextConfig:
-    """The configuration of the frozen text encoder; only config.json is read."""
-    text = settings.get("text_encoder") or "emoji"
+    """The configuration of the text encoder; only config.json, or a header, is read."""
+    text, init = settings.get("text_encoder"), settings.get("init")
+    if text is None and init is not None:
+        return read_start(init).text
+    text = text or "emoji"
     if text == SD15:
-        return tower_config(_SD15_TEXT)
+        return tower_config(SD15_TEXT)
     folder = find_component(text, "text_encoder") / "text_encoder"
     return tower_config(load_json(folder / "config.json"))
 
 
-def _denoiser(settings: Mapping[str, Any], config: UNetConfig | DiTConfig) -> Workload:
+def _denoiser(
+    settings: Mapping[str, Any], config: UNetConfig | DiTConfig, precision: str
+) -> Workload:
     """A UNet's or DiT's training on cached latents, with its text encoder and VAE in memory."""
-    vae, text = _vae_config(settings), _text_config(settings)
+    vae, text, lora = _vae_config(settings), _text_config(settings), lora_config(settings)
     C, side = _latent_shape(settings, vae)
+    config = _fitted(config, settings, C, side, text)
+    more = config.in_channels - C  # mask and masked image
+    diffusion = Diffusion("flow", "flow_prediction")  # all kinds compute the same sizes
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    frozen_dtype = torch.float32 if lora is None else half
+    vae_dtype = torch.bfloat16 if frozen_dtype == torch.bfloat16 else torch.float32
+    trains_text = lora is not None and lora.text_encoder
+
+    def tower() -> nn.Module:
+        with _default_dtype(frozen_dtype):
+            return CLIPTextModel(text)
+
+    def network() -> nn.Module:
+        with _default_dtype(frozen_dtype):
+            network = DiT(config) if isinstance(config, DiTConfig) else UNet(config)
+        if lora is None:
+            return network
+        assert isinstance(network, UNet)
+        return with_lora(network, tower() if trains_text else nn.Module(), lora, seed=0)
+
+    def frozen() -> list[nn.Module]:
+        with _default_dtype(vae_dtype):
+            networks = [VAE(vae)] if trains_text else [tower(), VAE(vae)]
+        return [network.requires_grad_(False).eval() for network in networks]
+
+    def loss(model: Model, frozen: Sequence[Model], B: int) -> Tensor:
+        def denoise(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            x = torch.cat([x, torch.zeros(B, more, side, side)], dim=1) if more else x
+            output = model(x, t, context)
+            return output[:, :C] if config.out_channels > C else output  # no learned variance
+
+        posterior = Posterior.from_moments(torch.randn(B, 2 * C, side, side))
+        x0 = posterior.sample(torch.randn(B, C, side, side))
+        context = torch.zeros(B, text.max_position_embeddings or 77, dtype=torch.long)
+        if not trains_text:
+            with torch.no_grad():
+                context = frozen[0](input_ids=context).last_hidden_state
+        t = torch.rand(B) * diffusion.num_timesteps
+        noise = torch.randn(B, C, side, side)
+        return diffusion.loss(denoise, x0, context, noise=noise, t=t).mean()
+
+    return Workload(network, loss, frozen)
+
+
+def _fitted(
+    config: UNetConfig | DiTConfig,
+    settings: Mapping[str, Any],
+    C: int,
+    side: int,
+    text: CLIPTextConfig,
+) -> UNetConfig | DiTConfig:
+    """The denoiser's configuration beside this VAE and text encoder.
+
+    Raises ValueError for a network of `init` that does not fit them.
+    """
+    width = text.hidden_size
     if isinstance(config, DiTConfig) and side % config.patch_size:
         raise ValueError(
             f"patch_size={config.patch_size} must divide {side}, the side of the latents"
         )
-    config = replace(
-        config,
-        in_channels=C,
-        out_channels=C,
-        sample_size=side,
-        cross_attention_dim=text.hidden_size,
-    )
-    diffusion = Diffusion("flow", "flow_prediction")  # all kinds compute the same sizes
+    in_channels = 2 * C + 1 if settings.get("inpainting") else C
+    if settings.get("init") is None:
+        return replace(
+            config,
+            in_channels=in_channels,
+            out_channels=C,
+            sample_size=side,
+            cross_attention_dim=width,
+        )
+    for name, value, allowed, what in (
+        ("in_channels", config.in_channels, (C, in_channels), "the VAE's latent_channels"),
+        ("out_channels", config.out_channels, (C, 2 * C), "the VAE's latent_channels"),
+        ("cross_attention_dim", config.cross_attention_dim, (width,), "the text encoder's width"),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{name}={value} of the network of init={settings['init']} must be {allowed[0]}, "
+                f"{what}"
+            )
+    if settings.get("lora") is not None and config.in_channels != in_channels:
+        raise ValueError(
+            f"lora must be null: init={settings['init']} has no channels for masks, which a LoRA "
+            "cannot add; take an inpainting model as init, or train all of this one"
+        )
+    return replace(config, in_channels=in_channels, sample_size=side)
 
-    def network() -> nn.Module:
-        return DiT(config) if isinstance(config, DiTConfig) else UNet(config)
 
-    def frozen() -> list[nn.Module]:
-        return [net.requires_grad_(False).eval() for net in (CLIPTextModel(text), VAE(vae))]
-
-    def loss(model: Model, frozen: Sequence[Model], B: int) -> Tensor:
-        posterior = Posterior.from_moments(torch.randn(B, 2 * C, side, side))
-        x0 = posterior.sample(torch.randn(B, C, side, side))
-        with torch.no_grad():
-            ids = torch.zeros(B, text.max_position_embeddings or 77, dtype=torch.long)
-            context = frozen[0](input_ids=ids).last_hidden_state
-        t = torch.rand(B) * diffusion.num_timesteps
-        noise = torch.randn(B, C, side, side)
-        return diffusion.loss(model, x0, context, noise=noise, t=t).mean()
-
-    return Workload(network, loss, frozen)
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Networks are made in this precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _vae(settings: Mapping[str, Any], config: VAEConfig) -> Workload:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from latentdiff.training.accelerator import ComputeConfig, Sharding, computes_bf16
+from latentdiff.training.adamw8bit import from_tensors, make_adamw8bit, to_tensors
 from latentdiff.training.blocks import (
     as_dtensor,
     checkpoint_activations,
@@ -23,7 +24,7 @@ from latentdiff.training.blocks import (
 from latentdiff.training.deepspeed import Zero
 from latentdiff.training.ema import EMAConfig, WeightAverages
 from latentdiff.training.muon import Muon, hidden_matrices
-from latentdiff.training.optimizer import OptimizerConfig
+from latentdiff.training.optimizer import OptimizerConfig, check_sharding
 from latentdiff.training.randomness import MicroBatch
 
 
@@ -51,20 +52,16 @@ class Learner:
 
         Raises ValueError for a network or an optimizer that cannot be sharded so.
         """
-        if sharding in ("zero1", "zero2") and optimizer.optimizer == "muon":
-            raise ValueError(
-                f"optimizer='muon' must be 'adamw' with sharding={sharding!r}: DeepSpeed flattens "
-                "the matrices; sharding='full' does not"
-            )
+        check_sharding(optimizer.optimizer, sharding)
         self.config, self.max_steps = optimizer, max_steps
         self.accelerator = accelerator
         if accelerator.num_processes == 1:
             sharding = "none"
         model = model.to(accelerator.device)
         way = False if compute is None or compute.compile == "auto" else compute.compile
-        if way and sharding == "none":
-            # FSDP2 refuses it, and norms that are not compiled are slower in it. torch's overloads
-            # leave it out.
+        if way and sharding == "none" and optimizer.optimizer != "adamw8bit":
+            # FSDP2 refuses it, bitsandbytes undoes it in its first step, and norms that are not
+            # compiled are slower in it. torch's overloads leave it out.
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model = model
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -97,7 +94,8 @@ class Learner:
 
     def _make_optimizer(self, sharding: Sharding) -> None:
         # Only fused kernels take `found_inf`, and so skip an update without the host waiting.
-        self._fused = self.accelerator.device.type in ("cuda", "cpu")
+        self._eight_bits = self.config.optimizer == "adamw8bit"
+        self._fused = self.accelerator.device.type in ("cuda", "cpu") and not self._eight_bits
         self._bare_optimizer = self._muon() if self.config.optimizer == "muon" else self._adamw()
         # evaluation_mode: a sharded model is wrapped in autocast, but not in DDP.
         self.forward_model: Any = self.accelerator.prepare_model(
@@ -115,14 +113,16 @@ class Learner:
             )
             self.forward_model = self._zero.model
 
-    def _adamw(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            list(self.trained.values()),
-            lr=self.config.learning_rate,
-            betas=(0.9, self.config.beta2),
-            weight_decay=self.config.weight_decay,
-            fused=self._fused,
-        )
+    def _adamw(self) -> torch.optim.Optimizer:
+        parameters: list[Any] = list(self.trained.values())
+        options: dict[str, Any] = {
+            "lr": self.config.learning_rate,
+            "betas": (0.9, self.config.beta2),
+            "weight_decay": self.config.weight_decay,
+        }
+        if self._eight_bits:
+            return make_adamw8bit(parameters, **options)
+        return torch.optim.AdamW(parameters, fused=self._fused, **options)
 
     def _muon(self) -> Muon:
         matrices = hidden_matrices(self.model)
@@ -254,6 +254,8 @@ class Learner:
             moments = {name: self.optimizer.state[self.trained[name]] for name in self._trainable()}
         else:
             moments = self._zero.moments()
+        if self._eight_bits:
+            moments = {name: to_tensors(values) for name, values in moments.items()}
         for name, values in moments.items():
             state |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
         if self.accelerator.scaler is not None:  # fp16, whose loss scale is found by trial
@@ -300,11 +302,14 @@ class Learner:
             if saved_name.startswith("optimizer."):
                 name, _, key = saved_name.removeprefix("optimizer.").rpartition(".")
                 value, like = state[saved_name], self.trained[name]
-                if key != "step":
+                if key != "step" and value.shape == like.shape:
                     # In the weight's memory format, which fused kernels take for granted.
-                    value = torch.empty_like(local(like)).copy_(local_rows(value, like))
+                    empty = torch.empty_like(local(like), dtype=value.dtype)
+                    value = empty.copy_(local_rows(value, like))
                     value = as_dtensor(value, like) if isinstance(like, DTensor) else value
                 moments.setdefault(name, {})[key] = value
+        if self._eight_bits:
+            moments = {name: from_tensors(values) for name, values in moments.items()}
         if self._zero is None:
             # The optimizer knows which device each of them belongs on.
             trainable = enumerate(self._trainable())

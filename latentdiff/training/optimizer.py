@@ -1,18 +1,22 @@
 """OptimizerConfig: the optimizer and its learning rate, a function of the step alone."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from latentdiff.options import option
+
+Optimizer = Literal["adamw", "adamw8bit", "muon"]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, or Muon, with a warm-up and a cooldown of the learning rate."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw: Loshchilov & Hutter 2019. muon: the updates of the matrices in the network's blocks,
-    convolutions among them, are orthogonalised (Jordan et al. 2024); AdamW steps the rest."""
+    optimizer: Optimizer = "adamw"
+    """adamw: Loshchilov & Hutter 2019. adamw8bit: the same with moments of eight bits, which take a
+    quarter of the memory (Dettmers et al. 2021), by bitsandbytes, which must be installed. muon:
+    the updates of the matrices in the network's blocks, convolutions among them, are orthogonalised
+    (Jordan et al. 2024); AdamW steps the rest."""
     learning_rate: float = 1e-4
     """Of AdamW."""
     muon_learning_rate: float = option(6e-3, needs="optimizer=muon")
@@ -27,8 +31,9 @@ class OptimizerConfig:
     """The gradient is scaled down to this norm when it is longer."""
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer={self.optimizer!r} must be one of adamw, muon")
+        if self.optimizer not in get_args(Optimizer):
+            allowed = ", ".join(get_args(Optimizer))
+            raise ValueError(f"optimizer={self.optimizer!r} must be one of {allowed}")
         for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
@@ -58,3 +63,16 @@ class OptimizerConfig:
         cooldown = min(1.0, (max_steps - step) / max(1, self.cooldown_steps))
         peak = self.muon_learning_rate if muon else self.learning_rate
         return peak * warmup * cooldown
+
+
+def check_sharding(optimizer: Optimizer, sharding: str) -> None:
+    """Raise ValueError for an optimizer whose network cannot be sharded so."""
+    reason = None
+    if optimizer == "muon" and sharding in ("zero1", "zero2"):
+        reason = "DeepSpeed flattens the matrices; sharding='full' does not"
+    elif optimizer == "adamw8bit" and sharding != "none":
+        reason = "bitsandbytes steps whole parameters"
+    if reason is not None:
+        raise ValueError(
+            f"optimizer={optimizer!r} must be 'adamw' with sharding={sharding!r}: {reason}"
+        )

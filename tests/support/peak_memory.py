@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from latentdiff.planning.footprint import autocast
 from latentdiff.planning.workload import make_workload
 from latentdiff.training.randomness import MicroBatch
 from support.runs import make_learner
@@ -26,10 +27,12 @@ OF_THE_LEARNER = ("gradient_checkpointing", "ema_lengths", "sharding")
 
 def train(settings: Mapping[str, Any], accelerator: Accelerator, *, steps: int) -> None:
     """The steps of a Learner on numbers that are made up."""
-    workload = make_workload(settings, processes=accelerator.num_processes)
+    workload = make_workload(
+        settings, processes=accelerator.num_processes, precision=settings["mixed_precision"]
+    )
     options = {key: settings[key] for key in OF_THE_LEARNER if key in settings}
     learner = make_learner(workload.model(), accelerator, **options)
-    frozen = [accelerator.prepare_model(one, evaluation_mode=True) for one in workload.frozen()]
+    frozen = [autocast(one, settings["mixed_precision"]) for one in workload.frozen()]
     per_process = settings.get("gradient_accumulation_steps", 1)
     count = accelerator.num_processes * per_process
     for _ in range(steps):
@@ -56,7 +59,7 @@ def measure(settings: Mapping[str, Any], tiny: Mapping[str, Any]) -> int:
     ctypes.CDLL(None).malloc_trim(0)  # what is free is not counted as had before
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
-    train(settings, accelerator, steps=4)
+    train(settings, accelerator, steps=settings.get("steps", 4))
     peak = status("VmHWM")
     accelerator.end_training()
     return peak - before

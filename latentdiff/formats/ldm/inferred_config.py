@@ -32,7 +32,7 @@ SCALING_FACTOR = 0.18215  # of SD's latents
 
 # Nothing in the shapes of SD 2.x shows v-prediction. ComfyUI goes by the spread of this bias, which
 # is larger in the published v models (supported_models.py, SD20.model_type).
-_V_BIAS = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+V_BIAS = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
 _V_STD = 0.09
 
 
@@ -121,7 +121,7 @@ def infer_configs(
 
 def looks_like_v(unet: Mapping[str, Tensor], unet_config: Mapping[str, Any]) -> bool:
     """Whether ComfyUI infers v-prediction from a UNet's weights, by diffusers' names."""
-    bias = unet.get(_V_BIAS)
+    bias = unet.get(V_BIAS)
     if bias is None or not unet_config["use_linear_projection"] or unet_config["in_channels"] != 4:
         return False
     return float(bias.float().std(unbiased=False)) > _V_STD

@@ -54,10 +54,12 @@ class UNetWithText(nn.Module):
 def lora_network(
     model: Components, config: LoRAConfig, *, seed: int, precision: str
 ) -> UNet | UNetWithText:
-    """The network with a new LoRA, and with `lora.text_encoder` the text tower in it as well.
+    """The network with a LoRA, new or of `lora.weights`, and if the LoRA is of the text tower too,
+    the tower in it as well.
 
     What is frozen, the VAE too, is converted to bfloat16 or float16 where the run computes in it.
-    Raises ValueError for weights that are too large for float16, and as `add_lora` does.
+    Raises ValueError for weights that are too large for float16, and as `add_lora` and
+    `read_weights` do.
     """
     unet, tower = model.unet, cast(nn.Module, model.text_encoder.model)
     assert isinstance(unet, UNet)
@@ -68,13 +70,20 @@ def lora_network(
             network.to(dtype)
     if dtype == torch.bfloat16:  # SD 1.x's VAE overflows in float16
         model.vae.to(dtype)
-    if config.weights is not None:
-        of_unet, of_text = read_weights(Path(config.weights), unet, tower)
-        add_known_lora(unet, of_unet, config)
-        if not of_text:
-            return unet.train()
-        add_known_lora(_inner(tower), of_text, config)
-        return UNetWithText(unet, tower).train()
+    if config.weights is None:
+        return with_lora(unet, tower, config, seed=seed)
+    of_unet, of_text = read_weights(Path(config.weights), unet, tower)
+    add_known_lora(unet, of_unet, config)
+    if not of_text:
+        return unet.train()
+    add_known_lora(_inner(tower), of_text, config)
+    return UNetWithText(unet, tower).train()
+
+
+def with_lora(
+    unet: UNet, tower: nn.Module, config: LoRAConfig, *, seed: int
+) -> UNet | UNetWithText:
+    """`lora_network` with a new LoRA, whatever the precision."""
     unet.requires_grad_(False)
     if config.layers:
         add_lora(unet, config, unet_pattern(config), seed=seed)
