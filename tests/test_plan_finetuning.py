@@ -264,7 +264,7 @@ def test_the_command_needs_no_configuration_and_says_what_makes_it_fit(
 
 WRONG = [
     ({"lora": {"rank": 4}, "init": None, **unet(32, 2, 32)}, "lora has no effect with init=null"),
-    (lora(width=3), r"lora\.width is unknown; lora has rank, alpha"),
+    (lora(width=3), r"lora\.width is unknown; lora has weights, rank"),
     (lora(rank=4096), r"lora\.rank=4096 must be at most 16, the rank of"),
     ({"init": "nobody/nothing"}, "is neither a file, a folder nor a model in the cache of the"),
     ({"vae": "sd15", "text_encoder": "sd15"}, "cross_attention_dim=16 of the network of init="),
