@@ -314,7 +314,6 @@ def test_class_images_of_another_prompt_are_refused(
     ("args", "message"),
     [
         ("--class_prompt=dog", "class_prompt=dog has no effect with init=null"),
-        ("--init=emoji --class_data=there", "class_data=there has no effect with class_prompt=nul"),
         ("--init=emoji --num_class_images=9", "num_class_images=9 has no effect with class_promp"),
         ("--init=emoji --prior_loss_weight=2", "prior_loss_weight=2.0 has no effect with class_p"),
         (

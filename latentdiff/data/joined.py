@@ -38,18 +38,13 @@ class JoinedLatents(Dataset[dict[str, Any]]):
 
     @property
     def captions(self) -> Sequence[list[str]]:
-        """The captions of each row; class images are few, and have one."""
+        """The captions of each row."""
         return [*self.own.captions, *self.classes.captions]
-
-    @property
-    def class_prompt(self) -> str:
-        """The caption of the class images."""
-        return self.classes.captions[0][0]
 
     def summary(self) -> dict[str, Any]:
         """What data.json and the report say of the class images."""
         return {
-            "caption": self.class_prompt,
+            "caption": self.classes.captions[0][0],
             "images": len(self.classes),
             "folder": self.classes.data,
             "loss_weight": float(self.loss_weights[-1]),

@@ -26,6 +26,10 @@ from latentdiff.training.run import Run
 
 FOLDER, CACHE = "class_images", "class_cache"
 MADE_OF, METADATA = "made_of.json", "metadata.jsonl"
+OF_CAPTIONS = (
+    *("caption_columns", "caption_templates", "caption_weights", "allow_empty_caption"),
+    "exclude",
+)
 DRAWING = {"steps": 50, "guidance_scale": 7.5}
 """diffusers' script draws with its pipeline's defaults, which are these."""
 AT_ONCE = 4
@@ -40,13 +44,13 @@ def join_class_images(
     val: np.ndarray,
     vae: VAE,
 ) -> JoinedLatents | None:
-    """The cache with that of the class images, which are drawn first; None without `class_prompt`.
+    """The cache with that of the class images, which are drawn first; None if none are asked for.
 
     `val` (n,) are the indices of the validation split, which has no class images. Raises ValueError
     for class images that cannot be encoded, or were drawn by another model or for another prompt.
     """
     prior = config.prior
-    if prior.class_prompt is None:
+    if not prior.is_on:
         return None
     if "options" not in cache.header:
         raise ValueError(
@@ -55,7 +59,7 @@ def join_class_images(
         )
     folder = prior.class_data
     if folder is None:
-        assert init is not None, "class_prompt needs init"
+        assert init is not None and prior.class_prompt is not None, "class_prompt needs init"
         folder = config.loop.output_dir / FOLDER
         trained_on = np.delete(cache.buckets, val)
         sizes = [
@@ -64,13 +68,11 @@ def join_class_images(
         draw_class_images(
             folder, init, run, prompt=prior.class_prompt, sizes=sizes, seed=config.loop.seed
         )
-    options = {name: cache.header["options"][name] for name in OF_IMAGES}
-    data = DataConfig(
-        data=str(folder),
-        instance_prompts=(prior.class_prompt,),
-        num_workers=config.data.num_workers,
-        **options,
-    )
+    kept = OF_IMAGES if prior.class_prompt else (*OF_IMAGES, *OF_CAPTIONS)
+    options: dict[str, Any] = {name: cache.header["options"][name] for name in kept}
+    if prior.class_prompt:
+        options["instance_prompts"] = (prior.class_prompt,)
+    data = DataConfig(data=str(folder), num_workers=config.data.num_workers, **options)
     dataset = run.processes.main_first(lambda: open_images(data))
     said = write_cache(
         config.loop.output_dir / CACHE,

@@ -38,7 +38,7 @@ def open_cache(
     """
     say = run.accelerator.print
     # Beside class images the data's are repeated.
-    batch_size = config.loop.batch_size if config.prior.class_prompt is None else 1
+    batch_size = 1 if config.prior.is_on else config.loop.batch_size
     if config.cache is not None:
         cache = LatentCache(config.cache)
         _check_masks(cache, inpainting=config.inpainting)

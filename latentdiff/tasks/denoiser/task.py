@@ -243,7 +243,7 @@ class DenoiserTask:
         rows = (i * len(self.cache) // 8 for i in range(8))
         prompts = self.cache.header.get("options", {}).get("instance_prompts")
         prompts = list(dict.fromkeys(prompts or (self.cache.captions[row][0] for row in rows)))
-        return prompts[:count] + ([] if self.prior is None else [self.prior.class_prompt])
+        return prompts[:count] + ([] if self.prior is None else [self.prior.classes.captions[0][0]])
 
     def save(self, folder: Path) -> None:
         """Write a pipeline folder with the EMA network, or the EMA LoRA as one file."""
