@@ -59,7 +59,8 @@ def join_class_images(
         )
     folder = prior.class_data
     if folder is None:
-        assert init is not None and prior.class_prompt is not None, "class_prompt needs init"
+        assert init is not None, "class_prompt needs init"
+        assert prior.class_prompt is not None
         folder = config.loop.output_dir / FOLDER
         trained_on = np.delete(cache.buckets, val)
         sizes = [
