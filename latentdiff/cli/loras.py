@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentdiff.formats.diffusers import LORA
-
 if TYPE_CHECKING:
     import torch
 
@@ -21,6 +19,8 @@ def file_and_scale(text: str) -> tuple[Path, float]:
 
     Raises ValueError if there is no such file.
     """
+    from latentdiff.formats.diffusers import LORA
+
     name, _, scale = text.rpartition(":")
     try:
         factor = float(scale)

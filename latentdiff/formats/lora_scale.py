@@ -111,7 +111,7 @@ def _check(path: Path, config: Mapping[str, Any], names: list[str], prefix: str 
                 f"{path}: {prefix}{key}={short_repr(config[key])} is not read, only false"
             )
     kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights")
-    if kind not in _TENSORS:
+    if kind not in list(_TENSORS):  # it may be anything
         raise ValueError(
             f"{path}: {prefix}peft_type={short_repr(kind)} is not read, only {', '.join(_TENSORS)}"
         )
