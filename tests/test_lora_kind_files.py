@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from support.interchange_table import Measured
 from support.loras import SOME, TEXT, UNET, difference, ours, outputs
 from support.lycoris import ALL, in_lycoris_names, lycoris_file, random_change
-from support.tiny import tiny_pipeline
+from support.tiny import double_pipeline
 
-from latentdiff.diffusion import Diffusion
 from latentdiff.formats.ldm.keys import unet_to_ldm
 from latentdiff.formats.lora import read_lora
 from latentdiff.formats.lora_layers import kind
@@ -26,11 +25,7 @@ pytestmark = pytest.mark.interchange
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Pipeline:
-    """In float64, so that the factors of DoRA are in float64 too."""
-    pipeline = tiny_pipeline(tmp_path / "tokenizer", Diffusion("scaled_linear", "epsilon"))
-    for network in (pipeline.unet, pipeline.text_encoder.model):
-        network.double()
-    return pipeline
+    return double_pipeline(tmp_path / "tokenizer")
 
 
 @pytest.fixture

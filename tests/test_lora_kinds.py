@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 from support.interchange_table import Measured
 from support.loras import difference, ours
 from support.lycoris import ALL, AXES, CHANGES, lycoris_file
-from support.tiny import tiny_pipeline
+from support.tiny import double_pipeline
 from torch import nn
 
 from latentdiff.cli import main
-from latentdiff.diffusion import Diffusion
 from latentdiff.formats.lora import check_without_loras, is_lora, read_lora
 from latentdiff.formats.lora_layers import kind
 from latentdiff.models.lora import LoRAs
@@ -25,11 +24,7 @@ pytestmark = pytest.mark.interchange
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Pipeline:
-    """In float64, so that the factors of DoRA are in float64 too."""
-    pipeline = tiny_pipeline(tmp_path / "tokenizer", Diffusion("scaled_linear", "epsilon"))
-    for network in (pipeline.unet, pipeline.text_encoder.model):
-        network.double()
-    return pipeline
+    return double_pipeline(tmp_path / "tokenizer")
 
 
 @pytest.fixture

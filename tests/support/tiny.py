@@ -88,6 +88,14 @@ def tiny_pipeline(
     )
 
 
+def double_pipeline(folder: Path) -> Pipeline:
+    """In float64, so that the factors of DoRA are in float64 too."""
+    pipeline = tiny_pipeline(folder, Diffusion("scaled_linear", "epsilon"))
+    for network in (pipeline.unet, pipeline.text_encoder.model):
+        network.double()
+    return pipeline
+
+
 @torch.no_grad()
 def randomise(network: torch.nn.Module) -> None:
     """Fill the layers that start at zero: a network that outputs zeros hides every error."""
