@@ -3,6 +3,7 @@
 Real processes on gloo; the network is a small UNet, with its averages and gradient checkpointing.
 """
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -92,6 +93,7 @@ def work(job: Job) -> None:
 
 
 def _process(job: Job, rank: int, count: int, port: int) -> None:
+    faulthandler.enable()  # a crash inside a library says where
     torch.set_num_threads(1)
     os.environ |= {"ACCELERATE_USE_CPU": "true"}
     if count > 1:

@@ -81,6 +81,8 @@ class Footprint:
     """Parameters that are not trained, of the model and of the frozen networks."""
     activations: int
     """What the forward pass saves for the backward pass, the batch included."""
+    forward_allocated: int
+    """All that the forward pass allocates, what it frees again included."""
     step_peak: int
     """The largest sum of activations, gradients and temporaries at any moment of the step."""
     forward_flop: int
@@ -132,28 +134,18 @@ def footprint(
         weights, averaged = nbytes(model), _bytes_of(_averaged(model))
         optimizer_state = _optimizer_state(model, execution.optimizer)
         as_cuda = execution.gpu and execution.precision != "no"
-        if execution.gradient_checkpointing:
-            for block in blocks(model) if as_cuda else ():
-                block.forward = partial(_with_float32_norms, block.forward)
-            checkpoint_activations(model)
-        match execution.sharding:
-            case "full":
-                stack.enter_context(_fake_process_group(execution.processes))
-                shard(model, "cpu", execution.processes)
-            case "zero2":  # a gradient is reduced, and freed, as soon as it is there
-                for parameter in model.parameters():
-                    parameter.register_post_accumulate_grad_hook(_drop_gradient)
-            case _:
-                pass
+        _prepare(model, execution, stack, as_cuda=as_cuda)
         tally = Tally([model, *frozen])
         forward = _CountedForward(autocast(model, execution.precision), tally)
         frozen_forwards = [autocast(network, execution.precision) for network in frozen]
-        activations = flop = 0
+        activations = allocated = flop = 0
         with fake, _Float32Norms() if as_cuda else nullcontext(), tally:
             for _ in range(min(accumulation, 2)):
                 before, flop, forward.flop = tally.live, tally.flop, 0
+                allocated = tally.allocated
                 loss = workload.loss(forward, frozen_forwards, micro_batch_size) / accumulation
                 activations = max(activations, tally.live - before)
+                allocated = tally.allocated - allocated
                 loss.backward()
                 del loss
         return Footprint(
@@ -168,10 +160,28 @@ def footprint(
             frozen=sum(map(nbytes, frozen)),
             num_frozen=_num_frozen([model, *frozen]),
             activations=activations,
+            forward_allocated=allocated,
             step_peak=tally.peak,
             forward_flop=forward.flop,
             step_flop=tally.flop - flop,
         )
+
+
+def _prepare(model: nn.Module, execution: Execution, stack: ExitStack, *, as_cuda: bool) -> None:
+    """Checkpointing and sharding as `Learner` does them, for as long as `stack` is open."""
+    if execution.gradient_checkpointing:
+        for block in blocks(model) if as_cuda else ():
+            block.forward = partial(_with_float32_norms, block.forward)
+        checkpoint_activations(model)
+    match execution.sharding:
+        case "full":
+            stack.enter_context(_fake_process_group(execution.processes))
+            shard(model, "cpu", execution.processes)
+        case "zero2":  # a gradient is reduced, and freed, as soon as it is there
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        case _:
+            pass
 
 
 def _fake_networks(

@@ -17,12 +17,10 @@ from latentdiff.planning.workload import cache_bytes_per_image, kept_state_bytes
 from latentdiff.training.accelerator import ParallelConfig, Sharding, check_divisible
 from latentdiff.training.optimizer import Optimizer, check_sharding
 
-HEAP, HEAP_BY_BLOCKS = 1.45, 2.4
-"""On a CPU: bytes that a step takes for each byte of its tensors, for glibc keeps freed memory; the
-second where a network's blocks allocate and free much one after the other, as with gradient
-checkpointing and sharding "full". Resident tensors take their size and no more.
-
-Measured with torch 2.12.1 on Linux: 1.35 to 1.66, and 1.8 to 2.9."""
+HEAP_OF_ALLOCATED, HEAP_OF_WEIGHTS = 0.22, 0.1
+"""On a CPU: bytes that glibc's heap keeps beside tensors, for each byte that a forward pass
+allocates (what is freed leaves gaps), and for each of the weights (which kernels copy into another
+order for a moment). Measured with torch 2.12.1 on Linux; docs/scaling.md has the runs."""
 MARGIN = 0.1
 """Fraction of a GPU's memory that is left to driver, workspaces and fragmentation: assumed."""
 
@@ -204,13 +202,15 @@ def _execution(
 def _memory(measured: Footprint, resident: dict[str, int]) -> tuple[dict[str, int], float]:
     """What one process holds all the time, by name, and its peak; both in bytes."""
     execution = measured.execution
-    fully_sharded = execution.sharding == "full"
+    peak = sum(resident.values()) + measured.step_peak
     if execution.gpu:
-        return resident, sum(resident.values()) + measured.step_peak
-    if fully_sharded:  # the network is complete at first, and the heap keeps that memory
+        return resident, peak
+    if execution.sharding == "full":  # the network is complete at first, and the heap keeps that
         resident["weights before sharding"] = measured.weights
-    heap = HEAP_BY_BLOCKS if execution.gradient_checkpointing or fully_sharded else HEAP
-    return resident, sum(resident.values()) + measured.step_peak * heap
+        peak += measured.weights
+    heap = HEAP_OF_ALLOCATED * measured.forward_allocated
+    heap += HEAP_OF_WEIGHTS * (measured.weights + measured.frozen)
+    return resident, peak + heap
 
 
 def _read_peak(settings: Mapping[str, Any], measured: Footprint) -> int:

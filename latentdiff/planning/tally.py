@@ -38,11 +38,14 @@ _FLOP: dict[Any, Callable[..., int]] = {
 
 
 class Tally(TorchDispatchMode):
-    """Counts, of every operator that runs in it, bytes allocated and not yet freed, and FLOP."""
+    """Counts, of every operator that runs in it, bytes allocated and not yet freed, and FLOP.
+
+    `allocated` is the sum of all that was ever allocated.
+    """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.live = self.peak = self.flop = 0
+        self.live = self.peak = self.allocated = self.flop = 0
         self.sizes = WeakIdKeyDictionary()
         """Storage -> [counted bytes]; those of `networks` were allocated before, and count as 0."""
         for network in networks:
@@ -90,5 +93,6 @@ class Tally(TorchDispatchMode):
 
     def _count(self, counted: list[int], size: int) -> None:
         self.live += size - counted[0]
+        self.allocated += max(0, size - counted[0])
         counted[0] = size
         self.peak = max(self.peak, self.live)
