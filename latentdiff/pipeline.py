@@ -35,8 +35,6 @@ from latentdiff.noise import ImageNoise
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
-MOST_PIXELS = 64_000_000
-
 
 @dataclass(frozen=True)
 class PipelineOutput:
@@ -205,34 +203,13 @@ class Pipeline:
         return self.unet(x.to(self.dtype), timestep, context).to(x.dtype)
 
     def _noise(self, request: Request) -> ImageNoise:
-        size = (self.vae.config.latent_channels, *self._latent_size(request))
+        config, multiple = self.vae.config, self.unet.multiple
+        height, width = request.latent_size(self.side, factor=config.factor, multiple=multiple)
+        size = (config.latent_channels, height, width)
         # Half-precision networks are sampled in float32 too: the sums of the steps are cheap, and
         # their rounding errors add up.
         dtype = torch.promote_types(self.dtype, torch.float32)
         return ImageNoise(request.seeds, size, device=self.device, dtype=dtype)
-
-    def _latent_size(self, request: Request) -> tuple[int, int]:
-        """Height and width of the latents; by default those of the init image or of training."""
-        f, multiple = self.vae.config.factor, self.vae.config.factor * self.unet.multiple
-        default = request.images[0].size[::-1] if request.images else (self.side, self.side)
-        size = []
-        for field, pixels in zip(("height", "width"), default, strict=True):
-            requested = getattr(request, field)
-            if requested is not None and requested % multiple:
-                patch = "" if multiple == f else f" times {self.unet.multiple}, a patch of the DiT"
-                why = f"the factor of the VAE{patch}"
-                raise ValueError(f"{field}={requested} must be divisible by {multiple}, {why}")
-            if pixels < multiple:
-                raise ValueError(
-                    f"image has a {field} of {pixels}; it must be at least {multiple} pixels"
-                )
-            size.append((pixels // multiple * multiple if requested is None else requested) // f)
-        if size[0] * size[1] * f**2 > MOST_PIXELS:
-            raise ValueError(
-                f"height={size[0] * f} and width={size[1] * f} are too large; an image has at most "
-                f"{MOST_PIXELS:,} pixels"
-            )
-        return size[0], size[1]
 
     @torch.no_grad()
     def encode(
