@@ -20,8 +20,11 @@ def timestep_embedding(
     """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5), (B,) -> (B, dim) in float32.
 
     The frequencies are float32 in every precision, as in diffusers: a float64 network differs from
-    it by rounding only when both start from the same sinusoids.
+    it by rounding only when both start from the same sinusoids. Sinusoids, (B, dim), stay as they
+    are: what computes in bfloat16 from its inputs on, where 999 and 1000 are one number, gets them.
     """
+    if timestep.ndim == 2:
+        return timestep
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
     angles = timestep[:, None].float() * torch.exp(exponent / (half - freq_shift))  # (B, dim/2)
@@ -139,9 +142,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     torch's fused kernel, except for few tokens on a CPU, where two plain products are faster:
     forward and backward of 64 by 24 tokens in bfloat16 took 15 ms against 46 ms on one core
-    (batch 128, two heads of 64; torch 2.12.1, AMD EPYC with avx512_bf16).
+    (batch 128, two heads of 64; torch 2.12.1, AMD EPYC with avx512_bf16). What traces it gets the
+    fused one, as a trace is for any number of tokens.
     """
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 64 * 64:
+    few = not torch.jit.is_tracing() and q.shape[-2] * k.shape[-2] <= 64 * 64
+    if few and q.device.type == "cpu":
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, N, L)
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
