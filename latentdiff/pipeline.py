@@ -1,8 +1,8 @@
 """From prompts to images: text encoder, denoiser, VAE and noise schedule composed.
 
 Start reading at `Pipeline._sample`; it leads to models/text.py, levels.py, noise.py, samplers/,
-guidance.py, diffusion.py, models/unet.py and models/vae.py. Image-to-image and inpainting are in
-editing.py, loading and saving in loading.py.
+guidance.py, prepared.py, diffusion.py, models/unet.py and models/vae.py. Image-to-image and
+inpainting are in editing.py, loading and saving in loading.py.
 Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
 """
 
@@ -22,7 +22,7 @@ from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
 from latentdiff.formats.weights import check_numbers
-from latentdiff.guidance import Guidance, guided_denoiser
+from latentdiff.guidance import Guidance, guide
 from latentdiff.images import to_pil, why_not_finite
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
@@ -32,6 +32,7 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
+from latentdiff.prepared import evaluations
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
@@ -142,7 +143,8 @@ class Pipeline:
         sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
         levels = sampler.levels(self.diffusion, request.steps, spacing=request.level_spacing)
         noise = self._noise(request)
-        denoise = self._denoiser(contexts, request.guidance, with_v=sampler.takes_v)
+        timesteps = levels.network_timesteps()
+        denoise = self._denoiser(contexts, request.guidance, timesteps, with_v=sampler.takes_v)
         if request.images or self.inpaints:
             levels = levels.last(request.num_denoising_steps)
             x, denoise = edit(
@@ -168,7 +170,12 @@ class Pipeline:
         return [[encode(text, chunks=n) for text, n in zip(t, chunks, strict=True)] for t in texts]
 
     def _denoiser(
-        self, contexts: list[list[Tensor]], guidance: Guidance, *, with_v: bool
+        self,
+        contexts: list[list[Tensor]],
+        guidance: Guidance,
+        timesteps: Sequence[float],
+        *,
+        with_v: bool,
     ) -> Denoise:
         """The guided network for all images, those with equally long contexts in one batch.
 
@@ -183,12 +190,10 @@ class Pipeline:
         denoisers: list[Denoise] = []
         for rows in batches.values():
             context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
-            null_context = null[0] if null else None
-            denoisers.append(
-                guided_denoiser(
-                    self.diffusion, self._network, context, null_context, guidance, with_v=with_v
-                )
+            conditional, halves = evaluations(
+                self.unet, context, *null, timesteps=timesteps, dtype=self.dtype
             )
+            denoisers.append(guide(self.diffusion, conditional, halves, guidance, with_v=with_v))
         if len(denoisers) == 1:
             return denoisers[0]
 
@@ -199,10 +204,6 @@ class Pipeline:
             return torch.stack([x0[i] for i in range(len(x))])
 
         return denoise
-
-    @torch.no_grad()
-    def _network(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x.to(self.dtype), timestep, context).to(x.dtype)
 
     def _noise(self, request: Request) -> ImageNoise:
         size = (self.vae.config.latent_channels, *self._latent_size(request))
