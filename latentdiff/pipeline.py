@@ -28,6 +28,7 @@ from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
 from latentdiff.models.lora import LoRAs
+from latentdiff.models.precision import Precision, choose_dtype
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
@@ -316,7 +317,7 @@ class Pipeline:
         *,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
         """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
@@ -324,8 +325,9 @@ class Pipeline:
         A single file is one .safetensors file of A1111's and ComfyUI's kind: see
         `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
         id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
-        become `dtype`, or stay as they are with None; without `device` they stay on the CPU.
-        Raises ValueError if there is no such model or something in it is missing, and for an option
+        become `dtype`, which with "auto" is bfloat16 where the device computes in it and float32
+        elsewhere, or stay as they are with None; without `device` they stay on the CPU. Raises
+        ValueError if there is no such model or something in it is missing, and for an option
         that such a model does not have.
         """
         if Path(name).is_file():
@@ -333,6 +335,7 @@ class Pipeline:
                 if value is not None:
                     raise ValueError(f"{option}={value!r} is not of a single file, which {name} is")
             return cls.from_single_file(name, dtype=dtype, device=device)
+        dtype = choose_dtype(dtype, device)
         components = loading.load_folder(name, revision=revision, variant=variant, dtype=dtype)
         pipeline = cls(**components._asdict())
         return pipeline if device is None else pipeline.to(device)
@@ -345,7 +348,7 @@ class Pipeline:
         config: str | Path | None = None,
         tokenizer: str | Path | None = None,
         ema: bool = False,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
     ) -> Self:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
@@ -357,6 +360,7 @@ class Pipeline:
         loads the running averages that some files hold as well. Raises ValueError for any other
         file, saying what it seems to be.
         """
+        dtype = choose_dtype(dtype, device)
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=dtype
         )

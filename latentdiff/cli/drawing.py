@@ -170,7 +170,11 @@ def load_pipeline(
         revision = None  # the folder has it
     _quiet_transformers()
     return Pipeline.from_pretrained(
-        source, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device
+        source,
+        revision=revision,
+        variant=variant,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        device=device,
     )
 
 
