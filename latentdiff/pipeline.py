@@ -1,8 +1,8 @@
 """From prompts to images: text encoder, denoiser, VAE and noise schedule composed.
 
 Start reading at `Pipeline._sample`; it leads to models/text.py, levels.py, noise.py, samplers/,
-guidance.py, diffusion.py, models/unet.py and models/vae.py. Image-to-image and inpainting are in
-editing.py, loading and saving in loading.py.
+guidance.py, prepared.py, diffusion.py, models/unet.py and models/vae.py. Image-to-image and
+inpainting are in editing.py, loading and saving in loading.py.
 Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
 """
 
@@ -21,19 +21,21 @@ from tqdm.auto import tqdm
 from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
-from latentdiff.engines.choice import Precision, check_engine
+from latentdiff.engines.choice import check_engine
 from latentdiff.engines.openvino import OpenVINO
 from latentdiff.formats.weights import check_numbers
-from latentdiff.guidance import Guidance, guided_denoiser
+from latentdiff.guidance import Guidance, guide
 from latentdiff.images import to_pil, why_not_finite
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
 from latentdiff.models.lora import LoRAs
+from latentdiff.models.precision import Precision
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
+from latentdiff.prepared import evaluations
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
@@ -144,7 +146,8 @@ class Pipeline:
         sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
         levels = sampler.levels(self.diffusion, request.steps, spacing=request.level_spacing)
         noise = self._noise(request)
-        denoise = self._denoiser(contexts, request.guidance, with_v=sampler.takes_v)
+        timesteps = levels.network_timesteps()
+        denoise = self._denoiser(contexts, request.guidance, timesteps, with_v=sampler.takes_v)
         if request.images or self.inpaints:
             levels = levels.last(request.num_denoising_steps)
             x, denoise = edit(
@@ -170,7 +173,12 @@ class Pipeline:
         return [[encode(text, chunks=n) for text, n in zip(t, chunks, strict=True)] for t in texts]
 
     def _denoiser(
-        self, contexts: list[list[Tensor]], guidance: Guidance, *, with_v: bool
+        self,
+        contexts: list[list[Tensor]],
+        guidance: Guidance,
+        timesteps: Sequence[float],
+        *,
+        with_v: bool,
     ) -> Denoise:
         """The guided network for all images, those with equally long contexts in one batch.
 
@@ -185,12 +193,10 @@ class Pipeline:
         denoisers: list[Denoise] = []
         for rows in batches.values():
             context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
-            null_context = null[0] if null else None
-            denoisers.append(
-                guided_denoiser(
-                    self.diffusion, self._network, context, null_context, guidance, with_v=with_v
-                )
+            conditional, halves = evaluations(
+                self.unet, context, *null, timesteps=timesteps, dtype=self.dtype
             )
+            denoisers.append(guide(self.diffusion, conditional, halves, guidance, with_v=with_v))
         if len(denoisers) == 1:
             return denoisers[0]
 
@@ -201,10 +207,6 @@ class Pipeline:
             return torch.stack([x0[i] for i in range(len(x))])
 
         return denoise
-
-    @torch.no_grad()
-    def _network(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x.to(self.dtype), timestep, context).to(x.dtype)
 
     def _noise(self, request: Request) -> ImageNoise:
         config, multiple = self.vae.config, self.unet.multiple
@@ -309,7 +311,7 @@ class Pipeline:
         *,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: Precision = "auto",
+        dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
         engine: str = "torch",
     ) -> Self:
@@ -318,11 +320,11 @@ class Pipeline:
         A single file is one .safetensors file of A1111's and ComfyUI's kind: see
         `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
         id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
-        become `dtype`, by default float32, or stay as they are with None; without `device` they
-        stay on the CPU. engine: "torch", or "openvino" for a CPU, where `dtype` is what it computes
-        in, by default bfloat16 where the processor does (docs/generate.md).
-        Raises ValueError if there is no such model or something in it is missing, and for an option
-        that such a model or engine does not have.
+        become `dtype`, which with "auto" is bfloat16 where the device computes in it and float32
+        elsewhere, or stay as they are with None; without `device` they stay on the CPU. `engine`
+        "openvino" computes on a CPU in torch's place, in `dtype` (docs/generate.md). Raises
+        ValueError if there is no such model or something in it is missing, and for an option that
+        such a model or engine does not have.
         """
         if Path(name).is_file():
             for option, value in (("revision", revision), ("variant", variant)):
@@ -341,7 +343,7 @@ class Pipeline:
         config: str | Path | None = None,
         tokenizer: str | Path | None = None,
         ema: bool = False,
-        dtype: Precision = "auto",
+        dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
         engine: str = "torch",
     ) -> Self:

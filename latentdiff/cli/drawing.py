@@ -39,7 +39,7 @@ def draw(arguments: argparse.Namespace) -> None:
         ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
     )
     model = user_options.get("model") or _recorded_model(record, arguments.again)
-    dtype = user_options.get("dtype", record["dtype"] if record else "auto")
+    dtype = user_options.get("dtype", record["dtype"] if record else "float32")
     engine = user_options.get("engine", (record or {}).get("engine", "torch"))
     device = _device(arguments.device, engine)
     loras = _loras(user_options.get("lora"), record)

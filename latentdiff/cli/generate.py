@@ -30,7 +30,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
     add("--revision", default=None, help="branch, tag or commit of a hub id")
     add("--variant", default=None, help="such as fp16: which of the folder's weights")
-    add("--dtype", choices=DTYPES, help="what to compute in; default: float32, or the engine's")
+    add("--dtype", choices=(*DTYPES, "auto"), help="what to compute in; default: float32")
     add("--device", default=None, help="such as cpu or cuda; default: an accelerator if any")
     add("--engine", choices=ENGINES, help="what computes; openvino is for CPUs; default: torch")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="may be given several times")

@@ -1,14 +1,9 @@
 """Which engine computes a pipeline, in which precision and where: checked before it is loaded."""
 
-from typing import Literal
-
 import torch
 
 from latentdiff.engines import ENGINES
-
-Precision = torch.dtype | Literal["auto"] | None
-"""What a pipeline computes in. "auto": float32 with torch, with OpenVINO what is fastest on this
-processor. None: with torch, that of the weights."""
+from latentdiff.models.precision import Precision, choose_dtype
 
 
 def check_engine(
@@ -21,10 +16,8 @@ def check_engine(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} must be one of {', '.join(ENGINES)}")
-    if isinstance(dtype, str) and dtype != "auto":
-        raise ValueError(f'dtype={dtype!r} must be "auto", a dtype of torch or None')
     if engine == "torch":
-        return (torch.float32 if dtype == "auto" else dtype), None
+        return choose_dtype(dtype, device), None
     if device is not None and torch.device(device).type != "cpu":
         raise ValueError(
             f"device={str(device)!r}: OpenVINO computes on the CPU here; leave device out, or take "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentdiff.engines import converted
 from latentdiff.engines.openvino_network import Function, Network, core
@@ -101,6 +101,8 @@ class OpenVINO:
 def sinusoids(unet: UNet | DiT) -> Callable[..., Sequence[Any]]:
     """What makes a denoiser's timestep, of its arguments, the sinusoids that it is embedded as.
 
+    Where it has been embedded before (`prepared.py`), it stays what it is.
+
     OpenVINO rounds inputs to bfloat16 too, in which 999 and 1000 are one number.
     """
     if isinstance(unet, DiT):
@@ -112,4 +114,8 @@ def sinusoids(unet: UNet | DiT) -> Callable[..., Sequence[Any]]:
             flip_sin_to_cos=unet.config.flip_sin_to_cos,
             freq_shift=unet.config.freq_shift,
         )
-    return lambda x, timestep, context: (x, embed(timestep), context)
+
+    def prepare(x: Tensor, timestep: Any, context: Any) -> Sequence[Any]:
+        return x, embed(timestep) if isinstance(timestep, Tensor) else timestep, context
+
+    return prepare

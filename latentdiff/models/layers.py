@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L tokens of 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -12,6 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.models.group_norm import GroupNorm
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of a context, (B, h, L, C/h) each, for the h heads of one attention."""
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """x (B, …) as a batch of at least `rows`: x itself, or [x, x, …] where these are more than B.
+
+    The halves of guidance see the same x until the text joins: it stays one batch up to there.
+    """
+    return x if rows <= len(x) else torch.cat([x] * (rows // len(x)))
 
 
 def timestep_embedding(
@@ -81,7 +93,8 @@ class TextTimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice, with a skip; the time embedding joins in between.
 
-    (B, in_channels, H, W), (B, time_dim) -> (B, out_channels, H, W)
+    (B, in_channels, H, W), (B, time_dim) -> (B, out_channels, H, W). In place of the time it takes
+    the `time_shift` of it.
     """
 
     def __init__(
@@ -107,13 +120,23 @@ class ResnetBlock(nn.Module):
         h = self.conv1(self.norm1(x))
         if self.time_emb_proj is not None:
             assert time is not None
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+            shift = time if time.ndim == 4 else self.time_shift(time)
+            h = repeated(h, len(shift)) + shift
         h = self.conv2(self.norm2(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h + repeated(skip, len(h))
+
+    def time_shift(self, time: Tensor) -> Tensor:
+        """What the time (B, time_dim) adds to each channel: (B, out_channels, 1, 1)."""
+        assert self.time_emb_proj is not None
+        return self.time_emb_proj(F.silu(time))[:, :, None, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D) -> (B, N, C)."""
+    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D) -> (B, N, C).
+
+    In place of the context it takes the `keys_values` of it.
+    """
 
     def __init__(
         self, channels: int, *, heads: int, context_dim: int | None = None, bias: bool = False
@@ -127,14 +150,21 @@ class Attention(nn.Module):
         # Index 0 of a list, because diffusers keeps a dropout at index 1.
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = attend(q, k, v)  # (B, h, N, C/h)
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        q = self._heads(self.to_q(x))
+        if isinstance(context, tuple):
+            k, v = context
+        else:
+            k, v = self.keys_values(x if context is None else context)
+        out = attend(repeated(q, len(k)), k, v)  # (B, h, N, C/h)
         return self.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of a context (B, L, D), which a sampling run computes once."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -159,7 +189,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
         assert context is None
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
@@ -204,7 +234,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward: (B, N, C), (B, L, D) -> (B, N, C)."""
+    """Self-attention, cross-attention, feed-forward: (B, N, C), (B, L, D) -> (B, N, C).
+
+    In place of the context it takes the keys and values of it.
+    """
 
     def __init__(self, channels: int, *, heads: int, context_dim: int) -> None:
         super().__init__()
@@ -215,9 +248,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        attended = self.attn2(self.norm2(x), context)
+        x = repeated(x, len(attended)) + attended
         return x + self.ff(self.norm3(x))
 
 
@@ -225,7 +259,8 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, with a skip (LDM, section 3.3).
 
     (B, C, H, W), (B, L, D) -> (B, C, H, W). `linear` projects tokens (SD 2.x) instead of 1×1
-    convolutions (SD 1.x); the arithmetic is the same, the weights' shapes differ.
+    convolutions (SD 1.x); the arithmetic is the same, the weights' shapes differ. In place of the
+    context it takes the `keys_values` of it.
     """
 
     def __init__(
@@ -249,20 +284,25 @@ class SpatialTransformer(nn.Module):
             nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         )
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height = x.shape[2]
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeysValues]) -> Tensor:
+        blocks, height = self.transformer_blocks, x.shape[2]
         h = self.norm(x)
         if self.linear:
             h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
         else:
             h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
-        for block in self.transformer_blocks:
-            h = block(h, context)  # (B, N, C)
+        contexts = [context] * len(blocks) if isinstance(context, Tensor) else context
+        for block, block_context in zip(blocks, contexts, strict=True):
+            h = block(h, block_context)  # (B, N, C)
         if self.linear:
             h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
         else:
             h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
-        return x + h
+        return repeated(x, len(h)) + h
+
+    def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
+        """The keys and values of a context (B, L, D) in each transformer block."""
+        return tuple(block.attn2.keys_values(context) for block in self.transformer_blocks)
 
 
 class Downsample(nn.Module):
