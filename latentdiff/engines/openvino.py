@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentdiff.engines import converted
 from latentdiff.engines.openvino_network import Function, Network, core
@@ -101,7 +101,8 @@ class OpenVINO:
 def sinusoids(unet: UNet | DiT) -> Callable[..., Sequence[Any]]:
     """What makes a denoiser's timestep, of its arguments, the sinusoids that it is embedded as.
 
-    OpenVINO rounds inputs to bfloat16 too, in which 999 and 1000 are one number.
+    OpenVINO rounds inputs to bfloat16 too, in which 999 and 1000 are one number. What is no
+    timestep, but was made of it for the whole run, stays.
     """
     if isinstance(unet, DiT):
         embed = functools.partial(timestep_embedding, dim=FREQUENCIES)
@@ -112,4 +113,8 @@ def sinusoids(unet: UNet | DiT) -> Callable[..., Sequence[Any]]:
             flip_sin_to_cos=unet.config.flip_sin_to_cos,
             freq_shift=unet.config.freq_shift,
         )
-    return lambda x, timestep, context: (x, embed(timestep), context)
+
+    def prepare(x: Tensor, timestep: Any, context: Any) -> Sequence[Any]:
+        return x, embed(timestep) if isinstance(timestep, Tensor) else timestep, context
+
+    return prepare

@@ -56,9 +56,8 @@ class Function:
     def entry_name(self, form: Form, arrays: Sequence[np.ndarray]) -> str:
         """Of what the converted network follows from: weights, configuration, code and packages."""
         weights = fingerprint(self.network, json.loads(json.dumps(self.config, default=str)))
-        kinds = [(array.ndim, array.dtype.name) for array in arrays]
         versions = [metadata.version(package) for package in PACKAGES]
-        return f"{self.name}-{_hash(weights, form, kinds, versions, _code())}"
+        return f"{self.name}-{_hash(weights, form, kind(arrays), versions, _code())}"
 
     def convert(self, form: Form, arrays: Sequence[np.ndarray]) -> Any:
         """A model of OpenVINO for inputs of this form, of any shapes."""
@@ -85,7 +84,7 @@ class Network:
         self.function, self.dtype, self.folders = function, dtype, folders
         self._weights = [p for p in function.network.parameters() if not p.is_inference()]
         self._state = self._current_state()
-        self._models: dict[Form, Any] = {}
+        self._models: dict[Any, Any] = {}
         self._requests: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
@@ -116,9 +115,10 @@ class Network:
         """OpenVINO's network for these shapes, compiled or read as it was compiled before."""
         import openvino
 
-        model = self._models.get(form)
+        key = form, kind(arrays)
+        model = self._models.get(key)
         if model is None or (isinstance(model, Path) and not model.exists()):  # or deleted since
-            model = self._models[form] = self._find_or_convert(form, arrays)
+            model = self._models[key] = self._find_or_convert(form, arrays)
         options = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -194,6 +194,15 @@ def flatten(value: Any) -> tuple[list[Tensor], Form]:
 def nested(tensors: Any, form: Form) -> Any:
     """Tensors, from an iterator, nested as in a form, in tuples: the inverse of `flatten`."""
     return next(tensors) if form is None else tuple(nested(tensors, one) for one in form)
+
+
+def kind(arrays: Sequence[np.ndarray]) -> tuple[Any, ...]:
+    """What a trace is for: dimensions, numbers, and how many rows each array has to the first's.
+
+    Code may ask whether two have as many, as where one row is meant for all.
+    """
+    rows = len(arrays[0])
+    return tuple((array.ndim, array.dtype.name, len(array) / rows) for array in arrays)
 
 
 def _of_shapes(model: Any, arrays: Sequence[np.ndarray]) -> Any:
