@@ -101,9 +101,8 @@ class OpenVINO:
 def sinusoids(unet: UNet | DiT) -> Callable[..., Sequence[Any]]:
     """What makes a denoiser's timestep, of its arguments, the sinusoids that it is embedded as.
 
-    Where it has been embedded before (`prepared.py`), it stays what it is.
-
-    OpenVINO rounds inputs to bfloat16 too, in which 999 and 1000 are one number.
+    OpenVINO rounds inputs to bfloat16 too, in which 999 and 1000 are one number. What is no
+    timestep, but was made of it for the whole run, stays.
     """
     if isinstance(unet, DiT):
         embed = functools.partial(timestep_embedding, dim=FREQUENCIES)

@@ -1,7 +1,7 @@
 """A network's function computed by OpenVINO: converted, compiled for each shape, and kept on disk.
 
-OpenVINO's own converter reads torch's trace of the function. What is converted is for any shapes of
-a batch; what is compiled is for one, because a network of fixed shapes is faster.
+OpenVINO's own converter reads torch's trace of the function. What is converted is for any shapes;
+what is compiled is for one, because a network of fixed shapes is faster.
 """
 
 import functools
@@ -56,16 +56,11 @@ class Function:
     def entry_name(self, form: Form, arrays: Sequence[np.ndarray]) -> str:
         """Of what the converted network follows from: weights, configuration, code and packages."""
         weights = fingerprint(self.network, json.loads(json.dumps(self.config, default=str)))
-        kinds = [(array.ndim, len(array), array.dtype.name) for array in arrays]
         versions = [metadata.version(package) for package in PACKAGES]
-        return f"{self.name}-{_hash(weights, form, kinds, versions, _code())}"
+        return f"{self.name}-{_hash(weights, form, kind(arrays), versions, _code())}"
 
     def convert(self, form: Form, arrays: Sequence[np.ndarray]) -> Any:
-        """A model of OpenVINO for inputs of this form and these batch sizes, of any shapes.
-
-        What the two halves of guidance share is computed once, which a trace has for the batch
-        sizes that it has seen.
-        """
+        """A model of OpenVINO for inputs of this form, of any shapes."""
         import openvino
 
         tensors = tuple(torch.from_numpy(array) for array in arrays)
@@ -89,7 +84,7 @@ class Network:
         self.function, self.dtype, self.folders = function, dtype, folders
         self._weights = [p for p in function.network.parameters() if not p.is_inference()]
         self._state = self._current_state()
-        self._models: dict[Any, Any] = {}  # by form and batch sizes
+        self._models: dict[Any, Any] = {}
         self._requests: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
@@ -120,10 +115,10 @@ class Network:
         """OpenVINO's network for these shapes, compiled or read as it was compiled before."""
         import openvino
 
-        kind = (form, *map(len, arrays))
-        model = self._models.get(kind)
+        key = form, kind(arrays)
+        model = self._models.get(key)
         if model is None or (isinstance(model, Path) and not model.exists()):  # or deleted since
-            model = self._models[kind] = self._find_or_convert(form, arrays)
+            model = self._models[key] = self._find_or_convert(form, arrays)
         options = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -199,6 +194,15 @@ def flatten(value: Any) -> tuple[list[Tensor], Form]:
 def nested(tensors: Any, form: Form) -> Any:
     """Tensors, from an iterator, nested as in a form, in tuples: the inverse of `flatten`."""
     return next(tensors) if form is None else tuple(nested(tensors, one) for one in form)
+
+
+def kind(arrays: Sequence[np.ndarray]) -> tuple[Any, ...]:
+    """What a trace is for: dimensions, numbers, and how many rows each array has to the first's.
+
+    Code may ask whether two have as many, as where one row is meant for all.
+    """
+    rows = len(arrays[0])
+    return tuple((array.ndim, array.dtype.name, len(array) / rows) for array in arrays)
 
 
 def _of_shapes(model: Any, arrays: Sequence[np.ndarray]) -> Any:
