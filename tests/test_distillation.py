@@ -1,35 +1,18 @@
-"""Consistency distillation: its fixed points, its target by hand, and students as files."""
+"""Consistency distillation: its fixed points, its target by hand, its two times."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
-from support.scripts import ROOT, TWO, launch, run_here, script
-from support.tiny import CONTEXT_DIM, Recording, tiny_pipeline
-from test_cache import write_images
-from test_fine_tuning import tensors
-from test_interchange import decibels
+from support.students import DIFFUSIONS
+from support.tiny import CONTEXT_DIM, tiny_pipeline
 from torch import Tensor, nn
 
-from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion, Network
 from latentdiff.guidance import guided_denoiser
 from latentdiff.levels import Denoise, NoiseLevel
-from latentdiff.models.dit import DiT, DiTConfig
-from latentdiff.pipeline import Pipeline
-from latentdiff.request import Request
 from latentdiff.samplers import SAMPLERS
 from latentdiff.tasks.distill import consistency
 from latentdiff.tasks.distill.config import Distill
@@ -43,14 +26,8 @@ from latentdiff.tasks.distill.consistency import (
     same_draws,
     time_of,
 )
-from latentdiff.training.randomness import MicroBatch
 
 SHAPE = (4, 3, 2, 2)
-DIFFUSIONS = {
-    "sd": Diffusion("scaled_linear", "epsilon"),
-    "zero snr": Diffusion("scaled_linear", "v_prediction", rescale_betas_zero_snr=True),
-    "flow": Diffusion("flow", "flow_prediction"),
-}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -274,322 +251,6 @@ def test_both_evaluations_have_one_dropout_mask_and_one_gradient() -> None:
     torch.testing.assert_close(layer[0].weight.grad, before)
 
 
-# Students as files.
-
-
-def student_of(folder: Path, diffusion: Diffusion, steps: int = 4) -> Path:
-    """A folder of a tiny student; its network is random."""
-    pipeline = tiny_pipeline(folder / "scratch", replace(diffusion, distilled_steps=steps))
-    pipeline.save_pretrained(folder / "student")
-    return folder / "student"
-
-
-@pytest.mark.parametrize("name", DIFFUSIONS)
-def test_a_student_draws_by_itself_in_its_steps_without_guidance(tmp_path: Path, name: str) -> None:
-    pipe = Recording.from_pretrained(student_of(tmp_path, DIFFUSIONS[name], steps=3))
-    own = {"steps": 3, "guidance_scale": 1.0, "sampler": "lcm"}
-    drawn = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for options in ({}, own, {"num_inference_steps": 3}, {"steps": 2}, {"sampler": "ddim"}):
-            pipe("a cat", seed=1, progress=False, **options)
-            drawn.append(pipe.latents)
-        stream = list(pipe.stream("a cat", seed=1))
-    assert len(stream) == 3
-    assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], drawn[3])
-    assert not torch.equal(drawn[0], drawn[4])
-    with pytest.warns(UserWarning, match="guidance_scale=7.5: the model is a student"):
-        pipe.draw(Request("a cat", seed=1, progress=False, steps=2))
-
-
-def test_other_models_draw_as_before() -> None:
-    request = Request.of(DIFFUSIONS["sd"], "a cat", steps=None, guidance_scale=None, seed=1)
-    assert request.record(0) == Request("a cat", seed=1).record(0)
-    config = DIFFUSIONS["sd"].to_scheduler_config()
-    assert not [key for key in config if key.startswith("_d")]
-
-
-def test_lcm_is_multistep_consistency_sampling_but_for_its_skip() -> None:
-    """Whose weights are at most (0.5 / 10 t)^2 of x: below 1e-4 from timestep 5 on."""
-    diffusion, x = DIFFUSIONS["sd"], randn(*SHAPE)
-    levels = diffusion.levels(4, grid="lcm")
-    noises = iter([randn(*SHAPE, seed=i) for i in (5, 6, 7)])
-    *_, ours = SAMPLERS["lcm"](
-        lambda x, level: torch.tanh(x), x, levels, noise=lambda: next(noises)
-    )
-    for i in range(4):
-        x0 = torch.tanh(x)
-        if i < 3:
-            x = levels.alpha[i + 1] * x0 + levels.sigma[i + 1] * randn(*SHAPE, seed=5 + i)
-    assert (ours - x0).abs().max() < 1e-6
-
-
-@pytest.mark.interchange
-# diffusers hands tensors to numpy in a way that numpy 2 deprecates.
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize(("name", "steps"), [("sd", 4), ("sd", 1), ("zero snr", 4), ("flow", 1)])
-def test_diffusers_draws_the_same_image(tmp_path: Path, name: str, steps: int) -> None:
-    """Of a flow in one step, as diffusers has no LCM for flows that fits its pipeline."""
-    folder = student_of(tmp_path, DIFFUSIONS[name], steps)
-    theirs: Any = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    kind = DPMSolverMultistepScheduler if name == "flow" else LCMScheduler
-    assert type(theirs.scheduler) is kind
-    theirs.set_progress_bar_config(disable=True)
-    rng = torch.Generator().manual_seed(3)
-    images = theirs(
-        "a cat",
-        num_inference_steps=steps,
-        guidance_scale=1.0,
-        generator=rng,
-        height=16,
-        width=16,
-        output_type="pt",
-    ).images
-    ours = Recording.from_pretrained(folder)
-    ours("a cat", seed=3, progress=False)
-    decoded = ours.vae.decode(ours.latents).detach()
-    assert decibels((decoded / 2 + 0.5).clamp(0, 1), images) > 60
-
-
-def test_the_command_line_draws_a_student_in_its_steps(tmp_path: Path) -> None:
-    folder = student_of(tmp_path, DIFFUSIONS["flow"])
-    drawn = ["--model", str(folder), "--seed", "1", "--device", "cpu", "a cat"]
-    main(["generate", *drawn, "--out", str(tmp_path / "own")])
-    options = ["--steps", "4", "--guidance_scale", "1", "--sampler", "lcm"]
-    main(["generate", *drawn, *options, "--out", str(tmp_path / "given")])
-    own, given = ((tmp_path / name / "0000-1.png").read_bytes() for name in ("own", "given"))
-    assert own == given
-
-
-def test_a_single_file_remembers_that_it_is_a_student(tmp_path: Path) -> None:
-    pipe = Pipeline.from_pretrained(student_of(tmp_path, DIFFUSIONS["flow"]))
-    sentences = pipe.save_single_file(tmp_path / "student.safetensors")
-    assert "the sampler LCM, 4 steps and a CFG scale of 1" in sentences[-1]
-    again = Pipeline.from_pretrained(tmp_path / "student.safetensors")
-    assert again.diffusion == pipe.diffusion
-
-
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
-        ({"distilled_steps": 0}, "distilled_steps=0 must be 1 to 50"),
-        ({"distilled_steps": 51}, "distilled_steps=51 must be 1 to 50"),
-        (
-            {"distilled_steps": 4, "learned_variance": True},
-            "learned_variance=True is not for a student",
-        ),
-    ],
-)
-def test_no_diffusion_is_such_a_student(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        replace(DIFFUSIONS["sd"], **fields)
-    config = DIFFUSIONS["sd"].to_scheduler_config() | {"_distilled_steps": "four"}
-    with pytest.raises(ValueError, match="_distilled_steps='four' must be a whole number"):
-        Diffusion.from_scheduler_config(config)
-
-
-# Runs.
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Teachers, a student, and images with captions."""
-    home = tmp_path_factory.mktemp("home")
-    for name, diffusion in DIFFUSIONS.items():
-        pipeline = tiny_pipeline(home / "scratch", diffusion)
-        pipeline.save_pretrained(home / name)
-    student_of(home, DIFFUSIONS["sd"])
-    learned = Diffusion("linear", "epsilon", learned_variance=True)
-    tiny_pipeline(home / "scratch", learned).save_pretrained(home / "learned")
-    tiny_pipeline(home / "scratch", inpaints=True).save_pretrained(home / "inpainting")
-    dit = DiT(
-        DiTConfig(
-            sample_size=8,
-            num_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            cross_attention_dim=CONTEXT_DIM,
-        )
-    )
-    Pipeline(
-        unet=dit, vae=pipeline.vae, text_encoder=pipeline.text_encoder, diffusion=diffusion
-    ).save_pretrained(home / "dit")
-    write_images(home / "data", 12)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
-        yield home
-
-
-def arguments(home: Path, out: Path, teacher: str = "flow", **options: Any) -> list[str]:
-    """Of distill.py on the images; `options` are added."""
-    settings = {
-        "teacher": home / teacher,
-        "data": home / "data",
-        "image_size": 16,
-        "upscale_limit": 4,
-        "output_dir": out,
-        "batch_size": 4,
-        "max_steps": 4,
-        "stage_every": 1,
-        "checkpoint_every": 2,
-        "val_fraction": 0.3,
-        "warmup_steps": 0,
-        "mixed_precision": "no",
-    } | options
-    return [f"--{key}={value}" for key, value in settings.items()]
-
-
-@pytest.mark.training
-@pytest.mark.parametrize("teacher", ["sd", "zero snr", "flow", "dit"])
-def test_a_run_leaves_a_student(home: Path, tmp_path: Path, teacher: str) -> None:
-    run_here("distill", *arguments(home, tmp_path / "run", teacher, ema_decay=0))
-    before = Pipeline.from_pretrained(home / teacher)
-    after = Pipeline.from_pretrained(tmp_path / "run/model")
-    assert after.diffusion == replace(before.diffusion, distilled_steps=4)
-    assert after.unet.config == before.unet.config
-    moved = [
-        name
-        for name, p in after.unet.state_dict().items()
-        if not torch.equal(p, before.unet.state_dict()[name])
-    ]
-    assert len(moved) > 0.9 * len(before.unet.state_dict())
-    log = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8")
-    assert '"distance"' in log
-    assert '"val_loss"' in log
-    assert list((tmp_path / "run/previews").glob("*.png"))
-
-
-@pytest.mark.training
-def test_the_target_of_a_run_is_of_the_guided_teacher(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step's loss is that of the networks in float64; the empty caption is given to none."""
-    found: list[Any] = []
-
-    def keep(task: Any, loader: Any, run: Any) -> None:
-        found.extend((task, next(loader(0))))
-        run.folder.close()
-
-    monkeypatch.setattr(script("distill"), "fit", keep)
-    run_here("distill", *arguments(home, tmp_path, guidance_scale=3))
-    task, batch = found
-    task.learner._averages = None  # they are in float32
-    for network in (task.learner.model, task.teacher):
-        network.double()
-    batch = {n: v.double() if v.is_floating_point() else v for n, v in batch.items()}
-    context = task.denoiser.captions.context(batch["caption"]).double()
-    null = task.null_context.double()
-    assert not any(torch.equal(one, null[0]) for one in context)
-    task.denoiser.captions.states = task.denoiser.captions.states.double()
-    guided = guided_denoiser(task.diffusion, task.teacher, context, null, 3.0)
-    mean, logvar = batch["moments"].chunk(2, dim=1)
-    x0 = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * batch["posterior"]
-    t, r = batch["t"], batch["r"]
-    with torch.no_grad():
-        distances = consistency_distance(
-            task.diffusion,
-            task.learner.model,
-            guided,
-            x0,
-            context,
-            noise=batch["noise"],
-            t=t,
-            r=r,
-        )
-    wanted = (distances / (noise_of(task.diffusion, t) - noise_of(task.diffusion, r))).mean()
-    loss = task.step(batch, 0, MicroBatch())["loss"]
-    assert abs(float(loss.detach() / wanted) - 1) < 1e-12
-
-
-@pytest.mark.processes
-@pytest.mark.training
-def test_what_is_killed_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 6, "ema_decay": 0.5, "mixed_precision": "bf16"}
-    run_here("distill", *arguments(home, tmp_path / "whole", **options))
-    args = arguments(home, tmp_path / "killed", **options)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, ROOT / "train/distill.py", *args], env=environment)
-    first = tmp_path / "killed/checkpoints/step-2/manifest.json"
-    while not first.is_file():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    run_here("distill", *args)
-    for part in ("model", "checkpoints/step-6"):
-        whole, killed = tmp_path / "whole" / part, tmp_path / "killed" / part
-        files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
-        assert files
-        for file in files:
-            assert tensors(whole / file) == tensors(killed / file)
-
-
-@pytest.mark.processes
-@pytest.mark.training
-def test_two_processes_train_the_same_student(home: Path, tmp_path: Path) -> None:
-    """And so do micro-batches; up to rounding, which AdamW's first steps make more of."""
-    options = {"ema_decay": 0, "learning_rate": 1e-5, "val_fraction": 0}
-    run_here("distill", *arguments(home, tmp_path / "one", **options))
-    launch(TWO, "distill", *arguments(home, tmp_path / "two", **options))
-    run_here(
-        "distill",
-        *arguments(home, tmp_path / "micro", gradient_accumulation_steps=2, **options),
-    )
-    one, *others = (
-        Pipeline.from_pretrained(tmp_path / name / "model").unet.state_dict()
-        for name in ("one", "two", "micro")
-    )
-    for other in others:
-        for name, weight in one.items():
-            assert torch.allclose(weight, other[name], rtol=0, atol=1e-5), name
-
-
-@pytest.mark.training
-@pytest.mark.parametrize(
-    ("teacher", "sentence"),
-    [
-        ("student", "teacher=.*student is a student already, of 4 steps: give its own teacher"),
-        ("inpainting", "teacher=.*inpainting is an inpainting model"),
-        ("learned", "teacher=.*learned is a model with a learned variance"),
-        ("nowhere", "^teacher: .*nowhere"),
-    ],
-)
-def test_no_teacher_is_one_sentence(
-    home: Path, tmp_path: Path, teacher: str, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        run_here("distill", *arguments(home, tmp_path, teacher))
-    assert end.value.code == 2
-    said = capsys.readouterr().err.removeprefix("error: ")
-    assert re.search(sentence, said.strip())
-
-
-@pytest.mark.training
-def test_a_student_is_not_trained_as_a_denoiser(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        run_here("train_unet", f"--init={home}/student", f"--output_dir={tmp_path}")
-    assert "is a student of distill.py" in capsys.readouterr().err
-
-
-@pytest.mark.training
-def test_a_cache_of_another_vae_is_refused(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_here("distill", *arguments(home, tmp_path / "run", max_steps=1))
-    other = tiny_pipeline(home / "scratch", DIFFUSIONS["flow"], seed=5)
-    other.save_pretrained(tmp_path / "other")
-    options = {"teacher": tmp_path / "other", "cache": tmp_path / "run/cache", "batch_size": 4}
-    args = [f"--{name}={value}" for name, value in options.items()]
-    with pytest.raises(SystemExit):
-        run_here("distill", *args, f"--output_dir={tmp_path}/again", "--mixed_precision=no")
-    assert "VAE" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -615,12 +276,3 @@ def test_options_out_of_range(options: dict[str, Any], sentence: str) -> None:
 def test_a_schedule_out_of_range(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ConsistencyConfig(**options)
-
-
-@pytest.mark.training
-def test_without_a_teacher_nothing_begins(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        run_here("distill", f"--output_dir={tmp_path}")
-    assert "teacher must be given" in capsys.readouterr().err

@@ -76,7 +76,7 @@ class DenoiserTask:
         self.config, self.run, self.cache, self.val = config, run, cache, val
         self.prior, joined = prior, cache if prior is None else prior
         self.diffusion, self.channels = model.diffusion, model.vae.config.latent_channels
-        self.val_loss = model.diffusion.loss if loss is None else loss
+        self.val_loss = self.diffusion.loss if loss is None else loss
         check_sizes(cache, model.vae, model.unet)
         # Of the weights as they are given, which a LoRA's training converts.
         self.fingerprints = {
@@ -108,16 +108,15 @@ class DenoiserTask:
         self.draws = num_draws(
             len(val), validate_every=loop.validate_every, batch_size=loop.batch_size
         )
-        rows = len(val) * self.draws
-        self.val_t = stratified_t(self.diffusion, rows, seed=loop.seed).to(run.device)
+        t = stratified_t(self.diffusion, len(val) * self.draws, seed=loop.seed)
+        self.val_t = t.to(run.device)
         unet, text_encoder = drawing_networks(self.ema, self.text_encoder)
         self.pipeline = Pipeline(
             unet=unet, vae=model.vae, text_encoder=text_encoder, diffusion=self.diffusion
         )
         data = config.data.location() if config.cache is None else str(config.cache)
         self.data_summary = cache_summary(cache, data, num_val=len(val))
-        if prior is not None:
-            self.data_summary["class_images"] = prior.summary()
+        self.data_summary |= {} if prior is None else {"class_images": prior.summary()}
 
     def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """A process's batch with all that its step needs of the host.
