@@ -19,7 +19,14 @@ from latentdiff import gaussians, schedules
 from latentdiff.formats import scheduler
 from latentdiff.formats.header import short_repr
 from latentdiff.gaussians import Level
-from latentdiff.levels import Grid, LevelSpacing, NoiseLevels, Spacing, noise_levels
+from latentdiff.levels import (
+    MOST_DISTILLED_STEPS,
+    Grid,
+    LevelSpacing,
+    NoiseLevels,
+    Spacing,
+    noise_levels,
+)
 from latentdiff.schedules import BETA_RANGES, Schedule
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
@@ -49,6 +56,9 @@ class Diffusion:
     `rescale_betas_zero_snr` stretches a beta schedule to end in pure noise (Algorithm 1 there).
     With `learned_variance`, for beta schedules, the network has twice the output channels, and the
     second half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
+    With `distilled_steps` the network is a student of train/distill.py: its estimate of x0 is a
+    sample, not the mean of all x0 that x_t may come from, and it draws in that many steps of
+    `samplers.lcm` without guidance.
     Everything is computed in float64; results have the dtype and device of x.
 
     Raises ValueError for a value out of range, and for `epsilon` or `score` where alpha is 0 at
@@ -66,6 +76,7 @@ class Diffusion:
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     learned_variance: bool = False
+    distilled_steps: int | None = None
 
     def __post_init__(self) -> None:
         for field, words in _WORDS.items():
@@ -76,6 +87,12 @@ class Diffusion:
             raise ValueError(f"num_timesteps={self.num_timesteps} must be 2 to {MOST_TIMESTEPS}")
         if self.steps_offset < 0:
             raise ValueError(f"steps_offset={self.steps_offset} must not be negative")
+        if self.distilled_steps is not None:
+            most = min(MOST_DISTILLED_STEPS, self.num_timesteps)
+            if not 1 <= self.distilled_steps <= most:
+                raise ValueError(f"distilled_steps={self.distilled_steps} must be 1 to {most}")
+            if self.learned_variance:
+                raise ValueError("learned_variance=True is not for a student: distilled_steps")
         if self.schedule == "flow":
             if not self.set_alpha_to_one:
                 raise ValueError("set_alpha_to_one=False is for beta schedules, not schedule=flow")

@@ -33,6 +33,9 @@ Grid = Literal["ddim", "ddpm", "euler", "sde", "dpm", "lcm"]
 # with zero terminal SNR for samplers that compute with the ratio.
 LARGEST_RATIO = math.sqrt(2.0**24 - 1)
 
+# The timesteps that LCMs are distilled at (Luo et al. 2023), of which the grid "lcm" takes some.
+MOST_DISTILLED_STEPS = 50
+
 
 class NoiseLevel(NamedTuple):
     """A noise level, x_t = alpha x0 + sigma eps, and the network's timestep there; () or (B,)."""
@@ -202,8 +205,8 @@ def _spaced(num_timesteps: int, steps: int, *, spacing: Spacing, offset: int, gr
 
 
 def _distilled(num_timesteps: int, steps: int) -> Tensor:
-    """`steps` of the 50 timesteps that LCMs are distilled at, falling, (steps,) float64."""
-    distilled = min(50, num_timesteps)
+    """`steps` of the timesteps that LCMs are distilled at, falling, (steps,) float64."""
+    distilled = min(MOST_DISTILLED_STEPS, num_timesteps)
     check_steps(steps, distilled)
     chosen = torch.arange(steps) * distilled // steps
     return ((distilled - chosen) * (num_timesteps // distilled) - 1).double()

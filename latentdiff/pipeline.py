@@ -7,6 +7,7 @@ Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L toke
 """
 
 import functools
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,9 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        steps: int = 50,
+        steps: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] | None = None,
         guidance_eta: float = 1.0,
@@ -86,7 +87,7 @@ class Pipeline:
         width: int | None = None,
         seed: int | Sequence[int] | None = None,
         num_images: int = 1,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         level_spacing: LevelSpacing | None = None,
         image: Image.Image | Sequence[Image.Image] | None = None,
         strength: float | None = None,
@@ -95,8 +96,12 @@ class Pipeline:
         variation_strength: float = 0.0,
         progress: bool = True,
     ) -> PipelineOutput:
-        """Draw `num_images` images of each prompt; the options are the fields of `Request`."""
-        request = Request(
+        """Draw `num_images` images of each prompt; the options are the fields of `Request`.
+
+        What is None is the default of `Request`, or of a student: see `Request.of`.
+        """
+        request = Request.of(
+            self.diffusion,
             prompt,
             steps=steps,
             num_inference_steps=num_inference_steps,
@@ -136,12 +141,18 @@ class Pipeline:
         The last item holds the finished images. Each preview costs a decode by the VAE, which at
         SD 1.5's size is more than the step itself: the run takes two to three times as long.
         """
-        request = Request(prompt, **options)
+        request = Request.of(self.diffusion, prompt, **options)
         return (self.decode(latents, request) for latents in self._sample(request))
 
     @torch.no_grad()
     def _sample(self, request: Request) -> Iterator[Tensor]:
         """The latents (B, C, H, W) of each step: estimates of x0, and last the sample."""
+        if self.diffusion.distilled_steps is not None and request.guidance_scale != 1:
+            warnings.warn(
+                f"guidance_scale={request.guidance_scale:g}: the model is a student, whose images "
+                "are guided already, and this guides them further, at twice the cost; 1 does not",
+                stacklevel=3,
+            )
         contexts = self._contexts(request)
         sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
         levels = sampler.levels(self.diffusion, request.steps, spacing=request.level_spacing)

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
+from latentdiff.diffusion import Diffusion
 from latentdiff.formats.header import short_repr
 from latentdiff.guidance import Guidance
 from latentdiff.images import to_mask, to_rgb
@@ -91,6 +92,21 @@ class Request:
     variation_seeds: tuple[int, ...] = field(init=False, repr=False)
     images: tuple[Image.Image, ...] = field(init=False, repr=False)
     masks: tuple[Image.Image, ...] = field(init=False, repr=False)
+
+    @classmethod
+    def of(cls, diffusion: Diffusion, prompt: str | Sequence[str], **options: Any) -> Self:
+        """A request to a model; an option that is not given, or None, has the model's default.
+
+        A student draws in its own steps of lcm without guidance, and any other model as by the
+        fields' defaults.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        steps = diffusion.distilled_steps
+        if steps is not None:
+            given = {"guidance_scale": 1.0, "sampler": "lcm"} | given
+            if "num_inference_steps" not in given:
+                given.setdefault("steps", steps)
+        return cls(prompt, **given)
 
     def __post_init__(self) -> None:
         if self.num_inference_steps is not None:

@@ -20,6 +20,7 @@ READERS = {
     **{"enlarge": "train_vae", "enlarge_cache": "cache_latents", "enlarge_unet": "train_unet"},
     **{"dit": "train_unet", "inpainting": "train_unet"},
     **{"style": "train_unet", "subject": "train_unet"},
+    **{"shapes": "distill", "emoji": "distill"},
 }
 
 

@@ -66,6 +66,7 @@ def test_no_field_is_forgotten(field):
         "set_alpha_to_one": False,
         "rescale_betas_zero_snr": True,
         "learned_variance": True,
+        "distilled_steps": 4,
     }
     diffusion = Diffusion(
         **{"schedule": "linear", "prediction": "v_prediction"} | {field: other[field]}

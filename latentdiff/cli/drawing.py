@@ -46,7 +46,8 @@ def draw(arguments: argparse.Namespace) -> None:
     images = _images(user_options, record)
     # Checked and read before a model is loaded: what is drawn must not be lost to a file that is
     # deleted meanwhile.
-    request = _request(user_options, again, images)
+    options = _options(user_options, again, images)
+    request = Request(**options)
     files = {name: file_record(path) for name, path in images.items()}
 
     pipeline = load_pipeline(
@@ -61,6 +62,8 @@ def draw(arguments: argparse.Namespace) -> None:
     digest = pipeline.fingerprint() if records else ""
     if record is not None:
         warn_of_changes(record, pipeline, digest)
+    if pipeline.diffusion.distilled_steps is not None:  # which has defaults of its own
+        request = Request.of(pipeline.diffusion, **options)
     for lora in loras:  # peft's files are all named adapter_model
         pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
     output = pipeline.draw(request)
@@ -107,17 +110,17 @@ def _recorded_model(record: Record | None, again: Path | None) -> str:
     return model
 
 
-def _request(
+def _options(
     user_options: dict[str, Any], again: dict[str, Any], images: dict[str, Path]
-) -> Request:
+) -> dict[str, Any]:
+    """The options of the request that are given: the user's, and those of the drawing to repeat."""
     names = [field.name for field in fields(Request) if field.init]
     options = again | {name: value for name, value in user_options.items() if name in names}
     if not user_options.get("prompt"):
         options["prompt"] = again.get("prompt", "")
     if not options["prompt"] and not again:
         raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from an image')
-    options |= {name: _opened(name, path) for name, path in images.items()}
-    return Request(**options)
+    return options | {name: _opened(name, path) for name, path in images.items()}
 
 
 def _images(user_options: dict[str, Any], record: Record | None) -> dict[str, Path]:

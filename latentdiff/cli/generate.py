@@ -46,10 +46,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
     sampling = parser.add_argument_group("how to draw")
     add = sampling.add_argument
-    add("--steps", type=int, help="more are finer and slower; default: 50")
-    add("--sampler", help="how a step is taken; default: ddim")
+    add("--steps", type=int, help="more are finer and slower; default: 50, or a student's")
+    add("--sampler", help="how a step is taken; default: ddim, or a student's lcm")
     add("--level_spacing", help="of the noise levels: karras, trailing, …; default: the model's")
-    add("--guidance_scale", type=float, help="1 is off; default: 7.5")
+    add("--guidance_scale", type=float, help="1 is off; default: 7.5, or 1 for a student")
     add("--guidance_rescale", type=float, help="0 to 1, takes back contrast; default: 0")
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigma / alpha")
     add("--guidance_eta", type=float, help="projected guidance: below 1 less saturated")

@@ -54,6 +54,9 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of ours alone, and private, so that diffusers passes over it.
+DISTILLED_STEPS = "_distilled_steps"
+
 # Keys that change the noise levels or the network's output, and their supported values.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", _COSINE),
@@ -112,6 +115,13 @@ _FLOW_SOLVER = {
 }
 
 
+_LCM = {"_class_name": "LCMScheduler", "timestep_scaling": 10.0}
+_LCM_TIMESTEPS = 50  # of which a run takes some, as in `levels`
+# Of its solvers for a flow the nearest to multistep consistency sampling: most of a step's noise is
+# fresh, and one step is the same.
+_FLOW_LCM = {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}
+
+
 def to_config(
     *,
     schedule: str,
@@ -124,6 +134,7 @@ def to_config(
     set_alpha_to_one: bool,
     rescale_betas_zero_snr: bool,
     learned_variance: bool,
+    distilled_steps: int | None = None,
 ) -> dict[str, Any]:
     """The configuration of the diffusers scheduler that samples from such a diffusion.
 
@@ -131,10 +142,12 @@ def to_config(
     FlowMatchEulerDiscreteScheduler does not fit StableDiffusionPipeline), and where the variance is
     learned DDPMScheduler: it splits the network's output at the sample's own channels and draws
     with the variance, where diffusers' DPM-Solvers keep the first three channels, of whatever
-    latents, and DDIM splits nothing. Every key is written, since the classes' defaults are rarely
-    what is meant. Three pairs have no name in diffusers: `score`, `flow_prediction` on beta
-    schedules, `v_prediction` on `flow`. They are written under names of ours, at which diffusers
-    stops in the first step rather than draw a wrong image.
+    latents, and DDIM splits nothing. A student, with `distilled_steps`, has LCMScheduler, and on a
+    flow, which that class does not know, the DPM-Solver nearest to it.
+    Every key is written, since the classes' defaults are rarely what is meant. Three pairs have no
+    name in diffusers: `score`, `flow_prediction` on beta schedules, `v_prediction` on `flow`. They
+    are written under names of ours, at which diffusers stops in the first step rather than draw a
+    wrong image.
     """
     config: dict[str, Any] = {
         "_class_name": "DDIMScheduler",
@@ -151,11 +164,16 @@ def to_config(
         "sample_max_value": 1.0,
         "rescale_betas_zero_snr": rescale_betas_zero_snr,
     }
+    student = {DISTILLED_STEPS: distilled_steps}
     if schedule == "flow":
         if prediction == "v_prediction":
             config["prediction_type"] = _FLOW_V_PREDICTION
-        return config | _FLOW_SOLVER
+        config |= _FLOW_SOLVER
+        return config if distilled_steps is None else config | _FLOW_LCM | student
     config |= {"clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": set_alpha_to_one}
+    if distilled_steps is not None:
+        timesteps = min(_LCM_TIMESTEPS, num_timesteps)
+        return config | _LCM | {"original_inference_steps": timesteps} | student
     return config | (_LEARNED_VARIANCE if learned_variance else {})
 
 
@@ -183,6 +201,9 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
         value = values[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(f"scheduler {key}={short_repr(value)} must be {_WORDS[types[-1]]}")
+    steps = values.get(DISTILLED_STEPS)
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+        raise ValueError(f"scheduler {DISTILLED_STEPS}={short_repr(steps)} must be a whole number")
     prediction = values["prediction_type"]
     fields: dict[str, Any] = {
         "prediction": prediction,
@@ -190,6 +211,7 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
         "timestep_spacing": values["timestep_spacing"],
         "steps_offset": values["steps_offset"],
         "learned_variance": values.get("variance_type") == "learned_range",
+        "distilled_steps": steps,
     }
     if values["use_flow_sigmas"]:
         if prediction == "v_prediction":

@@ -106,7 +106,8 @@ def differences(
 ) -> list[str]:
     """A phrase for each key that must not differ but does, such as `seed was 1 and is 2`.
 
-    An option that is not there now has no effect: what it depends on is told if it has changed.
+    An option that is not there now has no effect: what it depends on is told if it has changed. One
+    that was not there is no difference while it is null.
     """
     before, after = _flat(recorded), _flat(current)
     free = {*may_change, "config", *(recorded.keys() - current.keys())}
@@ -114,7 +115,7 @@ def differences(
     return [
         f"{key} was {before.get(key, 'absent')!r} and is {after.get(key, 'absent')!r}"
         for key in sorted(fixed)
-        if key not in before or key not in after or before[key] != after[key]
+        if before.get(key) != after.get(key)
     ]
 
 

@@ -23,6 +23,7 @@ CONFIGS = {
     "train_vae": "TrainVAE",
     "cache_latents": "CacheLatents",
     "train_unet": "TrainUNet",
+    "distill": "Distill",
 }
 """The scripts, and the configuration that each imports or defines."""
 

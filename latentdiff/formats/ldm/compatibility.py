@@ -10,6 +10,7 @@ from typing import Any
 
 from latentdiff.formats.ldm.shapes import GROUPS
 from latentdiff.formats.ldm.yaml_config import heads_per_level
+from latentdiff.formats.scheduler import DISTILLED_STEPS
 
 # The text towers that tools build for SD 1.x and 2.x, whatever the file holds. That of SD 2.x has
 # all layers of OpenCLIP's ViT-H-14 but the last.
@@ -118,6 +119,11 @@ def describe_compatibility(
         sentences.append("A1111 loads it.")
     else:
         sentences.append(f"A1111 loads it with {yaml_name}, which must stay beside it.")
+    if (steps := scheduler.get(DISTILLED_STEPS)) is not None:
+        sentences.append(
+            f"It is a student: other tools have to be told the sampler LCM, {steps} steps and a "
+            "CFG scale of 1."
+        )
     return sentences
 
 

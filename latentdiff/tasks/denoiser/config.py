@@ -54,6 +54,7 @@ class TrainUNet:
         "dit": "init=null",
         **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},
         "unet.addition_embed_type_num_heads": "unet.addition_embed_type",
+        "diffusion.distilled_steps": "",  # of distill.py
         "diffusion.steps_offset": "diffusion.timestep_spacing=leading",
         **{"validate_every": "val_fraction", "save_best": "val_fraction"},
         "preview_prompts": "inpainting=false",

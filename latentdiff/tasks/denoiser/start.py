@@ -43,6 +43,11 @@ def load_init(config: TrainUNet, say: Say) -> Components | None:
         raise ValueError(f"init: {error}") from error
     network, diffusion = init.unet, init.diffusion
     kind, count = type(network).__name__, sum(p.numel() for p in network.parameters())
+    if diffusion.distilled_steps is not None:
+        raise ValueError(
+            f"init={config.init} is a student of distill.py, whose few steps a denoiser's loss "
+            "would undo: train its teacher, and distil that"
+        )
     if config.lora is not None and not isinstance(network, UNet):
         raise ValueError(f"lora needs a UNet, and init={config.init} has a {kind}: leave lora out")
     say(

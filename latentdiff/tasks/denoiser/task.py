@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from latentdiff.data.cache import LatentCache, collate_moments, split_masked
 from latentdiff.data.joined import JoinedLatents
 from latentdiff.data.summary import cache_summary
+from latentdiff.diffusion import Network
 from latentdiff.images import image_grid
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
@@ -39,6 +40,19 @@ from latentdiff.training.randomness import MicroBatch, choose, generator, seed_o
 from latentdiff.training.run import Run
 from latentdiff.training.validation import BINS, num_draws, stratified_t, validation_loss
 
+PREVIEW = {"steps": 20, "guidance_scale": 4.0}
+"""How previews are drawn; a student draws in its own way."""
+
+
+class Loss(Protocol):
+    """What is wrong with a network's output, for each of x0 (B, C, H, W) at times t (B,)."""
+
+    def __call__(
+        self, network: Network, x0: Tensor, context: Tensor, *, noise: Tensor, t: Tensor
+    ) -> Tensor:
+        """(B,)."""
+        ...
+
 
 class DenoiserTask:
     """The step, validation loss, preview and pipeline folder of a denoiser."""
@@ -52,14 +66,17 @@ class DenoiserTask:
         val: np.ndarray,
         model: Components,
         prior: JoinedLatents | None = None,
+        loss: Loss | None = None,
     ) -> None:
         """`val` (n,): the indices of the validation split; `model`: what is trained, and what it is
-        trained beside; `prior`: the cache with that of class images. Raises ValueError for a cache
-        with a size that the network cannot take, and for a LoRA that does not fit the network.
+        trained beside; `prior`: the cache with that of class images; `loss`: of the validation
+        split, by default `Diffusion.loss`. Raises ValueError for a cache with a size that the
+        network cannot take, and for a LoRA that does not fit the network.
         """
         self.config, self.run, self.cache, self.val = config, run, cache, val
         self.prior, joined = prior, cache if prior is None else prior
         self.diffusion, self.channels = model.diffusion, model.vae.config.latent_channels
+        self.val_loss = self.diffusion.loss if loss is None else loss
         check_sizes(cache, model.vae, model.unet)
         # Of the weights as they are given, which a LoRA's training converts.
         self.fingerprints = {
@@ -91,16 +108,15 @@ class DenoiserTask:
         self.draws = num_draws(
             len(val), validate_every=loop.validate_every, batch_size=loop.batch_size
         )
-        rows = len(val) * self.draws
-        self.val_t = stratified_t(self.diffusion, rows, seed=loop.seed).to(run.device)
+        t = stratified_t(self.diffusion, len(val) * self.draws, seed=loop.seed)
+        self.val_t = t.to(run.device)
         unet, text_encoder = drawing_networks(self.ema, self.text_encoder)
         self.pipeline = Pipeline(
             unet=unet, vae=model.vae, text_encoder=text_encoder, diffusion=self.diffusion
         )
         data = config.data.location() if config.cache is None else str(config.cache)
         self.data_summary = cache_summary(cache, data, num_val=len(val))
-        if prior is not None:
-            self.data_summary["class_images"] = prior.summary()
+        self.data_summary |= {} if prior is None else {"class_images": prior.summary()}
 
     def prepare(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """A process's batch with all that its step needs of the host.
@@ -212,7 +228,7 @@ class DenoiserTask:
             else:
                 context = self.text_encoder(captions)
             x0, context = (x.repeat_interleave(BINS, 0) for x in (x0, context))
-            errors = self.diffusion.loss(network, x0, context, noise=noise, t=t)
+            errors = self.val_loss(network, x0, context, noise=noise, t=t)
         return errors.unflatten(0, (-1, BINS))
 
     def preview(self, path: Path) -> None:
@@ -231,10 +247,9 @@ class DenoiserTask:
                 images = painted(self.pipeline, self.cache, examples, prompts, seed=seed)
         else:
             prompts = list(self.config.preview_prompts or self._preview_prompts())
+            options = PREVIEW if self.diffusion.distilled_steps is None else {}
             with mixed:
-                images = self.pipeline(
-                    prompts, seed=seed, steps=20, guidance_scale=4.0, progress=False
-                ).images
+                images = self.pipeline(prompts, seed=seed, progress=False, **options).images
         image_grid(images, prompts).save(path)
 
     def _preview_prompts(self) -> list[str]:

@@ -1,0 +1,1 @@
+"""Distilling a denoiser into a student that draws in few steps."""

@@ -1,0 +1,228 @@
+"""train/distill.py: what a run leaves, resuming, processes, and one sentence for what is wrong."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from support.scripts import ROOT, TWO, launch, run_here, script
+from support.students import DIFFUSIONS, student_of
+from support.tiny import CONTEXT_DIM, tiny_pipeline
+from test_cache import write_images
+from test_fine_tuning import tensors
+
+from latentdiff.diffusion import Diffusion
+from latentdiff.guidance import guided_denoiser
+from latentdiff.models.dit import DiT, DiTConfig
+from latentdiff.pipeline import Pipeline
+from latentdiff.tasks.distill.consistency import consistency_distance, noise_of
+from latentdiff.training.randomness import MicroBatch
+
+pytestmark = pytest.mark.training
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Teachers, a student, and images with captions."""
+    home = tmp_path_factory.mktemp("home")
+    for name, diffusion in DIFFUSIONS.items():
+        pipeline = tiny_pipeline(home / "scratch", diffusion)
+        pipeline.save_pretrained(home / name)
+    student_of(home, DIFFUSIONS["sd"])
+    learned = Diffusion("linear", "epsilon", learned_variance=True)
+    tiny_pipeline(home / "scratch", learned).save_pretrained(home / "learned")
+    tiny_pipeline(home / "scratch", inpaints=True).save_pretrained(home / "inpainting")
+    dit = DiT(
+        DiTConfig(
+            sample_size=8,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=CONTEXT_DIM,
+        )
+    )
+    Pipeline(
+        unet=dit, vae=pipeline.vae, text_encoder=pipeline.text_encoder, diffusion=diffusion
+    ).save_pretrained(home / "dit")
+    write_images(home / "data", 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
+        yield home
+
+
+def arguments(home: Path, out: Path, teacher: str = "flow", **options: Any) -> list[str]:
+    """Of distill.py on the images; `options` are added."""
+    settings = {
+        "teacher": home / teacher,
+        "data": home / "data",
+        "image_size": 16,
+        "upscale_limit": 4,
+        "output_dir": out,
+        "batch_size": 4,
+        "max_steps": 4,
+        "stage_every": 1,
+        "checkpoint_every": 2,
+        "val_fraction": 0.3,
+        "warmup_steps": 0,
+        "mixed_precision": "no",
+    } | options
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize("teacher", ["sd", "zero snr", "flow", "dit"])
+def test_a_run_leaves_a_student(home: Path, tmp_path: Path, teacher: str) -> None:
+    run_here("distill", *arguments(home, tmp_path / "run", teacher, ema_decay=0))
+    before = Pipeline.from_pretrained(home / teacher)
+    after = Pipeline.from_pretrained(tmp_path / "run/model")
+    assert after.diffusion == replace(before.diffusion, distilled_steps=4)
+    assert after.unet.config == before.unet.config
+    moved = [
+        name
+        for name, p in after.unet.state_dict().items()
+        if not torch.equal(p, before.unet.state_dict()[name])
+    ]
+    assert len(moved) > 0.9 * len(before.unet.state_dict())
+    log = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8")
+    assert '"distance"' in log
+    assert '"val_loss"' in log
+    assert list((tmp_path / "run/previews").glob("*.png"))
+
+
+def test_the_target_of_a_run_is_of_the_guided_teacher(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's loss is that of the networks in float64; the empty caption is given to none."""
+    found: list[Any] = []
+
+    def keep(task: Any, loader: Any, run: Any) -> None:
+        found.extend((task, next(loader(0))))
+        run.folder.close()
+
+    monkeypatch.setattr(script("distill"), "fit", keep)
+    run_here("distill", *arguments(home, tmp_path, guidance_scale=3))
+    task, batch = found
+    task.learner._averages = None  # they are in float32
+    for network in (task.learner.model, task.teacher):
+        network.double()
+    batch = {n: v.double() if v.is_floating_point() else v for n, v in batch.items()}
+    context = task.denoiser.captions.context(batch["caption"]).double()
+    null = task.null_context.double()
+    assert not any(torch.equal(one, null[0]) for one in context)
+    task.denoiser.captions.states = task.denoiser.captions.states.double()
+    guided = guided_denoiser(task.diffusion, task.teacher, context, null, 3.0)
+    mean, logvar = batch["moments"].chunk(2, dim=1)
+    x0 = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * batch["posterior"]
+    t, r = batch["t"], batch["r"]
+    with torch.no_grad():
+        distances = consistency_distance(
+            task.diffusion,
+            task.learner.model,
+            guided,
+            x0,
+            context,
+            noise=batch["noise"],
+            t=t,
+            r=r,
+        )
+    wanted = (distances / (noise_of(task.diffusion, t) - noise_of(task.diffusion, r))).mean()
+    loss = task.step(batch, 0, MicroBatch())["loss"]
+    assert abs(float(loss.detach() / wanted) - 1) < 1e-12
+
+
+@pytest.mark.processes
+def test_what_is_killed_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 6, "ema_decay": 0.5, "mixed_precision": "bf16"}
+    run_here("distill", *arguments(home, tmp_path / "whole", **options))
+    args = arguments(home, tmp_path / "killed", **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, ROOT / "train/distill.py", *args], env=environment)
+    first = tmp_path / "killed/checkpoints/step-2/manifest.json"
+    while not first.is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    run_here("distill", *args)
+    for part in ("model", "checkpoints/step-6"):
+        whole, killed = tmp_path / "whole" / part, tmp_path / "killed" / part
+        files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
+        assert files
+        for file in files:
+            assert tensors(whole / file) == tensors(killed / file)
+
+
+@pytest.mark.processes
+def test_two_processes_train_the_same_student(home: Path, tmp_path: Path) -> None:
+    """And so do micro-batches; up to rounding, which AdamW's first steps make more of."""
+    options = {"ema_decay": 0, "learning_rate": 1e-5, "val_fraction": 0}
+    run_here("distill", *arguments(home, tmp_path / "one", **options))
+    launch(TWO, "distill", *arguments(home, tmp_path / "two", **options))
+    run_here(
+        "distill",
+        *arguments(home, tmp_path / "micro", gradient_accumulation_steps=2, **options),
+    )
+    one, *others = (
+        Pipeline.from_pretrained(tmp_path / name / "model").unet.state_dict()
+        for name in ("one", "two", "micro")
+    )
+    for other in others:
+        for name, weight in one.items():
+            assert torch.allclose(weight, other[name], rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sentence"),
+    [
+        ("student", "teacher=.*student is a student already, of 4 steps: give its own teacher"),
+        ("inpainting", "teacher=.*inpainting is an inpainting model"),
+        ("learned", "teacher=.*learned is a model with a learned variance"),
+        ("nowhere", "^teacher: .*nowhere"),
+    ],
+)
+def test_no_teacher_is_one_sentence(
+    home: Path, tmp_path: Path, teacher: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_here("distill", *arguments(home, tmp_path, teacher))
+    assert end.value.code == 2
+    said = capsys.readouterr().err.removeprefix("error: ")
+    assert re.search(sentence, said.strip())
+
+
+def test_a_student_is_not_trained_as_a_denoiser(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_here("train_unet", f"--init={home}/student", f"--output_dir={tmp_path}")
+    assert "is a student of distill.py" in capsys.readouterr().err
+
+
+def test_a_cache_of_another_vae_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here("distill", *arguments(home, tmp_path / "run", max_steps=1))
+    other = tiny_pipeline(home / "scratch", DIFFUSIONS["flow"], seed=5)
+    other.save_pretrained(tmp_path / "other")
+    options = {"teacher": tmp_path / "other", "cache": tmp_path / "run/cache", "batch_size": 4}
+    args = [f"--{name}={value}" for name, value in options.items()]
+    with pytest.raises(SystemExit):
+        run_here("distill", *args, f"--output_dir={tmp_path}/again", "--mixed_precision=no")
+    assert "VAE" in capsys.readouterr().err
+
+
+def test_without_a_teacher_nothing_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_here("distill", f"--output_dir={tmp_path}")
+    assert "teacher must be given" in capsys.readouterr().err
