@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import latentdiff
 from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
+from latentdiff.cli.data import show_help
 from latentdiff.options import check_utf8, expanded
 
 EXTRAS = {  # of pyproject.toml, where it is not "train"
@@ -30,7 +31,10 @@ USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 after one sentence about what was wrong."""
+    """Run one command and return its exit code: 0, or 2 after one sentence about what was wrong.
+
+    Without a command, or with one that has kinds and names none, its help is shown.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A prompt that the terminal cannot show must not end the command that is saving its image.
@@ -69,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"{parsed.parser.prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        said = f": {interrupt}" if str(interrupt) else ""
+        print(f"{parsed.parser.prog}: interrupted{said}", file=sys.stderr)
         return 130  # what shells report for SIGINT
     return 0
 
@@ -108,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw images and compare them, convert models, check data, plan trainings.",
     )
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(run=show_help, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for command in (generate, convert, data, plan, ema, evaluate, env):
         command.add(commands)
     return parser

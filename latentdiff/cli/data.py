@@ -7,13 +7,19 @@ from pathlib import Path
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command, its kinds and their arguments."""
     data = commands.add_parser("data", help="make or check a data set of captioned images")
-    kinds = data.add_subparsers(metavar="KIND", required=True)
+    data.set_defaults(run=show_help, parser=data)
+    kinds = data.add_subparsers(metavar="KIND")
     _add_emoji(kinds.add_parser("emoji", help="every emoji of a font", allow_abbrev=False))
     _add_drawings(
         kinds.add_parser("drawings", help="sets of emoji, in six styles", allow_abbrev=False)
     )
     _add_shapes(kinds.add_parser("shapes", help="scenes of coloured shapes", allow_abbrev=False))
     _add_check(kinds.add_parser("check", help="find what cannot be used", allow_abbrev=False))
+
+
+def show_help(arguments: argparse.Namespace) -> None:
+    """Show what there is to choose from, as for a command that names nothing."""
+    arguments.parser.print_help()
 
 
 def _add_emoji(parser: argparse.ArgumentParser) -> None:

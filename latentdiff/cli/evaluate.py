@@ -22,7 +22,7 @@ DRAWING = {
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command, its kinds and their arguments."""
     evaluate = commands.add_parser("eval", help="how good drawn images are")
-    kinds = evaluate.add_subparsers(metavar="KIND", required=True)
+    kinds = evaluate.add_subparsers(metavar="KIND")
     _add_judge(kinds.add_parser("judge", help="what drawings show", allow_abbrev=False))
     _add_vae(kinds.add_parser("vae", help="what a VAE gives back", allow_abbrev=False))
     _add_distance(
