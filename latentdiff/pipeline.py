@@ -9,9 +9,9 @@ Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L toke
 import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
+from latentdiff.formats.option_names import refuse_unknown
 from latentdiff.formats.weights import check_numbers
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.images import to_pil, why_not_finite
@@ -36,6 +37,7 @@ from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
 MOST_PIXELS = 64_000_000
+OPTIONS = [field.name for field in fields(Request) if field.init]
 
 
 @dataclass(frozen=True)
@@ -90,34 +92,33 @@ class Pipeline:
         variation_seed: int | Sequence[int] | None = None,
         variation_strength: float = 0.0,
         progress: bool = True,
+        **unknown: Never,
     ) -> PipelineOutput:
-        """Draw `num_images` images of each prompt; the options are the fields of `Request`."""
-        request = Request(
-            prompt,
-            steps=steps,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            guidance_eta=guidance_eta,
-            guidance_norm_threshold=guidance_norm_threshold,
-            guidance_momentum=guidance_momentum,
-            negative_prompt=negative_prompt,
-            prompt_weighting=prompt_weighting,
-            height=height,
-            width=width,
-            seed=seed,
-            num_images=num_images,
-            sampler=sampler,
-            level_spacing=level_spacing,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            variation_seed=variation_seed,
-            variation_strength=variation_strength,
-            progress=progress,
-        )
-        return self.draw(request)
+        """Draw `num_images` images of each prompt.
+
+        steps, num_inference_steps: denoising steps; more are finer and slower.
+        guidance_scale: how closely to follow the prompt; 1 is off and halves the time.
+        guidance_rescale: 0 … 1, takes back the contrast that guidance adds.
+        guidance_interval: (low, high) of sigma / alpha in which there is guidance.
+        guidance_eta, guidance_norm_threshold, guidance_momentum: projected guidance.
+        negative_prompt: what to stay away from; one for all prompts, or one for each.
+        prompt_weighting: whether "(word:1.2)" weighs a word.
+        height, width: in pixels; by default those of `image`, or the model's.
+        seed: of the first image, the others count up; or a list with one for each.
+        num_images: images of each prompt.
+        sampler, level_spacing: how a step is taken, and where; see `latentdiff.samplers`.
+        image, strength: an image to draw over, and 0 … 1, how much of it to give up.
+        mask_image: inpainting; white is drawn anew, black is kept.
+        variation_seed, variation_strength: another noise, and 0 … 1, how far towards it.
+        progress: whether a bar shows the steps.
+
+        Raises ValueError as `Request` does, which says more of each, and TypeError for another
+        option, with ours that does what diffusers' does.
+        """
+        options = {name: value for name, value in locals().items() if name in OPTIONS}
+        if unknown:
+            refuse_unknown(unknown, OPTIONS)
+        return self.draw(Request(**options))
 
     def draw(self, request: Request) -> PipelineOutput:
         """Draw the images of a request."""
@@ -132,6 +133,7 @@ class Pipeline:
         The last item holds the finished images. Each preview costs a decode by the VAE, which at
         SD 1.5's size is more than the step itself: the run takes two to three times as long.
         """
+        refuse_unknown(options, OPTIONS)
         request = Request(prompt, **options)
         return (self.decode(latents, request) for latents in self._sample(request))
 
@@ -317,6 +319,7 @@ class Pipeline:
         variant: str | None = None,
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
+        **unknown: Never,
     ) -> Self:
         """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
 
@@ -327,6 +330,7 @@ class Pipeline:
         Raises ValueError if there is no such model or something in it is missing, and for an option
         that such a model does not have.
         """
+        refuse_unknown(unknown, ("revision", "variant", "dtype", "device"), loading=True)
         if Path(name).is_file():
             for option, value in (("revision", revision), ("variant", variant)):
                 if value is not None:

@@ -4,7 +4,13 @@ import argparse
 import functools
 from pathlib import Path
 
+from latentdiff.cli.reading import say_reading
+
 DTYPES = ("float32", "float16", "bfloat16")
+SAMPLERS = (  # of latentdiff.samplers, which takes seconds to import
+    *("ddim", "ddpm", "euler", "euler_ancestral", "heun", "lms", "pndm"),
+    *("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "lcm"),
+)
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,7 +38,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--dtype", choices=DTYPES, help="what to compute in; default: float32")
     add("--device", default=None, help="such as cpu or cuda; default: an accelerator if any")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="may be given several times")
-    add("--out", type=Path, default=Path("outputs"), help="folder for the images")
+    add("--out", type=Path, default=Path("outputs"), help="folder for images; default: outputs")
     add(
         "--grid",
         action=argparse.BooleanOptionalAction,
@@ -45,7 +51,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     sampling = parser.add_argument_group("how to draw")
     add = sampling.add_argument
     add("--steps", type=int, help="more are finer and slower; default: 50")
-    add("--sampler", help="how a step is taken; default: ddim")
+    add("--sampler", help=f"how a step is taken; default: ddim, of {', '.join(SAMPLERS)}")
     add("--level_spacing", help="of the noise levels: karras, trailing, …; default: the model's")
     add("--guidance_scale", type=float, help="1 is off; default: 7.5")
     add("--guidance_rescale", type=float, help="0 to 1, takes back contrast; default: 0")
@@ -70,6 +76,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    say_reading(getattr(arguments, "model", "emoji"), getattr(arguments, "dtype", "float32"))
     from latentdiff.cli.drawing import draw
 
     draw(arguments)

@@ -100,7 +100,8 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
             progress.update()
             done += 1
             stopped = signals.answer()
-            checkpoint = done % config.checkpoint_every == 0 or done == config.max_steps or stopped > 0
+            last = done == config.max_steps
+            checkpoint = done % config.checkpoint_every == 0 or last or stopped > 0
             # Before a checkpoint too: a resumed run could not know the means since the last log.
             log = done % config.log_every == 0 or checkpoint
             # Reading a number makes the host wait for the device, which costs nothing on a CPU.
