@@ -116,7 +116,7 @@ def _data_shapes(arguments: argparse.Namespace) -> None:
 def _data_check(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from latentdiff.data.bad_samples import breakdown
+    from latentdiff.data.bad_samples import advice, breakdown
     from latentdiff.data.buckets import small_buckets
     from latentdiff.data.check import check_data
     from latentdiff.data.config import DataConfig
@@ -163,7 +163,8 @@ def _data_check(arguments: argparse.Namespace) -> None:
     if summary.bad / max(1, summary.samples) > config.max_bad:
         raise ValueError(
             f"{summary.bad} of {summary.samples} samples are bad, more than "
-            f"max_bad={config.max_bad}: {breakdown(summary.reasons)}"
+            f"max_bad={config.max_bad}: {breakdown(summary.reasons)}; "
+            f"{advice(summary.bad, summary.samples)}"
         )
 
 
