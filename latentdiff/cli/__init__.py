@@ -1,4 +1,4 @@
-"""The command line: `latentdiff generate`, `convert`, `data`, `plan`, `ema`, `eval`, `env`.
+"""The command line: `latentdiff generate`, `new`, `train`, `convert`, `data`, `plan` and others.
 
 Each command has a module, for arguments, files and messages; the library does the work.
 torch and transformers are imported inside the commands, so that `latentdiff --help` answers at
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import latentdiff
-from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
+from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan, project
 from latentdiff.cli.data import show_help
 from latentdiff.options import check_utf8, expanded
 
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     parser.set_defaults(run=show_help, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (generate, convert, data, plan, ema, evaluate, env):
+    for command in (generate, project, convert, data, plan, ema, evaluate, env):
         command.add(commands)
     return parser
 
