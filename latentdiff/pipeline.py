@@ -356,7 +356,7 @@ class Pipeline:
         `config` (an LDM YAML file or a diffusers folder) describes what the tensors do not show.
         Without it the file's latentdiff metadata does, or a YAML file of the same name beside it,
         or the conventions of SD 1.x and 2.x, with a warning where these are ambiguous. `tokenizer`
-        is a folder or hub id; the default is the one in the file, or CLIP's from the hub. `ema`
+        is a folder or hub id; the default is the one in the file, or CLIP's own. `ema`
         loads the running averages that some files hold as well. Raises ValueError for any other
         file, saying what it seems to be.
         """
