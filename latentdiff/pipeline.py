@@ -350,6 +350,7 @@ class Pipeline:
         ema: bool = False,
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
+        **unknown: Never,
     ) -> Self:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
 
@@ -360,6 +361,8 @@ class Pipeline:
         loads the running averages that some files hold as well. Raises ValueError for any other
         file, saying what it seems to be.
         """
+        known = ("config", "tokenizer", "ema", "dtype", "device")
+        refuse_unknown(unknown, known, loading=True)
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=dtype
         )

@@ -61,9 +61,10 @@ def test_an_option_of_another_program_is_answered_with_ours(name: str, ours: str
 
 
 def test_an_option_of_diffusers_loading_is_answered_with_ours() -> None:
-    load: Any = Pipeline.from_pretrained
-    with pytest.raises(TypeError, match="no option 'torch_dtype'; give dtype"):
-        load("emoji", torch_dtype=torch.float16)
+    for load in (Pipeline.from_pretrained, Pipeline.from_single_file):
+        from_elsewhere: Any = load
+        with pytest.raises(TypeError, match="no option 'torch_dtype'; give dtype"):
+            from_elsewhere("emoji", torch_dtype=torch.float16)
 
 
 def test_a_weight_that_is_not_read_is_said() -> None:
