@@ -29,13 +29,13 @@ def say_reading(model: str, dtype: str) -> None:
     print(said, file=sys.stderr, flush=True)
 
 
-def _dtype(path: Path) -> str | None:
-    """The dtype of most tensors of a safetensors file; None if it is none, which loading tells."""
+def _dtype(path: Path) -> str:
+    """The dtype of most tensors of a safetensors file; "" if it is none, which loading tells."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < MOST_HEADER else {}
         dtypes = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return max(dtypes, key=dtypes.count, default=None)
+        return ""
+    return max(dtypes, key=dtypes.count, default="")
