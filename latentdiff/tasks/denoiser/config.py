@@ -55,7 +55,7 @@ class TrainUNet:
         **{f"{network}.{name}": "" for network in ("unet", "dit") for name in FOLLOWS},
         "unet.addition_embed_type_num_heads": "unet.addition_embed_type",
         "diffusion.steps_offset": "diffusion.timestep_spacing=leading",
-        "validate_every": "val_fraction",
+        **{"validate_every": "val_fraction", "save_best": "val_fraction"},
         "preview_prompts": "inpainting=false",
     }
 
