@@ -40,6 +40,7 @@ from latentdiff.prepared import denoiser_of_all
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
+COMMON = ("dtype", "device", "engine")  # what every way of loading takes
 OPTIONS = [field.name for field in fields(Request) if field.init]
 
 
@@ -103,17 +104,14 @@ class Pipeline:
 
         steps, num_inference_steps: denoising steps; more are finer and slower.
         guidance_scale: how closely to follow the prompt; 1 is off and halves the time.
-        guidance_rescale: 0 … 1, takes back the contrast that guidance adds.
-        guidance_interval: (low, high) of sigma / alpha in which there is guidance.
+        guidance_rescale, guidance_interval: less contrast; (low, high) of sigma / alpha.
         guidance_eta, guidance_norm_threshold, guidance_momentum: projected guidance.
         negative_prompt: what to stay away from; one for all prompts, or one for each.
         prompt_weighting: whether "(word:1.2)" weighs a word.
-        height, width: in pixels; by default those of `image`, or the model's.
-        seed: of the first image, the others count up; or a list with one for each.
-        num_images: images of each prompt.
+        height, width: in pixels; by default those of `image`, or of the images of training.
+        num_images, seed: of each prompt; of the first image, the others count up, or of each.
         sampler, level_spacing: how a step is taken, and where; see `latentdiff.samplers`.
-        image, strength: an image to draw over, and 0 … 1, how much of it to give up.
-        mask_image: inpainting; white is drawn anew, black is kept.
+        image, strength, mask_image: to draw over; 0 … 1, how much of it to give up; white is drawn.
         variation_seed, variation_strength: another noise, and 0 … 1, how far towards it.
         progress: whether a bar shows the steps.
 
@@ -121,9 +119,9 @@ class Pipeline:
         which says more of each, and TypeError for another option, with ours that does what
         diffusers' does.
         """
-        options = {name: value for name, value in locals().items() if name in OPTIONS}
         if unknown:
             refuse_unknown(unknown, OPTIONS)
+        options = {name: value for name, value in locals().items() if name in OPTIONS}
         return self.draw(Request.of(self.diffusion, **options))
 
     def draw(self, request: Request) -> PipelineOutput:
@@ -309,7 +307,7 @@ class Pipeline:
         ValueError if there is no such model or something in it is missing, and for an option that
         such a model or engine does not have.
         """
-        refuse_unknown(unknown, ("revision", "variant", "dtype", "device", "engine"), loading=True)
+        refuse_unknown(unknown, ("revision", "variant", *COMMON), loading=True)
         if Path(name).is_file():
             for option, value in (("revision", revision), ("variant", variant)):
                 if value is not None:
@@ -337,12 +335,12 @@ class Pipeline:
         `config` (an LDM YAML file or a diffusers folder) describes what the tensors do not show.
         Without it the file's latentdiff metadata does, or a YAML file of the same name beside it,
         or the conventions of SD 1.x and 2.x, with a warning where these are ambiguous. `tokenizer`
-        is a folder or hub id; the default is the one in the file, or CLIP's own. `ema` loads the
-        running averages that some files hold as well. `dtype`, `device` and `engine` are those of
-        `from_pretrained`. Raises ValueError for any other file, saying what it seems to be.
+        is a folder or hub id; the default is the one in the file, or CLIP's own. `ema`
+        loads the running averages that some files hold as well. `dtype`, `device` and `engine` are
+        those of `from_pretrained`. Raises ValueError for any other file, saying what it seems to
+        be.
         """
-        known = ("config", "tokenizer", "ema", "dtype", "device", "engine")
-        refuse_unknown(unknown, known, loading=True)
+        refuse_unknown(unknown, ("config", "tokenizer", "ema", *COMMON), loading=True)
         weights, computed = check_engine(engine, dtype=dtype, device=device)
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=weights
