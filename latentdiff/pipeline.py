@@ -22,7 +22,7 @@ from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
 from latentdiff.formats.weights import check_numbers
-from latentdiff.guidance import Guidance, guide
+from latentdiff.guidance import Evaluate, Guidance, guide
 from latentdiff.images import to_pil, why_not_finite
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
@@ -36,6 +36,7 @@ from latentdiff.noise import ImageNoise
 from latentdiff.prepared import evaluations
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
+from latentdiff.tiles import exact, tiles
 
 MOST_PIXELS = 64_000_000
 
@@ -63,8 +64,8 @@ class Pipeline:
         self.loras = LoRAs(unet, text_encoder.model)
         """LoRAs on the UNet and the text encoder: `pipe.loras.load("style.safetensors")`."""
         self.batched = False
-        """Whether the CPU, too, denoises all images of a call at once: faster, and what a seed
-        draws then depends, by rounding, on the images beside it."""
+        """Whether the CPU, too, denoises all images of a call at once where that changes their
+        bits: faster, and what a seed draws then depends, by rounding, on the images beside it."""
 
     def __call__(
         self,
@@ -180,28 +181,32 @@ class Pipeline:
     ) -> Denoise:
         """The guided network for all images, those with equally long contexts in one batch.
 
-        On the CPU each image is a batch of its own unless `batched` is set: matrix products add up
-        in an order that depends on the batch, and fifty steps make that visible; so "same seed,
-        same image" is exact there.
+        On the CPU, unless `batched` is set, such a batch is cut into tiles, in which each image has
+        the bits that it has alone: so "same seed, same image" is exact there.
         """
-        alone = self.device.type == "cpu" and not self.batched
         batches: dict[int, list[int]] = {}
         for i, context in enumerate(contexts[0]):
-            batches.setdefault(i if alone else context.shape[1], []).append(i)
-        denoisers: list[Denoise] = []
-        for rows in batches.values():
+            batches.setdefault(context.shape[1], []).append(i)
+        of_rows = [tuple(rows) for rows in batches.values()]
+
+        @functools.cache
+        def pair(rows: tuple[int, ...]) -> tuple[Evaluate, Evaluate]:
             context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
-            conditional, halves = evaluations(
-                self.unet, context, *null, timesteps=timesteps, dtype=self.dtype
-            )
-            denoisers.append(guide(self.diffusion, conditional, halves, guidance, with_v=with_v))
+            return evaluations(self.unet, context, *null, timesteps=timesteps, dtype=self.dtype)
+
+        if self.device.type == "cpu" and not self.batched and len(contexts[0]) > 1:
+            of_rows = [tile for rows in of_rows for tile in tiles(rows)]
+            pairs = [[exact(lambda r, i=i: pair(r)[i], rows) for i in (0, 1)] for rows in of_rows]
+        else:
+            pairs = [pair(rows) for rows in of_rows]
+        denoisers = [guide(self.diffusion, *p, guidance, with_v=with_v) for p in pairs]
         if len(denoisers) == 1:
             return denoisers[0]
 
         def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
             x0: dict[int, Tensor] = {}
-            for rows, denoise_rows in zip(batches.values(), denoisers, strict=True):
-                x0 |= zip(rows, denoise_rows(x[rows], level), strict=True)
+            for rows, denoise_rows in zip(of_rows, denoisers, strict=True):
+                x0 |= zip(rows, denoise_rows(x[list(rows)], level), strict=True)
             return torch.stack([x0[i] for i in range(len(x))])
 
         return denoise
