@@ -196,7 +196,8 @@ class Pipeline:
 
         if self.device.type == "cpu" and not self.batched and len(contexts[0]) > 1:
             of_rows = [tile for rows in of_rows for tile in tiles(rows)]
-            pairs = [[exact(lambda r, i=i: pair(r)[i], rows) for i in (0, 1)] for rows in of_rows]
+            one, two = (lambda rows: pair(rows)[0]), (lambda rows: pair(rows)[1])
+            pairs = [(exact(one, rows), exact(two, rows)) for rows in of_rows]
         else:
             pairs = [pair(rows) for rows in of_rows]
         denoisers = [guide(self.diffusion, *p, guidance, with_v=with_v) for p in pairs]

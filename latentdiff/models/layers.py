@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L tokens of 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -297,7 +298,8 @@ class SpatialTransformer(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         """The keys and values of a context (B, L, D) in each transformer block."""
-        return tuple(block.attn2.keys_values(context) for block in self.transformer_blocks)
+        blocks: Any = self.transformer_blocks
+        return tuple(block.attn2.keys_values(context) for block in blocks)
 
 
 class Downsample(nn.Module):
