@@ -36,7 +36,7 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
-from latentdiff.prepared import denoiser_of_all
+from latentdiff.prepared import Batching, denoiser_of_all
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
@@ -67,8 +67,8 @@ class Pipeline:
         self.loras = LoRAs(unet, text_encoder.model)
         """LoRAs on the UNet and the text encoder: `pipe.loras.load("style.safetensors")`."""
         self.batched = False
-        """Whether the CPU, too, denoises all images of a call at once: faster, and what a seed
-        draws then depends, by rounding, on the images beside it."""
+        """Whether the CPU, too, denoises all images of a call at once where that changes their
+        bits: faster, and what a seed draws then depends, by rounding, on the images beside it."""
         self.openvino: OpenVINO | None = None
         """What computes the networks in torch's place, if they were loaded for it."""
 
@@ -161,7 +161,7 @@ class Pipeline:
             request.guidance,
             timesteps=levels.network_timesteps(),
             dtype=self.dtype,
-            alone=self.device.type == "cpu" and not self.batched,
+            batching=self._batching,
             with_v=sampler.takes_v,
         )
         if request.images or self.inpaints:
@@ -187,6 +187,12 @@ class Pipeline:
             texts.append(request.negative_prompts)
         chunks = [max(map(count, of_image)) for of_image in zip(*texts, strict=True)]
         return [[encode(text, chunks=n) for text, n in zip(t, chunks, strict=True)] for t in texts]
+
+    @property
+    def _batching(self) -> Batching:
+        if self.device.type != "cpu" or self.batched:
+            return "all"
+        return "alone" if self.openvino is not None else "exact"
 
     def _noise(self, request: Request) -> ImageNoise:
         config, multiple = self.vae.config, self.unet.multiple

@@ -7,6 +7,7 @@ the next. Shapes: B images, C latent channels, H/W latent size, L tokens, D widt
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from latentdiff.levels import Denoise, NoiseLevel
 from latentdiff.models.dit import DiT
 from latentdiff.models.layers import repeated
 from latentdiff.models.unet import UNet
+from latentdiff.tiles import exact, tiles
 
+Batching = Literal["all", "exact", "alone"]
+"""Which images are evaluated at once: those with equally long contexts, the same in tiles that
+change no bit (`tiles.py`), or none."""
 WINDOW = 64
 """Timesteps that are embedded in one product; what all 1000 of a long run add takes 80 MB for each
 row of the context at the size of SD 1.5."""
@@ -75,31 +80,40 @@ def denoiser_of_all(
     *,
     timesteps: Sequence[float],
     dtype: torch.dtype,
-    alone: bool,
+    batching: Batching,
     with_v: bool,
 ) -> Denoise:
-    """The guided network for all images: each `alone`, or those with equally long contexts at once.
+    """The guided network for all images of a request.
 
-    On a CPU each is alone: matrix products add up in an order that depends on the batch, and fifty
-    steps make that visible; so "same seed, same image" is exact there. `contexts` has one of
-    (1, L, D) for each image, and then as many without the prompt, if it is guided; the rest is as
-    in `evaluations` and `guide`.
+    On a CPU matrix products add up in an order that depends on the batch, and fifty steps make that
+    visible: "same seed, same image" holds to the bit where images are `alone`, or in tiles that are
+    `exact`. `contexts` has one of (1, L, D) for each image, and then as many without the prompt, if
+    it is guided; the rest is as in `evaluations` and `guide`.
     """
     batches: dict[int, list[int]] = {}
     for i, context in enumerate(contexts[0]):
-        batches.setdefault(i if alone else context.shape[1], []).append(i)
-    denoisers: list[Denoise] = []
-    for rows in batches.values():
+        batches.setdefault(i if batching == "alone" else context.shape[1], []).append(i)
+    of_rows = [tuple(rows) for rows in batches.values()]
+
+    @functools.cache
+    def pair(rows: tuple[int, ...]) -> tuple[Evaluate, Evaluate]:
         context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
-        conditional, halves = evaluations(network, context, *null, timesteps=timesteps, dtype=dtype)
-        denoisers.append(guide(diffusion, conditional, halves, guidance, with_v=with_v))
+        return evaluations(network, context, *null, timesteps=timesteps, dtype=dtype)
+
+    if batching == "exact" and len(contexts[0]) > 1:
+        of_rows = [tile for rows in of_rows for tile in tiles(rows)]
+        one, two = (lambda rows: pair(rows)[0]), (lambda rows: pair(rows)[1])
+        pairs = [(exact(one, rows), exact(two, rows)) for rows in of_rows]
+    else:
+        pairs = [pair(rows) for rows in of_rows]
+    denoisers = [guide(diffusion, *pair, guidance, with_v=with_v) for pair in pairs]
     if len(denoisers) == 1:
         return denoisers[0]
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
         x0: dict[int, Tensor] = {}
-        for rows, denoise_rows in zip(batches.values(), denoisers, strict=True):
-            x0 |= zip(rows, denoise_rows(x[rows], level), strict=True)
+        for rows, denoise_rows in zip(of_rows, denoisers, strict=True):
+            x0 |= zip(rows, denoise_rows(x[list(rows)], level), strict=True)
         return torch.stack([x0[i] for i in range(len(x))])
 
     return denoise

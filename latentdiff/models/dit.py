@@ -303,7 +303,8 @@ class DiT(nn.Module):
         """
         if self.context_embedder is not None:
             return self.context_embedder(context)
-        return tuple(block.attn2.keys_values(context) for block in self.transformer_blocks)
+        blocks: Any = self.transformer_blocks
+        return tuple(block.attn2.keys_values(context) for block in blocks)
 
     def prepare_times(
         self, timesteps: Tensor, context: Tensor, *, dtype: torch.dtype
@@ -317,7 +318,8 @@ class DiT(nn.Module):
         if self.text_embedding is not None:
             time = self._with_text(time.expand(-1, len(context), -1), context)  # (N, B, E)
         rows = time.flatten(0, 1)
-        modulations = [block.modulation(rows) for block in self.transformer_blocks]
+        blocks: Any = self.transformer_blocks
+        modulations: list[Tensor] = [block.modulation(rows) for block in blocks]
         modulations.append(self.norm_out(rows))
         return list(zip(*(m.unflatten(0, time.shape[:2]) for m in modulations), strict=True))
 

@@ -5,8 +5,8 @@ Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L tokens of 
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -304,7 +304,7 @@ class SpatialTransformer(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         """The keys and values of a context (B, L, D) in each transformer block."""
-        blocks = cast(Iterable[TransformerBlock], self.transformer_blocks)
+        blocks: Any = self.transformer_blocks
         return tuple(block.attn2.keys_values(context) for block in blocks)
 
 
