@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check quick test test-faults interchange theory lint types clean
+.PHONY: help setup demo check quick test test-faults interchange theory bench lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ interchange: $(VENV)/.installed-dev ## measure every file format against other t
 
 theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, numbers, links
 	MPLBACKEND=Agg $(BIN)/python docs/theory/figures.py
+
+bench: $(VENV)/.installed-dev ## how fast, beside the peers and the last figures; half an hour, alone
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py all --compare benchmarks/speed.json
 
 lint: $(VENV)/.installed-dev ## style and formatting; tests/test_architecture.py has the imports
 	$(BIN)/ruff check

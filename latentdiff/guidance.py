@@ -6,7 +6,7 @@ the second output through the first. The other options reduce the artefacts of a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from latentdiff.diffusion import Diffusion, Network
 from latentdiff.formats.header import short_repr
 from latentdiff.levels import Denoise, NoiseLevel
+
+Evaluate = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep () or (B,) -> output
 
 
 @dataclass(frozen=True)
@@ -119,42 +121,65 @@ def guided_denoiser(
 ) -> Denoise:
     """A denoiser that estimates x0 by the guided network; a float is the scale of plain guidance.
 
-    context is (B, L, D); null_context, that of the negative prompt, is (B, L, D) or (1, L, D). The
-    network sees both in one batch, [null, conditional]; where nothing is guided it sees context
-    alone, at half the cost, and no null_context is needed. Guiding the output is guiding x0,
-    because `Diffusion.to_x0` is affine. A denoiser is for one sampling run, since momentum sums
-    over its steps. With `with_v` it gives (B, 2C, H, W): x0, and v of the learned variance, which
-    is the conditional output's without guidance, as in GLIDE's code.
+    context is (B, L, D); null_context, that of the negative prompt, is (B, L, D) or (1, L, D), and
+    needed only where something is guided. `guide` says more.
     """
-    assert diffusion.learned_variance or not with_v, "only a learned variance has v"
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
     if guidance.scale != 1 and null_context is None:
         raise ValueError(f"guidance_scale={guidance.scale} needs a null_context; 1 does not")
     both = [context] if null_context is None else [null_context.expand_as(context), context]
     contexts = torch.cat(both)
-    update = torch.zeros((), device=context.device)
+
+    def conditional(x: Tensor, timestep: Tensor) -> Tensor:
+        return network(x, timestep.to(x.device, non_blocking=True).expand(len(x)), context)
+
+    def halves(x: Tensor, timestep: Tensor) -> Tensor:
+        timestep = timestep.to(x.device, non_blocking=True).expand(len(x)).repeat(2)
+        return network(torch.cat([x, x]), timestep, contexts)
+
+    return guide(diffusion, conditional, halves, guidance, with_v=with_v)
+
+
+def guide(
+    diffusion: Diffusion,
+    conditional: Evaluate,
+    halves: Evaluate,
+    guidance: Guidance,
+    *,
+    with_v: bool = False,
+) -> Denoise:
+    """A denoiser that estimates x0 from evaluations of a network at x and the network's timestep.
+
+    `halves` gives (2B, C, H, W): without the prompt, or with the negative one, then with it;
+    `conditional` the second half alone, which is all that is asked for where nothing is guided.
+    Guiding the output is guiding x0, because `Diffusion.to_x0` is affine. A denoiser is for one
+    sampling run, since momentum sums over its steps. With `with_v` it gives (B, 2C, H, W): x0, and
+    v of the learned variance, which is the conditional output's without guidance, as in GLIDE's
+    code.
+    """
+    assert diffusion.learned_variance or not with_v, "only a learned variance has v"
+    update: Tensor | None = None
 
     def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
         nonlocal update
         timestep, alpha, sigma = level
-        timestep = timestep.to(x.device, non_blocking=True).expand(len(x))
 
         def to_x0(output: Tensor) -> Tensor:
             x_t = x[:, : output.shape[1]]  # an inpainting UNet sees further channels
             return diffusion.to_x0(output, x_t, alpha, sigma)
 
         if not guidance.guides(alpha, sigma):
-            output, v = diffusion.split_output(network(x, timestep, context))
+            output, v = diffusion.split_output(conditional(x, timestep))
             x0 = to_x0(output)
         else:
-            outputs = network(torch.cat([x, x]), timestep.repeat(2), contexts).chunk(2)
-            (null, _), (output, v) = map(diffusion.split_output, outputs)
+            (null, _), (output, v) = map(diffusion.split_output, halves(x, timestep).chunk(2))
             if not guidance.projected:
                 x0 = to_x0(guidance.combine(null, output))
             else:
                 x0 = to_x0(output)
-                update = x0 - to_x0(null) + guidance.momentum * update
+                difference = x0 - to_x0(null)
+                update = difference if update is None else difference + guidance.momentum * update
                 x0 = guidance.project(update, x0)
         return torch.cat([x0, v], dim=1) if with_v and v is not None else x0
 

@@ -68,6 +68,12 @@ class NoiseLevels:
     def __getitem__(self, i: int) -> NoiseLevel:
         return NoiseLevel(self.timestep[i], self.alpha[i], self.sigma[i])
 
+    def network_timesteps(self) -> list[float]:
+        """All timesteps at which a sampler may evaluate the network, rising, each once."""
+        middles = [] if self.middle is None else self.middle.timestep.tolist()
+        # Halfway from pure noise to data is nowhere.
+        return sorted({*self.timestep[:-1].tolist(), *filter(math.isfinite, middles)})
+
     def ends(self) -> tuple[Level, Level]:
         """The levels s and t of each step, which goes from x_t to x_s, each (N,)."""
         return Level(self.alpha[1:], self.sigma[1:]), Level(self.alpha[:-1], self.sigma[:-1])

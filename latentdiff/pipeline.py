@@ -1,8 +1,8 @@
 """From prompts to images: text encoder, denoiser, VAE and noise schedule composed.
 
 Start reading at `Pipeline._sample`; it leads to models/text.py, levels.py, noise.py, samplers/,
-guidance.py, diffusion.py, models/unet.py and models/vae.py. Image-to-image and inpainting are in
-editing.py, loading and saving in loading.py.
+guidance.py, prepared.py, diffusion.py, models/unet.py and models/vae.py. Image-to-image and
+inpainting are in editing.py, loading and saving in loading.py.
 Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
 """
 
@@ -22,21 +22,23 @@ from tqdm.auto import tqdm
 from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
+from latentdiff.engines.choice import check_engine
+from latentdiff.engines.openvino import OpenVINO
 from latentdiff.formats.weights import check_numbers
-from latentdiff.guidance import Guidance, guided_denoiser
+from latentdiff.guidance import Guidance, guide
 from latentdiff.images import to_pil, why_not_finite
 from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
 from latentdiff.models.lora import LoRAs
+from latentdiff.models.precision import Precision
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
+from latentdiff.prepared import evaluations
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
-
-MOST_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Pipeline:
         self.batched = False
         """Whether the CPU, too, denoises all images of a call at once: faster, and what a seed
         draws then depends, by rounding, on the images beside it."""
+        self.openvino: OpenVINO | None = None
+        """What computes the networks in torch's place, if they were loaded for it."""
 
     def __call__(
         self,
@@ -153,7 +157,8 @@ class Pipeline:
         sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
         levels = sampler.levels(self.diffusion, request.steps, spacing=request.level_spacing)
         noise = self._noise(request)
-        denoise = self._denoiser(contexts, request.guidance, with_v=sampler.takes_v)
+        timesteps = levels.network_timesteps()
+        denoise = self._denoiser(contexts, request.guidance, timesteps, with_v=sampler.takes_v)
         if request.images or self.inpaints:
             levels = levels.last(request.num_denoising_steps)
             x, denoise = edit(
@@ -179,7 +184,12 @@ class Pipeline:
         return [[encode(text, chunks=n) for text, n in zip(t, chunks, strict=True)] for t in texts]
 
     def _denoiser(
-        self, contexts: list[list[Tensor]], guidance: Guidance, *, with_v: bool
+        self,
+        contexts: list[list[Tensor]],
+        guidance: Guidance,
+        timesteps: Sequence[float],
+        *,
+        with_v: bool,
     ) -> Denoise:
         """The guided network for all images, those with equally long contexts in one batch.
 
@@ -194,12 +204,10 @@ class Pipeline:
         denoisers: list[Denoise] = []
         for rows in batches.values():
             context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
-            null_context = null[0] if null else None
-            denoisers.append(
-                guided_denoiser(
-                    self.diffusion, self._network, context, null_context, guidance, with_v=with_v
-                )
+            conditional, halves = evaluations(
+                self.unet, context, *null, timesteps=timesteps, dtype=self.dtype
             )
+            denoisers.append(guide(self.diffusion, conditional, halves, guidance, with_v=with_v))
         if len(denoisers) == 1:
             return denoisers[0]
 
@@ -211,39 +219,14 @@ class Pipeline:
 
         return denoise
 
-    @torch.no_grad()
-    def _network(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x.to(self.dtype), timestep, context).to(x.dtype)
-
     def _noise(self, request: Request) -> ImageNoise:
-        size = (self.vae.config.latent_channels, *self._latent_size(request))
+        config, multiple = self.vae.config, self.unet.multiple
+        height, width = request.latent_size(self.side, factor=config.factor, multiple=multiple)
+        size = (config.latent_channels, height, width)
         # Half-precision networks are sampled in float32 too: the sums of the steps are cheap, and
         # their rounding errors add up.
         dtype = torch.promote_types(self.dtype, torch.float32)
         return ImageNoise(request.seeds, size, device=self.device, dtype=dtype)
-
-    def _latent_size(self, request: Request) -> tuple[int, int]:
-        """Height and width of the latents; by default those of the init image or of training."""
-        f, multiple = self.vae.config.factor, self.vae.config.factor * self.unet.multiple
-        default = request.images[0].size[::-1] if request.images else (self.side, self.side)
-        size = []
-        for field, pixels in zip(("height", "width"), default, strict=True):
-            requested = getattr(request, field)
-            if requested is not None and requested % multiple:
-                patch = "" if multiple == f else f" times {self.unet.multiple}, a patch of the DiT"
-                why = f"the factor of the VAE{patch}"
-                raise ValueError(f"{field}={requested} must be divisible by {multiple}, {why}")
-            if pixels < multiple:
-                raise ValueError(
-                    f"image has a {field} of {pixels}; it must be at least {multiple} pixels"
-                )
-            size.append((pixels // multiple * multiple if requested is None else requested) // f)
-        if size[0] * size[1] * f**2 > MOST_PIXELS:
-            raise ValueError(
-                f"height={size[0] * f} and width={size[1] * f} are too large; an image has at most "
-                f"{MOST_PIXELS:,} pixels"
-            )
-        return size[0], size[1]
 
     @torch.no_grad()
     def encode(
@@ -278,8 +261,11 @@ class Pipeline:
     def to(self, target: str | torch.device | torch.dtype) -> Self:
         """Move the three networks to a device, or convert them to a dtype, in place.
 
-        Raises ValueError for weights that are too large for the dtype; nothing has changed then.
+        Raises ValueError for weights that are too large for the dtype, and for what OpenVINO does
+        not compute in or on; nothing has changed then.
         """
+        if self.openvino is not None:
+            self.openvino.check_target(target)
         networks = (self.unet, self.vae, self.text_encoder)
         if isinstance(target, torch.dtype):
             for network in networks:
@@ -298,6 +284,16 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """The dtype of the UNet."""
         return next(self.unet.parameters()).dtype
+
+    @property
+    def engine(self) -> str:
+        """What computes the networks: "torch" or "openvino"."""
+        return "torch" if self.openvino is None else "openvino"
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype that the UNet is computed in: `dtype`, or OpenVINO's."""
+        return self.dtype if self.openvino is None else self.openvino.dtype
 
     @property
     def inpaints(self) -> bool:
@@ -326,26 +322,29 @@ class Pipeline:
         *,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
+        engine: str = "torch",
     ) -> Self:
         """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
 
         A single file is one .safetensors file of A1111's and ComfyUI's kind: see
         `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
         id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
-        become `dtype`, or stay as they are with None; without `device` they stay on the CPU.
-        Raises ValueError if there is no such model or something in it is missing, and for an option
-        that such a model does not have.
+        become `dtype`, which with "auto" is bfloat16 where the device computes in it and float32
+        elsewhere, or stay as they are with None; without `device` they stay on the CPU. `engine`
+        "openvino" computes on a CPU in torch's place, in `dtype` (docs/generate.md). Raises
+        ValueError if there is no such model or something in it is missing, and for an option that
+        such a model or engine does not have.
         """
         if Path(name).is_file():
             for option, value in (("revision", revision), ("variant", variant)):
                 if value is not None:
                     raise ValueError(f"{option}={value!r} is not of a single file, which {name} is")
-            return cls.from_single_file(name, dtype=dtype, device=device)
-        components = loading.load_folder(name, revision=revision, variant=variant, dtype=dtype)
-        pipeline = cls(**components._asdict())
-        return pipeline if device is None else pipeline.to(device)
+            return cls.from_single_file(name, dtype=dtype, device=device, engine=engine)
+        weights, computed = check_engine(engine, dtype=dtype, device=device)
+        components = loading.load_folder(name, revision=revision, variant=variant, dtype=weights)
+        return cls(**components._asdict())._on(device, computed, name)
 
     @classmethod
     def from_single_file(
@@ -355,8 +354,9 @@ class Pipeline:
         config: str | Path | None = None,
         tokenizer: str | Path | None = None,
         ema: bool = False,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
+        engine: str = "torch",
     ) -> Self:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
 
@@ -364,14 +364,24 @@ class Pipeline:
         Without it the file's latentdiff metadata does, or a YAML file of the same name beside it,
         or the conventions of SD 1.x and 2.x, with a warning where these are ambiguous. `tokenizer`
         is a folder or hub id; the default is the one in the file, or CLIP's from the hub. `ema`
-        loads the running averages that some files hold as well. Raises ValueError for any other
-        file, saying what it seems to be.
+        loads the running averages that some files hold as well. `dtype`, `device` and `engine` are
+        those of `from_pretrained`. Raises ValueError for any other file, saying what it seems to
+        be.
         """
+        weights, computed = check_engine(engine, dtype=dtype, device=device)
         components = loading.load_single_file(
-            path, config=config, tokenizer=tokenizer, ema=ema, dtype=dtype
+            path, config=config, tokenizer=tokenizer, ema=ema, dtype=weights
         )
-        pipeline = cls(**components._asdict())
-        return pipeline if device is None else pipeline.to(device)
+        return cls(**components._asdict())._on(device, computed, path)
+
+    def _on(
+        self, device: str | torch.device | None, computed: torch.dtype | None, model: str | Path
+    ) -> Self:
+        """Go to a device, or to OpenVINO if that computes in a dtype; the model is at `model`."""
+        if computed is not None:
+            networks = (self.unet, self.vae, self.text_encoder)
+            self.openvino = OpenVINO(*networks, self.loras, dtype=computed, model=model)
+        return self if device is None else self.to(device)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain diffusers pipeline folder; `dtype` is what weights are converted to.

@@ -22,6 +22,7 @@ from latentdiff.samplers import find_sampler
 
 MOST = {"steps": 1_000_000, "num_images": 100_000, "height": 65_536, "width": 65_536}
 WITH_GUIDANCE = tuple(f"guidance_{f.name}" for f in fields(Guidance) if f.name != "scale")
+MOST_PIXELS = 64_000_000
 LIGHTEST_KEPT = 127  # of a mask's 0 … 255
 
 
@@ -240,6 +241,38 @@ class Request:
         """The number of steps that are taken, the last ones: all unless `strength` is below 1."""
         # 100 * 0.29 is 28.999999999999996, of which diffusers makes 28.
         return math.floor(self.steps * (1 if self.strength is None else self.strength) + 1e-6)
+
+    def latent_size(self, side: int, *, factor: int, multiple: int) -> tuple[int, int]:
+        """Height and width of the latents; by default those of the init image, or of `side` pixels.
+
+        `factor` is the VAE's, and latents are divisible by `multiple`, the patch of a DiT. Raises
+        ValueError for a height or width that cannot be drawn.
+        """
+        pixels_each = factor * multiple
+        default = self.images[0].size[::-1] if self.images else (side, side)
+        size = []
+        for field_name, pixels in zip(("height", "width"), default, strict=True):
+            requested = getattr(self, field_name)
+            if requested is not None and requested % pixels_each:
+                patch = "" if multiple == 1 else f" times {multiple}, a patch of the DiT"
+                raise ValueError(
+                    f"{field_name}={requested} must be divisible by {pixels_each}, the factor of "
+                    f"the VAE{patch}"
+                )
+            if pixels < pixels_each:
+                raise ValueError(
+                    f"image has a {field_name} of {pixels}; it must be at least {pixels_each} "
+                    "pixels"
+                )
+            kept = pixels // pixels_each * pixels_each if requested is None else requested
+            size.append(kept // factor)
+        height, width = size
+        if height * width * factor**2 > MOST_PIXELS:
+            raise ValueError(
+                f"height={height * factor} and width={width * factor} are too large; an image has "
+                f"at most {MOST_PIXELS:,} pixels"
+            )
+        return height, width
 
     @property
     def guidance(self) -> Guidance:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.scripts import LAUNCH, ROOT
 
+from latentdiff.models.precision import computes_bf16
 from latentdiff.training.accelerator import (
     MIN_COMPILED_STEPS,
     ComputeConfig,
@@ -17,7 +18,6 @@ from latentdiff.training.accelerator import (
     Sharding,
     check_environment,
     choose_precision,
-    computes_bf16,
     decide_compile,
     make_accelerator,
 )

@@ -55,8 +55,9 @@ def test_the_sentence_has_both_losses_and_what_helps(tmp_path: Path) -> None:
     assert errors.add(400, LEVELS) == ""
     assert errors.add(500, LEVELS + 0.1) == (
         "step 500: the validation loss has risen from 2.4 (step 400) to 2.5: the network begins to "
-        "learn the training images by heart; the model of step 400 was better with others, and a "
-        "run with --max_steps 400, more images or a lower learning_rate helps"
+        "learn the training images by heart; the model of step 400 was better with others; "
+        "--save_best true keeps it, and a run with --max_steps 400, more images or a lower "
+        "learning_rate helps"
     )
 
 
@@ -143,18 +144,23 @@ def train(data: Path, run: Path, *args: str) -> None:
     run_here("train_unet", *TINY.split(), f"--data={data}", f"--output_dir={run}", *args)
 
 
+def weights(model: Path) -> bytes:
+    return (model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
 @pytest.mark.training
 def test_four_images_are_learned_by_heart_and_a_resumed_run_says_it_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build_shapes(tmp_path / "few", count=7, seed=0, size=64)
-    options = (tmp_path / "few", tmp_path / "run", "--val_fraction=0.43")
+    options = (tmp_path / "few", tmp_path / "run", "--val_fraction=0.43", "--save_best=true")
     train(*options, "--max_steps=25")
+    then = weights(tmp_path / "run" / "model")
     said = capsys.readouterr().out
     assert "3 of 7 images, each with 4 noises and times in each of 8 bins" in said
     assert SAID not in said
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    train(options[0], tmp_path / "whole", options[2], "--max_steps=75")
+    train(options[0], tmp_path / "whole", *options[2:], "--max_steps=75")
     whole = [line for line in capsys.readouterr().out.splitlines() if SAID in line]
     assert len(whole) == 1
     train(*options, "--max_steps=50")
@@ -164,6 +170,8 @@ def test_four_images_are_learned_by_heart_and_a_resumed_run_says_it_once(
     errors = [(tmp_path / name / ERRORS_FILE).read_bytes() for name in ("run", "whole")]
     assert errors[0] == errors[1]
     assert [json.loads(line)["step"] for line in errors[0].splitlines()] == list(range(25, 76, 25))
+    for name in ("run", "whole"):  # what a run that ended at the best step left
+        assert weights(tmp_path / name / "best") == then != weights(tmp_path / name / "model")
 
 
 @pytest.mark.training

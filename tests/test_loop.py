@@ -22,12 +22,12 @@ from latentdiff.data.batches import batches
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.precision import computes_bf16
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.tasks.clip.tokenizer import train_tokenizer
 from latentdiff.tasks.denoiser.loss import LossConfig
 from latentdiff.tasks.vae.losses import vae_loss
-from latentdiff.training.accelerator import computes_bf16
 from latentdiff.training.learner import Learner
 from latentdiff.training.logging.log import Log
 from latentdiff.training.logging.meter import Metrics

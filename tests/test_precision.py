@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,27 @@ def test_a_model_in_float8_is_converted(
     assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "two.safetensors")]) == 0
     one, two = (load_safetensors(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     assert all(torch.equal(two[name].float(), tensor.float()) for name, tensor in one.items())
+
+
+def test_auto_is_bfloat16_where_the_device_computes_in_it(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        loaded = Pipeline.from_pretrained(tmp_path / "model", dtype="auto")
+        assert {p.dtype for network in loaded.components[:3] for p in parameters(network)} == {
+            dtype
+        }
+    assert Pipeline.from_pretrained(tmp_path / "model").dtype == torch.float32
+
+
+def parameters(network: Any) -> list[torch.Tensor]:
+    return list(getattr(network, "model", network).parameters())
+
+
+def test_a_precision_that_is_no_dtype_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    wrong: Any = "bf16"
+    with pytest.raises(ValueError, match=r"dtype='bf16' must be a torch\.dtype, 'auto'"):
+        Pipeline.from_pretrained(tmp_path / "model", dtype=wrong)

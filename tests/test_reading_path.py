@@ -16,7 +16,7 @@ from latentdiff.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "latentdiff"
-MOST_FUNCTIONS = 70
+MOST_FUNCTIONS = 83
 # From the sentence that says how many files there are to the end of README's paragraph, or of the
 # section of architecture.md.
 WALK = re.compile(r'`pipe\("a cat", steps=50\)` is (\d+) files.*?(?=No function runs|\n## )', re.S)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 from support.cases import mostly_exhaustive
 from support.tiny import tiny_pipeline
@@ -107,6 +108,24 @@ def test_what_is_given_besides_replaces_what_the_image_says(model: str, tmp_path
     assert run(*first[:-3], str(tmp_path / "3"), "--seed", "2") == 0
     assert pixels(tmp_path / "2" / "0000-2.png") == pixels(tmp_path / "3" / "0000-2.png")
     assert pixels(tmp_path / "2" / "0000-2.png") != pixels(path)
+
+
+def test_the_record_says_which_precision_auto_was(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the image is drawn in it again, on a processor that would choose the other too."""
+    for native, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        out = tmp_path / dtype
+        options = ["a", "--model", model, "--steps", "2", "--seed", "1", "--out", str(out)]
+        assert run(*options, "--dtype", "auto") == 0
+        record = read_png(out / "0000-1.png").record
+        assert record is not None
+        assert record["dtype"] == dtype
+    assert run("--from", str(tmp_path / "bfloat16/0000-1.png"), "--out", str(tmp_path)) == 0
+    again = read_png(tmp_path / "0000-1.png").record
+    assert again is not None
+    assert again["dtype"] == "bfloat16"
 
 
 def test_another_model_is_said_to_be_another(

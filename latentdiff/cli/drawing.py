@@ -19,6 +19,7 @@ from latentdiff.cli.record import (
     warn_of_changes,
 )
 from latentdiff.data.decode import Decoding, decode
+from latentdiff.engines.choice import check_engine
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
 from latentdiff.formats.png import LoraRecord, Record, save_png
 from latentdiff.images import MASK_WITH_TRANSPARENCY, image_grid
@@ -34,12 +35,13 @@ def draw(arguments: argparse.Namespace) -> None:
         reason = error.strerror
         raise ValueError(f"--out: {arguments.out} cannot be a folder: {reason}") from error
     user_options = vars(arguments)
-    device = find_device(arguments.device)
     again, record = (
         ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
     )
     model = user_options.get("model") or _recorded_model(record, arguments.again)
     dtype = user_options.get("dtype", record["dtype"] if record else "float32")
+    engine = user_options.get("engine", (record or {}).get("engine", "torch"))
+    device = _device(arguments.device, engine)
     loras = _loras(user_options.get("lora"), record)
     images = _images(user_options, record)
     # Checked and read before a model is loaded: what is drawn must not be lost to a file that is
@@ -54,6 +56,7 @@ def draw(arguments: argparse.Namespace) -> None:
         device=device,
         variant=arguments.variant,
         revision=arguments.revision,
+        engine=engine,
     )
     records = record is not None or not arguments.no_metadata
     digest = pipeline.fingerprint() if records else ""
@@ -165,16 +168,29 @@ def load_pipeline(
     device: torch.device,
     variant: str | None = None,
     revision: str | None = None,
+    engine: str = "torch",
 ) -> Pipeline:
     """Load a model by its name, folder, file or hub id, without transformers' bars and advice."""
+    precision = "auto" if dtype == "auto" else getattr(torch, dtype)
+    check_engine(engine, dtype=precision, device=device)  # before anything is fetched
     source = Path(model)
     if not source.is_file():
         source = find_model(model, variant=variant, revision=revision)  # shows a download's bar
         revision = None  # the folder has it
     _quiet_transformers()
     return Pipeline.from_pretrained(
-        source, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device
+        source,
+        revision=revision,
+        variant=variant,
+        dtype=precision,
+        device=device,
+        engine=engine,
     )
+
+
+def _device(name: str | None, engine: str) -> torch.device:
+    """The named device, or an accelerator, where the engine computes on one, or the CPU."""
+    return torch.device("cpu") if name is None and engine == "openvino" else find_device(name)
 
 
 def find_device(name: str | None) -> torch.device:

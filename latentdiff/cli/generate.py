@@ -4,6 +4,8 @@ import argparse
 import functools
 from pathlib import Path
 
+from latentdiff.engines import ENGINES
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -24,13 +26,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.set_defaults(run=_generate, parser=parser)
     add = parser.add_argument
     add("prompt", nargs="*", metavar="PROMPT", help='such as "a cat" "a dog"')
-    files = parser.add_argument_group("what to draw with, and where to")
-    add = files.add_argument
+    add = parser.add_argument_group("what to draw with, and where to").add_argument
     add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
     add("--revision", default=None, help="branch, tag or commit of a hub id")
     add("--variant", default=None, help="such as fp16: which of the folder's weights")
-    add("--dtype", choices=DTYPES, help="what to compute in; default: float32")
+    add("--dtype", choices=(*DTYPES, "auto"), help="what to compute in; default: float32")
     add("--device", default=None, help="such as cpu or cuda; default: an accelerator if any")
+    add("--engine", choices=ENGINES, help="what computes; openvino is for CPUs; default: torch")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="may be given several times")
     add("--out", type=Path, default=Path("outputs"), help="folder for the images")
     add(

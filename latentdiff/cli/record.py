@@ -44,9 +44,10 @@ def image_record(
         "request": request.record(i),
         "model": model,
         "model_sha256": model_sha256,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "dtype": str(pipeline.precision).removeprefix("torch."),
         "device": pipeline.device.type,
-        "packages": _packages(),
+        "engine": pipeline.engine,
+        "packages": _packages(pipeline.engine),
         "loras": list(loras),
     }
     return {**record, **files}  # pyright: ignore[reportReturnType]
@@ -115,10 +116,13 @@ def same_file(record: FileRecord, option: str) -> Path:
 
 def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> None:
     """Warn, in one sentence, if this is not what the record's image was drawn with."""
-    dtype = str(pipeline.dtype).removeprefix("torch.")
-    current: dict[str, Any] = {"dtype": dtype, "device": pipeline.device.type, **_packages()}
+    dtype = str(pipeline.precision).removeprefix("torch.")
+    engine = record.get("engine", "torch")
+    current: dict[str, Any] = {"dtype": dtype, "device": pipeline.device.type}
     recorded: dict[str, Any] = {"dtype": record["dtype"], "device": record["device"]}
-    recorded |= record["packages"]
+    same = engine if engine == pipeline.engine else "torch"
+    current |= {"engine": pipeline.engine, **_packages(same)}
+    recorded |= {"engine": engine, **record["packages"]}
     if dtype == record["dtype"]:  # in another the weights are others too, by their rounding
         current["model"], recorded["model"] = model_sha256, record["model_sha256"]
     changed = [
@@ -133,6 +137,7 @@ def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> No
         )
 
 
-def _packages() -> dict[str, str]:
-    versions = {name: metadata.version(name) for name in PACKAGES}
+def _packages(engine: str) -> dict[str, str]:
+    names = (*PACKAGES, *(["openvino"] if engine == "openvino" else []))
+    versions = {name: metadata.version(name) for name in names}
     return {"latentdiff": latentdiff.__version__, **versions}

@@ -84,6 +84,8 @@ class Record(TypedDict):
     model_sha256: str | None
     dtype: Literal["float32", "float16", "bfloat16"]
     device: str
+    engine: NotRequired[Literal["torch", "openvino"]]
+    """What computed the networks; not in records before there were engines: torch."""
     packages: dict[str, str]
     loras: list[LoraRecord]
 

@@ -101,6 +101,32 @@ def fuse(network: nn.Module, adapters: list[str]) -> None:
     take_off(network)
 
 
+@contextmanager
+@torch.no_grad()
+def merged(network: nn.Module, adapters: list[str]) -> Iterator[bool]:
+    """Have the changes of these adapters in the weights and no wrappers, until this is left.
+
+    Yields whether there are any.
+    """
+    outermost = wrapped(network)
+    bases = {name: _base(layer) for name, layer in outermost.items()}
+    weights = {name: base.weight.data for name, base in bases.items()}
+    try:
+        for name, layer in outermost.items():
+            bases[name].weight.data = fused_weight(layer, adapters)
+            network.set_submodule(name, bases[name])
+        yield any(
+            adapter in wrapper.scaling
+            for layer in outermost.values()
+            for wrapper in wrappers(layer)
+            for adapter in adapters
+        )
+    finally:
+        for name, layer in outermost.items():
+            bases[name].weight.data = weights[name]
+            network.set_submodule(name, layer)
+
+
 def take_off(network: nn.Module) -> None:
     """Replace the wrappers by what they wrap."""
     for name, layer in wrapped(network).items():

@@ -9,6 +9,7 @@ E width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -20,8 +21,10 @@ from torch.nn import functional as F
 from latentdiff.models.layers import (
     Attention,
     FeedForward,
+    KeysValues,
     TimestepEmbedding,
     attend,
+    repeated,
     timestep_embedding,
 )
 from latentdiff.models.network_config import (
@@ -89,15 +92,14 @@ class DiTConfig:
 
 
 class Modulation(nn.Module):
-    """adaLN-Zero: `count` vectors (B, 1, E) from the time (B, E), all of them zero at the start."""
+    """adaLN-Zero: `count` vectors (B, 1, count · E) from the time (B, E), all zero at the start."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
-        self.count = count
         self.linear = nn.Linear(width, count * width)
 
-    def forward(self, time: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(time))[:, None].chunk(self.count, dim=-1)
+    def forward(self, time: Tensor) -> Tensor:
+        return self.linear(F.silu(time))[:, None]
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -108,7 +110,8 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class CrossBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward.
 
-    (B, N, E), (B, L, D), (B, E) -> (B, N, E) and the context as it came.
+    (B, N, E), (B, L, D), (B, E) -> (B, N, E) and the context as it came. In place of the time it
+    takes the `modulation` of it, in place of the context its keys and values in `attn2`.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -119,11 +122,20 @@ class CrossBlock(nn.Module):
         self.attn2 = Attention(width, heads=heads, context_dim=dim, bias=True)
         self.ff = FeedForward(width, gated=False)
 
-    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(time)
+    def forward(
+        self, x: Tensor, context: Tensor | KeysValues, time: Tensor
+    ) -> tuple[Tensor, Tensor | KeysValues]:
+        time = time if time.ndim == 3 else self.modulation(time)
+        shift1, scale1, gate1, shift2, scale2, gate2 = time.chunk(6, dim=-1)
+        x = repeated(x, len(time))
         x = x + gate1 * self.attn1(modulated(x, shift1, scale1))
-        x = x + self.attn2(F.layer_norm(x, x.shape[-1:], eps=1e-6), context)
+        attended = self.attn2(F.layer_norm(x, x.shape[-1:], eps=1e-6), context)
+        x = repeated(x, len(attended)) + attended
         return x + gate2 * self.ff(modulated(x, shift2, scale2)), context
+
+    def modulation(self, time: Tensor) -> Tensor:
+        """All vectors that the time (B, E) modulates by: (B, 1, 6 · E)."""
+        return self.norm1(time)
 
 
 class JointAttention(nn.Module):
@@ -163,7 +175,8 @@ class JointBlock(nn.Module):
     """Joint attention, then a feed-forward each for patches and text.
 
     (B, N, E), (B, L, E), (B, E) -> both. The `last` block has no output for the text, and no
-    parameters for one: the text gives only keys and values.
+    parameters for one: the text gives only keys and values. In place of the time it takes the
+    `modulation` of it.
     """
 
     def __init__(self, config: DiTConfig, *, last: bool) -> None:
@@ -176,18 +189,24 @@ class JointBlock(nn.Module):
         self.ff_context = None if last else FeedForward(width, gated=False)
 
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(time)
+        time = time if time.ndim == 3 else self.modulation(time)
+        shift1, scale1, gate1, shift2, scale2, gate2, *of_context = time.split(x.shape[-1], dim=-1)
+        x = repeated(x, len(context))
         patches = modulated(x, shift1, scale1)
         if self.ff_context is None:
-            scale1, shift1 = self.norm1_context(time)  # in diffusers' order, for its weights
+            scale1, shift1 = of_context  # in diffusers' order, for its weights
             attended, _ = self.attn(patches, modulated(context, shift1, scale1))
         else:
-            shift1, scale1, gate3, shift4, scale4, gate4 = self.norm1_context(time)
+            shift1, scale1, gate3, shift4, scale4, gate4 = of_context
             attended, context_attended = self.attn(patches, modulated(context, shift1, scale1))
             context = context + gate3 * context_attended
             context = context + gate4 * self.ff_context(modulated(context, shift4, scale4))
         x = x + gate1 * attended
         return x + gate2 * self.ff(modulated(x, shift2, scale2)), context
+
+    def modulation(self, time: Tensor) -> Tensor:
+        """All vectors that the time (B, E) modulates by: (B, 1, 12 · E), or 8 · E in the last."""
+        return torch.cat([self.norm1(time), self.norm1_context(time)], dim=-1)
 
 
 class DiT(nn.Module):
@@ -242,29 +261,75 @@ class DiT(nn.Module):
                     nn.init.zeros_(parameter)
         nn.init.zeros_(self.proj_out.weight)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | Sequence[Tensor],
+        context: Tensor | Sequence[KeysValues],
+    ) -> Tensor:
         """(B, C, H, W), (B,), (B, L, D) -> (B, C, H, W); any H and W that `patch_size` divides.
 
-        `timestep` is on diffusers' scale, 0 … 999. Raises ValueError for another size.
+        `timestep` is on diffusers' scale, 0 … 999. In a sampling run `prepare_times` and
+        `prepare_context` give what takes the place of both, as in the UNet: with contexts of 2B
+        rows the result is that of [x, x]. Raises ValueError for another size.
         """
         p = self.config.patch_size
         if x.shape[2] % p or x.shape[3] % p:
             raise ValueError(f"latents of {tuple(x.shape[2:])} must be divisible by patch_size={p}")
         height, width = x.shape[2] // p, x.shape[3] // p
-        time = self.time_embedding(timestep_embedding(timestep, FREQUENCIES).to(x.dtype))  # (B, E)
-        if self.text_embedding is not None:
-            time = time + self.text_embedding(context.mean(dim=1))
+        if isinstance(timestep, Tensor):
+            assert isinstance(context, Tensor), "the text may join the time"
+            time = self._with_text(self._embedded(timestep, x.dtype), context)  # (B, E)
+            times, modulation = [time] * len(self.transformer_blocks), self.norm_out(time)
+            states = context if self.context_embedder is None else self.context_embedder(context)
+        else:
+            (*times, modulation), states = timestep, context
         tokens = rearrange(self.patch_embed(x), "b e h w -> b (h w) e")  # (B, N, E)
         where = positions(height, width, self.config.width, device=x.device)
         # In x's precision, not the convolution's: under autocast the blocks add up in float32.
         tokens = tokens + where.to(x.dtype)
-        if self.context_embedder is not None:
-            context = self.context_embedder(context)  # (B, L, E)
-        for block in self.transformer_blocks:
-            tokens, context = block(tokens, context, time)
-        scale, shift = self.norm_out(time)
+        for i, (block, time) in enumerate(zip(self.transformer_blocks, times, strict=True)):
+            if isinstance(states, Tensor):
+                tokens, states = block(tokens, states, time)
+            else:
+                tokens, _ = block(tokens, states[i], time)
+        scale, shift = modulation.chunk(2, dim=-1)
         tokens = self.proj_out(modulated(tokens, shift, scale))  # (B, N, p·p·C)
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+
+    def prepare_context(self, context: Tensor) -> Tensor | tuple[KeysValues, ...]:
+        """Of a context (B, L, D) the keys and values in each block, or with joint attention its
+        embedding (B, L, E), of which each block makes another.
+        """
+        if self.context_embedder is not None:
+            return self.context_embedder(context)
+        return tuple(block.attn2.keys_values(context) for block in self.transformer_blocks)
+
+    def prepare_times(
+        self, timesteps: Tensor, context: Tensor, *, dtype: torch.dtype
+    ) -> list[tuple[Tensor, ...]]:
+        """Of each of N timesteps (N,) the modulation of each block and of the output.
+
+        They have a row for each row of the context (B, L, D) where the text joins the time, else
+        one. `dtype` is that of x.
+        """
+        time = self._embedded(timesteps, dtype)[:, None]  # (N, 1, E)
+        if self.text_embedding is not None:
+            time = self._with_text(time.expand(-1, len(context), -1), context)  # (N, B, E)
+        rows = time.flatten(0, 1)
+        modulations = [block.modulation(rows) for block in self.transformer_blocks]
+        modulations.append(self.norm_out(rows))
+        return list(zip(*(m.unflatten(0, time.shape[:2]) for m in modulations), strict=True))
+
+    def _embedded(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) -> (B, E), computed in `dtype`."""
+        return self.time_embedding(timestep_embedding(timestep, FREQUENCIES).to(dtype))
+
+    def _with_text(self, time: Tensor, context: Tensor) -> Tensor:
+        """(…, B, E), (B, L, D) -> (…, B, E): the time, and the text if this network adds it."""
+        if self.text_embedding is None:
+            return time
+        return time + self.text_embedding(context.mean(dim=1))
 
 
 def positions(height: int, width: int, dim: int, *, device: torch.device) -> Tensor:

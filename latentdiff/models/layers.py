@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L tokens of 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -13,6 +14,17 @@ from torch.nn import functional as F
 
 from latentdiff.models.group_norm import GroupNorm
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of a context, (B, h, L, C/h) each, for the h heads of one attention."""
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """x (B, …) as a batch of at least `rows`: x itself, or [x, x, …] where these are more than B.
+
+    The halves of guidance see the same x until the text joins: it stays one batch up to there.
+    """
+    return x if rows <= len(x) else torch.cat([x] * (rows // len(x)))
+
 
 def timestep_embedding(
     timestep: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0
@@ -20,8 +32,11 @@ def timestep_embedding(
     """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5), (B,) -> (B, dim) in float32.
 
     The frequencies are float32 in every precision, as in diffusers: a float64 network differs from
-    it by rounding only when both start from the same sinusoids.
+    it by rounding only when both start from the same sinusoids. Sinusoids, (B, dim), stay as they
+    are: what computes in bfloat16 from its inputs on, where 999 and 1000 are one number, gets them.
     """
+    if timestep.ndim == 2:
+        return timestep
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
     angles = timestep[:, None].float() * torch.exp(exponent / (half - freq_shift))  # (B, dim/2)
@@ -78,7 +93,8 @@ class TextTimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice, with a skip; the time embedding joins in between.
 
-    (B, in_channels, H, W), (B, time_dim) -> (B, out_channels, H, W)
+    (B, in_channels, H, W), (B, time_dim) -> (B, out_channels, H, W). In place of the time it takes
+    the `time_shift` of it.
     """
 
     def __init__(
@@ -104,13 +120,23 @@ class ResnetBlock(nn.Module):
         h = self.conv1(self.norm1(x))
         if self.time_emb_proj is not None:
             assert time is not None
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+            shift = time if time.ndim == 4 else self.time_shift(time)
+            h = repeated(h, len(shift)) + shift
         h = self.conv2(self.norm2(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h + repeated(skip, len(h))
+
+    def time_shift(self, time: Tensor) -> Tensor:
+        """What the time (B, time_dim) adds to each channel: (B, out_channels, 1, 1)."""
+        assert self.time_emb_proj is not None
+        return self.time_emb_proj(F.silu(time))[:, :, None, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D) -> (B, N, C)."""
+    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D) -> (B, N, C).
+
+    In place of the context it takes the `keys_values` of it.
+    """
 
     def __init__(
         self, channels: int, *, heads: int, context_dim: int | None = None, bias: bool = False
@@ -124,14 +150,21 @@ class Attention(nn.Module):
         # Index 0 of a list, because diffusers keeps a dropout at index 1.
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = attend(q, k, v)  # (B, h, N, C/h)
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        q = self._heads(self.to_q(x))
+        if isinstance(context, tuple):
+            k, v = context
+        else:
+            k, v = self.keys_values(x if context is None else context)
+        out = attend(repeated(q, len(k)), k, v)  # (B, h, N, C/h)
         return self.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of a context (B, L, D), which a sampling run computes once."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,9 +172,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     torch's fused kernel, except for few tokens on a CPU, where two plain products are faster:
     forward and backward of 64 by 24 tokens in bfloat16 took 15 ms against 46 ms on one core
-    (batch 128, two heads of 64; torch 2.12.1, AMD EPYC with avx512_bf16).
+    (batch 128, two heads of 64; torch 2.12.1, AMD EPYC with avx512_bf16). What traces it gets the
+    fused one, as a trace is for any number of tokens.
     """
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 64 * 64:
+    few = not torch.jit.is_tracing() and q.shape[-2] * k.shape[-2] <= 64 * 64
+    if few and q.device.type == "cpu":
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, N, L)
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -154,7 +189,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
         assert context is None
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
@@ -199,7 +234,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward: (B, N, C), (B, L, D) -> (B, N, C)."""
+    """Self-attention, cross-attention, feed-forward: (B, N, C), (B, L, D) -> (B, N, C).
+
+    In place of the context it takes the keys and values of it.
+    """
 
     def __init__(self, channels: int, *, heads: int, context_dim: int) -> None:
         super().__init__()
@@ -210,9 +248,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        attended = self.attn2(self.norm2(x), context)
+        x = repeated(x, len(attended)) + attended
         return x + self.ff(self.norm3(x))
 
 
@@ -220,7 +259,8 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, with a skip (LDM, section 3.3).
 
     (B, C, H, W), (B, L, D) -> (B, C, H, W). `linear` projects tokens (SD 2.x) instead of 1×1
-    convolutions (SD 1.x); the arithmetic is the same, the weights' shapes differ.
+    convolutions (SD 1.x); the arithmetic is the same, the weights' shapes differ. In place of the
+    context it takes the `keys_values` of it.
     """
 
     def __init__(
@@ -244,20 +284,25 @@ class SpatialTransformer(nn.Module):
             nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         )
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height = x.shape[2]
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeysValues]) -> Tensor:
+        blocks, height = self.transformer_blocks, x.shape[2]
         h = self.norm(x)
         if self.linear:
             h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
         else:
             h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
-        for block in self.transformer_blocks:
-            h = block(h, context)  # (B, N, C)
+        contexts = [context] * len(blocks) if isinstance(context, Tensor) else context
+        for block, block_context in zip(blocks, contexts, strict=True):
+            h = block(h, block_context)  # (B, N, C)
         if self.linear:
             h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
         else:
             h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
-        return x + h
+        return repeated(x, len(h)) + h
+
+    def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
+        """The keys and values of a context (B, L, D) in each transformer block."""
+        return tuple(block.attn2.keys_values(context) for block in self.transformer_blocks)
 
 
 class Downsample(nn.Module):

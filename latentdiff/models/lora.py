@@ -4,7 +4,8 @@ formats/lora.py reads the files, adapters.py puts peft's layers on, dora.py make
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ class LoRAs:
         # CLIPTextModel keeps its layers one module deeper in some releases of transformers.
         self.text_encoder: nn.Module = getattr(text_encoder, "text_model", text_encoder)
         self._scales: dict[str, float] = {}
+        self.revision = 0
+        """How often they were changed: what was computed of another is of other weights."""
 
     @property
     def scales(self) -> dict[str, float]:
@@ -90,6 +93,7 @@ class LoRAs:
         for network in (self.unet, self.text_encoder):
             adapters.take_off(network)
         self._scales = {}
+        self.revision += 1
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -112,6 +116,16 @@ class LoRAs:
         for network in (self.unet, self.text_encoder):
             adapters.fuse(network, active)
         self._scales = {}
+        self.revision += 1
+
+    @contextmanager
+    def merged(self, network: nn.Module) -> Iterator[bool]:
+        """Have all LoRAs in the weights of a network that has them, and no wrappers, until left.
+
+        Yields whether they change it.
+        """
+        with adapters.merged(network, self._active()) as changed:
+            yield changed
 
     def _active(self) -> list[str]:
         """peft's names of the LoRAs whose scale is not 0."""
@@ -121,6 +135,7 @@ class LoRAs:
         scales = {_adapter(i): scale for i, scale in enumerate(self._scales.values())}
         for network in (self.unet, self.text_encoder):
             adapters.set_scales(network, scales)
+        self.revision += 1
 
     def _check_any(self, verb: str) -> None:
         if not self._scales:

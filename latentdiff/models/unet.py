@@ -5,7 +5,8 @@ SD 1.x and 2.x use, and for pooled text added to the time embedding.
 Shapes: B batch, C latent channels, H/W latent size, L tokens, D context width, E time width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,27 @@ from torch import Tensor, nn
 from latentdiff.models.group_norm import GroupNorm
 from latentdiff.models.layers import (
     Downsample,
+    KeysValues,
     ResnetBlock,
     SpatialTransformer,
     TextTimeEmbedding,
     TimestepEmbedding,
     Upsample,
+    repeated,
     timestep_embedding,
 )
 from latentdiff.models.network_folder import load_network, save_network
 from latentdiff.models.unet_config import ATTENTION_BLOCKS, ATTENTION_UP_BLOCKS, UNetConfig
 
+States = Tensor | tuple[KeysValues, ...]
+"""What a transformer reads of the text: the context (B, L, D), or its keys and values there."""
+
 
 class DownBlock(nn.Module):
-    """Residual blocks, each followed by a transformer if `heads` is given, then half the size."""
+    """Residual blocks, each followed by a transformer if `heads` is given, then half the size.
+
+    `times` and `contexts` of these blocks yield what the next residual block and transformer take.
+    """
 
     def __init__(
         self,
@@ -46,13 +55,15 @@ class DownBlock(nn.Module):
         )
         self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(
+        self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[States]
+    ) -> list[Tensor]:
         """(B, C, H, W), (B, E), (B, L, D) -> every map made on the way; the last is the output."""
         maps = []
         for i, block in enumerate(self.resnets):
-            x = block(x, time)
+            x = block(x, next(times))
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, next(contexts))
             maps.append(x)
         for downsample in self.downsamplers:
             maps.append(downsample(x))
@@ -78,12 +89,18 @@ class UpBlock(nn.Module):
         )
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        times: Iterator[Tensor],
+        contexts: Iterator[States],
+    ) -> Tensor:
         """(B, C, H, W), maps of the way down (takes the last ones off), … -> (B, C', H', W')."""
         for i, block in enumerate(self.resnets):
-            x = block(torch.cat([x, skips.pop()], dim=1), time)
+            x = block(torch.cat([x, repeated(skips.pop(), len(x))], dim=1), next(times))
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, next(contexts))
         for upsample in self.upsamplers:
             # To the size of the map that comes next, which is not twice this one when odd.
             x = upsample(x, skips[-1].shape[-2:])
@@ -102,10 +119,10 @@ class MidBlock(nn.Module):
             [] if heads is None else [transformer(channels, config, heads)]
         )
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[0](x, time)
+    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[States]) -> Tensor:
+        x = self.resnets[0](x, next(times))
         for attention, block in zip(self.attentions, self.resnets[1:], strict=True):
-            x = block(attention(x, context), time)
+            x = block(attention(x, next(contexts)), next(times))
         return x
 
 
@@ -185,11 +202,65 @@ class UNet(nn.Module):
                 zero(module.proj_out)
         zero(self.conv_out)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | Sequence[Tensor],
+        context: Tensor | Sequence[tuple[KeysValues, ...]],
+    ) -> Tensor:
         """(B, C, H, W), (B,), (B, L, D) -> (B, C, H, W); any H and W.
 
-        `timestep` is on diffusers' scale: 0 … 999 for SD's weights (the least noise is 0).
+        `timestep` is on diffusers' scale: 0 … 999 for SD's weights (the least noise is 0). In a
+        sampling run `prepare_times` and `prepare_context` give what takes the place of timestep and
+        context. With contexts of 2B rows, as guidance has them, the result is that of [x, x], and
+        what does not depend on them is computed once.
         """
+        if isinstance(timestep, Tensor):
+            assert isinstance(context, Tensor), "the text may join the time"
+            times = repeat(self._with_text(self._embedded(timestep, x.dtype), context))
+        else:
+            times = iter(timestep)
+        contexts = repeat(context) if isinstance(context, Tensor) else iter(context)
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            skips += block(h, times, contexts)
+            h = skips[-1]
+        if self.mid_block is not None:
+            h = self.mid_block(h, times, contexts)
+        for block in self.up_blocks:
+            h = block(h, skips, times, contexts)
+        return self.conv_out(self.conv_norm_out(h))
+
+    def prepare_context(self, context: Tensor) -> tuple[tuple[KeysValues, ...], ...]:
+        """Of a context (B, L, D) the keys and values in each transformer, in the order of use."""
+        return tuple(
+            module.keys_values(context)
+            for module in self.modules()
+            if isinstance(module, SpatialTransformer)
+        )
+
+    def prepare_times(
+        self, timesteps: Tensor, context: Tensor, *, dtype: torch.dtype
+    ) -> list[tuple[Tensor, ...]]:
+        """Of each of N timesteps (N,) the shifts of all residual blocks, (B or 1, C, 1, 1) each.
+
+        They are of each row of the context (B, L, D) where the text joins the time, else of all.
+        `dtype` is that of x.
+        """
+        time = self._embedded(timesteps, dtype)[:, None]  # (N, 1, E)
+        if self.class_embedding is not None or self.add_embedding is not None:
+            time = self._with_text(time.expand(-1, len(context), -1), context)  # (N, B, E)
+        rows = time.flatten(0, 1)
+        shifts = [
+            module.time_shift(rows).unflatten(0, time.shape[:2])
+            for module in self.modules()
+            if isinstance(module, ResnetBlock)
+        ]
+        return list(zip(*shifts, strict=True))
+
+    def _embedded(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) -> (B, E), computed in `dtype`."""
         config = self.config
         time = timestep_embedding(
             timestep,
@@ -197,23 +268,17 @@ class UNet(nn.Module):
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        time = self.time_embedding(time.to(x.dtype))
+        return self.time_embedding(time.to(dtype))
+
+    def _with_text(self, time: Tensor, context: Tensor) -> Tensor:
+        """(…, B, E), (B, L, D) -> (…, B, E or 2E): the time, with the text if it joins it here."""
         if self.class_embedding is not None:
             text = self.class_embedding(context.mean(dim=1))
-            time = torch.cat([time, text], 1) if config.class_embeddings_concat else time + text
+            concat = self.config.class_embeddings_concat
+            time = torch.cat([time, text.expand_as(time)], -1) if concat else time + text
         if self.add_embedding is not None:
-            time = time + self.add_embedding(context)  # (B, E)
-
-        h = self.conv_in(x)
-        skips = [h]
-        for block in self.down_blocks:
-            skips += block(h, time, context)
-            h = skips[-1]
-        if self.mid_block is not None:
-            h = self.mid_block(h, time, context)
-        for block in self.up_blocks:
-            h = block(h, skips, time, context)
-        return self.conv_out(self.conv_norm_out(h))
+            time = time + self.add_embedding(context)
+        return time
 
 
 def down_blocks(config: UNetConfig) -> nn.ModuleList:

@@ -81,6 +81,10 @@ class SchedulerLevels(NoiseLevels):
     scheduler: Any
     begins: tuple[int, ...]  # (N,) the index in scheduler.timesteps at which each step begins
 
+    def network_timesteps(self) -> list[float]:
+        """All timesteps of the scheduler, which may be more than one a step."""
+        return sorted(set(self.scheduler.timesteps.float().tolist()))
+
     def last(self, n: int) -> "SchedulerLevels":
         """The levels of the last n steps, from 1 to N."""
         last = super().last(n)

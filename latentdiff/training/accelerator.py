@@ -16,6 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import parse_flag_from_env
 
+from latentdiff.models.precision import computes_bf16
 from latentdiff.options import option
 
 Sharding = Literal["none", "full", "zero1", "zero2"]
@@ -204,10 +205,3 @@ def check_compile(compute: ComputeConfig, parallel: ParallelConfig) -> None:
 def uses_cpu() -> bool:
     """Whether training is on CPUs; unless accelerate is told so, each process would train alone."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

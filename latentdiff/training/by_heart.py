@@ -37,6 +37,11 @@ class HeldOutErrors:
         for line in path.read_text(encoding="utf-8").splitlines():
             self._judge(json.loads(line))
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the least mean loss so far."""
+        return None if self._best is None else self._best["step"]
+
     def add(self, step: int, errors: Tensor) -> str:
         """Note the losses of n examples with d draws each, (n, d), after a step.
 
@@ -64,8 +69,8 @@ class HeldOutErrors:
         return (
             f"step {record['step']}: the validation loss has risen from {least:.4g} (step {step}) "
             f"to {loss:.4g}: the network begins to learn the training images by heart; the model "
-            f"of step {step} was better with others, and a run with --max_steps {step}, more "
-            "images or a lower learning_rate helps"
+            f"of step {step} was better with others; --save_best true keeps it, and a run with "
+            f"--max_steps {step}, more images or a lower learning_rate helps"
         )
 
 

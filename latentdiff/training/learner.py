@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from latentdiff.training.accelerator import ComputeConfig, Sharding, computes_bf16
+from latentdiff.models.precision import computes_bf16
+from latentdiff.training.accelerator import ComputeConfig, Sharding
 from latentdiff.training.adamw8bit import from_tensors, make_adamw8bit, to_tensors
 from latentdiff.training.blocks import (
     as_dtensor,

@@ -245,11 +245,16 @@ class _Loop:
             self.processes.on_main(lambda: self._watch(done, errors))
 
     def _watch(self, done: int, errors: Tensor) -> None:
-        """Say it if the held-out examples have become worse; the bar is not broken by it."""
+        """Say it if the held-out examples have become worse, and save a model that is the best.
+
+        The bar is not broken by what is said.
+        """
         if self._held_out is None:
             self._held_out = HeldOutErrors(self.folder / ERRORS_FILE, self._start)
         if sentence := self._held_out.add(done, errors):
             tqdm.write(sentence)
+        if self.run.config.loop.save_best and self._held_out.best_step == done:
+            self.task.save(self.folder / "best")
 
     def _preview(self, done: int) -> None:
         path = self.folder / "previews" / f"step-{done:07d}.png"

@@ -40,6 +40,9 @@ class LoopConfig:
     preview_every: int = option(500, may_change=True)
     checkpoint_every: int = option(500, may_change=True)
     keep_checkpoints: int = option(2, may_change=True)
+    save_best: bool = option(False, may_change=True)
+    """Also write `best`, a model as `model` is, whenever the loss on held-out images is the least
+    so far."""
     max_nonfinite_steps: int = option(10, may_change=True, former_name="max_bad_steps")
     """The run stops after so many steps in a row without a finite gradient."""
     resume_from: Path | None = option(None, may_change=True)

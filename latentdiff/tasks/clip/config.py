@@ -25,6 +25,7 @@ class TrainCLIP:
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("bucket_step", "max_aspect"), ""),
         "instance_prompts": "",  # the loss compares captions with each other
+        "save_best": "",  # retrieval counts images, and few of them
         "validate_every": "val_fraction",
     }
 

@@ -56,7 +56,7 @@ class TrainUNet:
         "unet.addition_embed_type_num_heads": "unet.addition_embed_type",
         "diffusion.distilled_steps": "",  # of distill.py
         "diffusion.steps_offset": "diffusion.timestep_spacing=leading",
-        "validate_every": "val_fraction",
+        **{"validate_every": "val_fraction", "save_best": "val_fraction"},
         "preview_prompts": "inpainting=false",
     }
 

@@ -32,7 +32,7 @@ class TrainVAE:
 
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("bucket_step", "max_aspect", "validate_every", "vae.sample_size"), ""),
-        "instance_prompts": "",
+        **dict.fromkeys(("instance_prompts", "save_best"), ""),
         "vae.use_quant_conv": "vae.encoder=kl",
         "kl_weight": "decoder_only=false",
     }

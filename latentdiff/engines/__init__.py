@@ -1,0 +1,3 @@
+"""What computes a pipeline's networks: torch, or OpenVINO in its place on a CPU."""
+
+ENGINES = ("torch", "openvino")

@@ -1,0 +1,30 @@
+"""The precisions that a device computes in."""
+
+from typing import Literal
+
+import torch
+
+from latentdiff.formats.header import short_repr
+
+Precision = torch.dtype | Literal["auto"] | None
+"""What weights become: a dtype, `choose_dtype`'s with "auto", or with None what they are."""
+
+
+def choose_dtype(precision: Precision, device: str | torch.device | None) -> torch.dtype | None:
+    """The dtype of a precision; "auto" is bfloat16 where the device computes in it, else float32.
+
+    Without a device it is the CPU. Raises ValueError for another word.
+    """
+    if not isinstance(precision, str):
+        return precision
+    if precision != "auto":
+        raise ValueError(f"dtype={short_repr(precision)} must be a torch.dtype, 'auto' or None")
+    device = torch.device("cpu" if device is None else device)
+    return torch.bfloat16 if computes_bf16(device) else torch.float32
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 natively; CPUs with AMX have avx512_bf16 too."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
