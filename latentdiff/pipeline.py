@@ -10,9 +10,9 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import torch
 from PIL import Image
@@ -24,10 +24,10 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
 from latentdiff.engines.choice import check_engine
 from latentdiff.engines.openvino import OpenVINO
+from latentdiff.formats.option_names import refuse_unknown
 from latentdiff.formats.weights import check_numbers
-from latentdiff.guidance import Guidance, guide
 from latentdiff.images import to_pil, why_not_finite
-from latentdiff.levels import Denoise, LevelSpacing, NoiseLevel
+from latentdiff.levels import LevelSpacing
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
 from latentdiff.models.lora import LoRAs
@@ -36,9 +36,12 @@ from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
-from latentdiff.prepared import evaluations
+from latentdiff.prepared import denoiser_of_all
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
+
+COMMON = ("dtype", "device", "engine")  # what every way of loading takes
+OPTIONS = [field.name for field in fields(Request) if field.init]
 
 
 @dataclass(frozen=True)
@@ -95,38 +98,31 @@ class Pipeline:
         variation_seed: int | Sequence[int] | None = None,
         variation_strength: float = 0.0,
         progress: bool = True,
+        **unknown: Never,
     ) -> PipelineOutput:
-        """Draw `num_images` images of each prompt; the options are the fields of `Request`.
+        """Draw `num_images` images of each prompt.
 
-        What is None is the default of `Request`, or of a student: see `Request.of`.
+        steps, num_inference_steps: denoising steps; more are finer and slower.
+        guidance_scale: how closely to follow the prompt; 1 is off and halves the time.
+        guidance_rescale, guidance_interval: less contrast; (low, high) of sigma / alpha.
+        guidance_eta, guidance_norm_threshold, guidance_momentum: projected guidance.
+        negative_prompt: what to stay away from; one for all prompts, or one for each.
+        prompt_weighting: whether "(word:1.2)" weighs a word.
+        height, width: in pixels; by default those of `image`, or of the images of training.
+        num_images, seed: of each prompt; of the first image, the others count up, or of each.
+        sampler, level_spacing: how a step is taken, and where; see `latentdiff.samplers`.
+        image, strength, mask_image: to draw over; 0 … 1, how much of it to give up; white is drawn.
+        variation_seed, variation_strength: another noise, and 0 … 1, how far towards it.
+        progress: whether a bar shows the steps.
+
+        None is the default of `Request`, or of a student. Raises ValueError as `Request` does,
+        which says more of each, and TypeError for another option, with ours that does what
+        diffusers' does.
         """
-        request = Request.of(
-            self.diffusion,
-            prompt,
-            steps=steps,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            guidance_eta=guidance_eta,
-            guidance_norm_threshold=guidance_norm_threshold,
-            guidance_momentum=guidance_momentum,
-            negative_prompt=negative_prompt,
-            prompt_weighting=prompt_weighting,
-            height=height,
-            width=width,
-            seed=seed,
-            num_images=num_images,
-            sampler=sampler,
-            level_spacing=level_spacing,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            variation_seed=variation_seed,
-            variation_strength=variation_strength,
-            progress=progress,
-        )
-        return self.draw(request)
+        if unknown:
+            refuse_unknown(unknown, OPTIONS)
+        options = {name: value for name, value in locals().items() if name in OPTIONS}
+        return self.draw(Request.of(self.diffusion, **options))
 
     def draw(self, request: Request) -> PipelineOutput:
         """Draw the images of a request."""
@@ -141,6 +137,7 @@ class Pipeline:
         The last item holds the finished images. Each preview costs a decode by the VAE, which at
         SD 1.5's size is more than the step itself: the run takes two to three times as long.
         """
+        refuse_unknown(options, OPTIONS)
         request = Request.of(self.diffusion, prompt, **options)
         return (self.decode(latents, request) for latents in self._sample(request))
 
@@ -157,8 +154,16 @@ class Pipeline:
         sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
         levels = sampler.levels(self.diffusion, request.steps, spacing=request.level_spacing)
         noise = self._noise(request)
-        timesteps = levels.network_timesteps()
-        denoise = self._denoiser(contexts, request.guidance, timesteps, with_v=sampler.takes_v)
+        denoise = denoiser_of_all(
+            self.diffusion,
+            self.unet,
+            contexts,
+            request.guidance,
+            timesteps=levels.network_timesteps(),
+            dtype=self.dtype,
+            alone=self.device.type == "cpu" and not self.batched,
+            with_v=sampler.takes_v,
+        )
         if request.images or self.inpaints:
             levels = levels.last(request.num_denoising_steps)
             x, denoise = edit(
@@ -182,42 +187,6 @@ class Pipeline:
             texts.append(request.negative_prompts)
         chunks = [max(map(count, of_image)) for of_image in zip(*texts, strict=True)]
         return [[encode(text, chunks=n) for text, n in zip(t, chunks, strict=True)] for t in texts]
-
-    def _denoiser(
-        self,
-        contexts: list[list[Tensor]],
-        guidance: Guidance,
-        timesteps: Sequence[float],
-        *,
-        with_v: bool,
-    ) -> Denoise:
-        """The guided network for all images, those with equally long contexts in one batch.
-
-        On the CPU each image is a batch of its own unless `batched` is set: matrix products add up
-        in an order that depends on the batch, and fifty steps make that visible; so "same seed,
-        same image" is exact there.
-        """
-        alone = self.device.type == "cpu" and not self.batched
-        batches: dict[int, list[int]] = {}
-        for i, context in enumerate(contexts[0]):
-            batches.setdefault(i if alone else context.shape[1], []).append(i)
-        denoisers: list[Denoise] = []
-        for rows in batches.values():
-            context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
-            conditional, halves = evaluations(
-                self.unet, context, *null, timesteps=timesteps, dtype=self.dtype
-            )
-            denoisers.append(guide(self.diffusion, conditional, halves, guidance, with_v=with_v))
-        if len(denoisers) == 1:
-            return denoisers[0]
-
-        def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-            x0: dict[int, Tensor] = {}
-            for rows, denoise_rows in zip(batches.values(), denoisers, strict=True):
-                x0 |= zip(rows, denoise_rows(x[rows], level), strict=True)
-            return torch.stack([x0[i] for i in range(len(x))])
-
-        return denoise
 
     def _noise(self, request: Request) -> ImageNoise:
         config, multiple = self.vae.config, self.unet.multiple
@@ -325,6 +294,7 @@ class Pipeline:
         dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
         engine: str = "torch",
+        **unknown: Never,
     ) -> Self:
         """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
 
@@ -337,6 +307,7 @@ class Pipeline:
         ValueError if there is no such model or something in it is missing, and for an option that
         such a model or engine does not have.
         """
+        refuse_unknown(unknown, ("revision", "variant", *COMMON), loading=True)
         if Path(name).is_file():
             for option, value in (("revision", revision), ("variant", variant)):
                 if value is not None:
@@ -357,17 +328,19 @@ class Pipeline:
         dtype: Precision = torch.float32,
         device: str | torch.device | None = None,
         engine: str = "torch",
+        **unknown: Never,
     ) -> Self:
         """Load one .safetensors file with LDM's names, as A1111 and ComfyUI use them.
 
         `config` (an LDM YAML file or a diffusers folder) describes what the tensors do not show.
         Without it the file's latentdiff metadata does, or a YAML file of the same name beside it,
         or the conventions of SD 1.x and 2.x, with a warning where these are ambiguous. `tokenizer`
-        is a folder or hub id; the default is the one in the file, or CLIP's from the hub. `ema`
+        is a folder or hub id; the default is the one in the file, or CLIP's own. `ema`
         loads the running averages that some files hold as well. `dtype`, `device` and `engine` are
         those of `from_pretrained`. Raises ValueError for any other file, saying what it seems to
         be.
         """
+        refuse_unknown(unknown, ("config", "tokenizer", "ema", *COMMON), loading=True)
         weights, computed = check_engine(engine, dtype=dtype, device=device)
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=weights

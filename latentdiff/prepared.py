@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.guidance import Evaluate
+from latentdiff.diffusion import Diffusion
+from latentdiff.guidance import Evaluate, Guidance, guide
+from latentdiff.levels import Denoise, NoiseLevel
 from latentdiff.models.dit import DiT
 from latentdiff.models.layers import repeated
 from latentdiff.models.unet import UNet
@@ -63,3 +65,41 @@ def evaluations(
         return repeated(output, rows).to(x.dtype)  # a network that never reads the text has B rows
 
     return conditional, halves
+
+
+def denoiser_of_all(
+    diffusion: Diffusion,
+    network: UNet | DiT,
+    contexts: Sequence[Sequence[Tensor]],
+    guidance: Guidance,
+    *,
+    timesteps: Sequence[float],
+    dtype: torch.dtype,
+    alone: bool,
+    with_v: bool,
+) -> Denoise:
+    """The guided network for all images: each `alone`, or those with equally long contexts at once.
+
+    On a CPU each is alone: matrix products add up in an order that depends on the batch, and fifty
+    steps make that visible; so "same seed, same image" is exact there. `contexts` has one of
+    (1, L, D) for each image, and then as many without the prompt, if it is guided; the rest is as
+    in `evaluations` and `guide`.
+    """
+    batches: dict[int, list[int]] = {}
+    for i, context in enumerate(contexts[0]):
+        batches.setdefault(i if alone else context.shape[1], []).append(i)
+    denoisers: list[Denoise] = []
+    for rows in batches.values():
+        context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
+        conditional, halves = evaluations(network, context, *null, timesteps=timesteps, dtype=dtype)
+        denoisers.append(guide(diffusion, conditional, halves, guidance, with_v=with_v))
+    if len(denoisers) == 1:
+        return denoisers[0]
+
+    def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
+        x0: dict[int, Tensor] = {}
+        for rows, denoise_rows in zip(batches.values(), denoisers, strict=True):
+            x0 |= zip(rows, denoise_rows(x[rows], level), strict=True)
+        return torch.stack([x0[i] for i in range(len(x))])
+
+    return denoise

@@ -3,9 +3,10 @@
 import math
 import operator
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from latentdiff.samplers import find_sampler
 MOST = {"steps": 1_000_000, "num_images": 100_000, "height": 65_536, "width": 65_536}
 WITH_GUIDANCE = tuple(f"guidance_{f.name}" for f in fields(Guidance) if f.name != "scale")
 MOST_PIXELS = 64_000_000
+WEIGHED = re.compile(r"\([^():\n]{1,80}:\s*\d*\.\d+\s*\)")  # such as (cat:1.3)
 LIGHTEST_KEPT = 127  # of a mask's 0 … 255
 
 
@@ -124,7 +126,14 @@ class Request:
         find_sampler(self.sampler)
         for name in ("prompt", "negative_prompt"):
             self._set(f"{name}s", self._for_each_image(name, str, "a text", str))
-            for text in dict.fromkeys(getattr(self, f"{name}s")):
+            texts = list(dict.fromkeys(getattr(self, f"{name}s")))
+            if not self.prompt_weighting and (weighed := WEIGHED.search("\n".join(texts))):
+                warnings.warn(
+                    f"{name}: {weighed[0]!r} is read as it stands, with its brackets; "
+                    "prompt_weighting lets it weigh a word",
+                    stacklevel=2,
+                )
+            for text in texts:
                 try:
                     text.encode()
                     if self.prompt_weighting:
@@ -279,6 +288,22 @@ class Request:
         """The guidance that the fields `guidance_…` describe."""
         names = [f.name for f in fields(Guidance)]
         return Guidance(**{name: getattr(self, f"guidance_{name}") for name in names})
+
+    def part(self, start: int, stop: int) -> "Request":
+        """The request for images `start` to `stop` alone, each as this one asks for it."""
+        each = slice(start, stop)
+        with warnings.catch_warnings(action="ignore"):  # this request has said it
+            return replace(
+                self,
+                prompt=self.prompts[each],
+                negative_prompt=self.negative_prompts[each],
+                seed=self.seeds[each],
+                num_images=1,
+                image=self.images[each] or None,
+                mask_image=self.masks[each] or None,
+                strength=self.strength if self.images else None,
+                variation_seed=self.variation_seeds[each] if self.variation_strength else None,
+            )
 
     def record(self, i: int) -> dict[str, Any]:
         """Every option of a request for image i alone that is not None, for JSON.

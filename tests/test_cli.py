@@ -4,14 +4,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file as save_safetensors
 from support.command import generate, run
 from support.tiny import tiny_pipeline
 
+from latentdiff.cli import drawing, reading
+from latentdiff.cli.generate import SAMPLERS
 from latentdiff.images import image_grid
+from latentdiff.pipeline import Pipeline, PipelineOutput
+from latentdiff.request import Request
+from latentdiff.samplers import SAMPLERS as BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +67,90 @@ def test_one_image_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> Non
     assert (tmp_path / "grid" / "grid.png").is_file()
     assert generate(model, tmp_path / "none", "a cat", "a dog", "--no-grid") == 0
     assert not (tmp_path / "none" / "grid.png").exists()
+
+
+@pytest.mark.parametrize(("at_once", "kept"), [(1, 2), (2, 2)])
+def test_an_interrupted_batch_keeps_the_images_that_are_drawn(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at_once: int,
+    kept: int,
+) -> None:
+    """Files were written at the end, so that Control-C lost all that had been drawn."""
+    whole = ("a cat", "a dog", "--num_images", "2", "--seed", "3")
+    options = ("--variation_strength", "0.2", "--variation_seed", "5")
+    assert generate(model, tmp_path / "whole", *whole, *options) == 0
+    draw, calls = Pipeline.draw, list[int]()
+
+    def interrupted(self: Pipeline, request: Request) -> PipelineOutput:
+        calls.append(len(request.seeds))
+        if sum(calls) > kept:
+            raise KeyboardInterrupt
+        return draw(self, request)
+
+    monkeypatch.setattr(Pipeline, "draw", interrupted)
+    if at_once > 1:  # as on an accelerator
+        monkeypatch.setattr(drawing, "AT_ONCE", at_once)
+        load = drawing.load_pipeline
+
+        def batched(*args: Any, **options: Any) -> Pipeline:
+            pipeline = load(*args, **options)
+            pipeline.batched = True
+            return pipeline
+
+        monkeypatch.setattr(drawing, "load_pipeline", batched)
+    capsys.readouterr()
+    assert generate(model, tmp_path / "part", *whole, *options) == 130
+    assert calls[0] == at_once
+    assert f"interrupted: nothing else is written; the first {kept} of 4" in capsys.readouterr().err
+    names = sorted(path.name for path in (tmp_path / "part").iterdir())
+    assert names == ["0000-3.png", "0001-3.png"]
+    for name in names if at_once == 1 else ():  # together they differ by rounding
+        expected, found = (Image.open(tmp_path / folder / name) for folder in ("whole", "part"))
+        assert np.array_equal(np.asarray(expected), np.asarray(found))
+        assert expected.info["latentdiff"] == found.info["latentdiff"]
+
+
+def test_nothing_but_help_is_asked_for_by_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, named in (((), "generate"), (("data",), "drawings"), (("eval",), "judge")):
+        assert run(*arguments) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("usage: latentdiff")
+        assert named in said
+
+
+def test_help_names_the_samplers_and_where_images_go(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(SAMPLERS) == set(BUILT_IN)
+    assert run("generate", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said for name in SAMPLERS)
+    assert "default: outputs" in said
+
+
+def test_what_takes_long_to_read_is_said_and_what_becomes_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """30 to 60 seconds of silence, and twice the memory without a word."""
+    path = str(tmp_path / "style.safetensors")
+    save_safetensors({"a": torch.zeros(600, dtype=torch.float16)}, path)
+    reading.say_reading(path, "float32")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(reading, "LARGE", 1000)
+    reading.say_reading(path, "float32")
+    assert capsys.readouterr().err == (
+        f"latentdiff: reading {path}, 0.0 GB; its float16 weights become float32, which takes "
+        "twice the memory: --dtype float16 keeps them\n"
+    )
+    for dtype in ("float16", "bfloat16"):
+        reading.say_reading(path, dtype)
+        assert capsys.readouterr().err == f"latentdiff: reading {path}, 0.0 GB\n"
+    for model in ("emoji", str(tmp_path / "no")):
+        reading.say_reading(model, "float32")
+    (tmp_path / "broken.safetensors").write_bytes(b"\1" * 2000)
+    reading.say_reading(str(tmp_path / "broken.safetensors"), "float32")
+    assert "become" not in capsys.readouterr().err
 
 
 def test_earlier_images_are_never_overwritten(model: str, tmp_path: Path) -> None:
@@ -204,7 +296,7 @@ def test_data_shapes_makes_a_data_set_and_says_where(
     assert len(list(out.glob("*/*.png"))) == 5
 
 
-@pytest.mark.parametrize("arguments", [[], ["data"], ["draw"], ["--nonsense"]])
+@pytest.mark.parametrize("arguments", [["data", "draw"], ["draw"], ["--nonsense"]])
 def test_a_wrong_command_gets_one_sentence(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

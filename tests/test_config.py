@@ -259,11 +259,16 @@ def test_users_errors_end_in_one_sentence_and_code_2(
 
 
 def test_an_interrupted_script_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the first checkpoint it said "go on from the newest checkpoint"."""
+
     def main() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="run the same command again"):
+    with pytest.raises(SystemExit) as ended:
         run_script(main)
+    assert ended.value.code == 130
+    expected = "interrupted before the first step; run the same command again\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_programmers_errors_keep_their_traceback() -> None:

@@ -46,6 +46,53 @@ def faults(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_list_of_another_size_is_not_believed(tmp_path: Path) -> None:
+    """After a check for 128 pixels all images of 96 were too small for a training at 64."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(saved(photograph(seed=i)))
+        (folder / f"{i}.txt").write_text("a photo")
+    (folder / "3.png").write_bytes(b"no image")
+    (folder / "3.txt").write_text("a photo")
+    small = DataConfig(data=str(folder), image_size=8, max_bad=0.5)
+    large = replace(small, image_size=1024, max_bad=1)
+    assert check_data(large, folder).reasons == {"too small": 3, "cannot be decoded": 1}
+    with pytest.warns(UserWarning, match="lists 3 too small by other options than these"):
+        dataset = CaptionedImages(small)
+    assert (len(dataset), dataset.left_out) == (3, {"cannot be decoded": 1})
+    with pytest.raises(ValueError, match="no image is left"):
+        CaptionedImages(large)
+    check_data(small, folder)
+    assert len(CaptionedImages(small)) == 3
+    advice = r"max_bad=0.01: 1 cannot be decoded; .*; mend or remove them, or .* --max_bad 0.25"
+    with pytest.raises(ValueError, match=advice):
+        CaptionedImages(replace(small, max_bad=0.01))
+
+
+def test_a_folder_that_is_not_there_is_no_question_for_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slip of the finger asked the hub for 25 seconds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mypics").mkdir()
+    (tmp_path / "data" / "cats").mkdir(parents=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail(f"asked for {name}"))
+    for data, meant in (
+        ("mypic", "; did you mean 'mypics'?"),
+        ("./mypicz", "; did you mean 'mypics'?"),
+        ("data/cat", "; did you mean 'data/cats'?"),
+        (str(tmp_path / "mypic"), f"; did you mean '{tmp_path}/mypics'?"),
+        ("zebra", ". A data set of the hub is named owner/name"),
+    ):
+        expected = re.escape(f"data={data!r} is no file or folder here{meant}")
+        for split in (None, "train"):
+            with pytest.raises(ValueError, match=expected):
+                check_data(DataConfig(data=data), tmp_path / "out", split=split)
+    with pytest.raises(pytest.fail.Exception, match="asked for owner/name"):
+        DataConfig(data="owner/name").splits()
+
+
 REASONS = {
     "cannot be decoded": 4,
     "too large": 2,

@@ -198,6 +198,34 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, make: Any) -> No
     assert untimed(log(tmp_path / "resumed")) == untimed(records)
 
 
+def test_control_c_saves_and_what_is_kept_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It saved nothing, and before the first checkpoint said that the run goes on from one."""
+    run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt, match="nothing was saved, and the same command begins"):
+        run(tmp_path / "resumed", until=1)
+
+    def press(task: LoopTask, batch: list[Tensor], step: int, micro_batch: MicroBatch) -> Metrics:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return task._step(batch, step, micro_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoopTask, "step", press)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path / "resumed")
+    assert ended.value.code == 130
+    said = capfd.readouterr()
+    assert "stopped by a signal after step 6; the same command goes on there" in said.out
+    assert "Control-C once more stops at once" in said.err
+    with pytest.raises(KeyboardInterrupt, match="goes on from step 6, which is saved"):
+        run(tmp_path / "resumed", until=6)
+    run(tmp_path / "resumed")
+    expected, found = newest(tmp_path / "straight"), newest(tmp_path / "resumed")
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 def test_a_run_goes_on_to_more_steps(tmp_path: Path) -> None:
     """As if it had been that long from the start, without a cool-down to be repeated."""
     run(tmp_path / "straight", cooldown_steps=0)

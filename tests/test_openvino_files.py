@@ -306,7 +306,8 @@ def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch: pytest.Mo
             return ["FP32"] if name == "OPTIMIZATION_CAPABILITIES" else None
 
     monkeypatch.setattr("latentdiff.engines.openvino.core", Core)
-    assert Pipeline.from_pretrained("emoji", engine="openvino").precision == torch.float32
+    pipe = Pipeline.from_pretrained("emoji", engine="openvino", dtype="auto")
+    assert pipe.precision == torch.float32
     with pytest.raises(ValueError, match="dtype=bfloat16: OpenVINO computes in float32, and in"):
         Pipeline.from_pretrained("emoji", engine="openvino", dtype=torch.bfloat16)
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ def grey(value: float, dtype: type[np.generic], size: tuple[int, int] = (16, 16)
 
 def test_the_arguments_of_a_call_are_the_fields_of_a_request_with_their_defaults() -> None:
     call, request = inspect.signature(Pipeline.__call__), inspect.signature(Request)
-    _, *arguments = call.parameters.values()
+    _, *arguments, others = call.parameters.values()
+    assert others.kind is inspect.Parameter.VAR_KEYWORD
     of_the_model = ("steps", "guidance_scale", "sampler")  # a student has others
     assert all(call.parameters[name].default is None for name in of_the_model)
     assert [one.name for one in arguments] == list(request.parameters)
@@ -30,6 +32,50 @@ def test_the_arguments_of_a_call_are_the_fields_of_a_request_with_their_defaults
         assert one.name in of_the_model or one == request.parameters[one.name]
     with pytest.raises(TypeError, match="guidance"):
         Request("a cat", guidance=3)  # pyright: ignore[reportCallIssue]
+
+
+def test_help_has_a_word_on_each_option() -> None:
+    """It listed them, and said nothing of what they mean."""
+    text = inspect.getdoc(Pipeline.__call__) or ""
+    names = [field.name for field in fields(Request) if field.init and field.name != "prompt"]
+    lists = [line.partition(": ")[0].split(", ") for line in text.split("\n") if ": " in line]
+    assert {name for one in lists for name in one} == {*names}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("generator", "seed"),
+        ("num_images_per_prompt", "give num_images"),
+        ("eta", "sampler"),
+        ("output_type", "PIL images"),
+        ("negative_prompt_embeds", "give negative_prompt"),
+        ("callback_on_step_end", "pipe.stream"),
+        ("cfg_scale", "give guidance_scale"),
+        ("negativ_prompt", "give negative_prompt"),
+        ("frobnicate", "known are prompt, steps"),
+    ],
+)
+def test_an_option_of_another_program_is_answered_with_ours(name: str, ours: str) -> None:
+    """It was "Request.__init__() got an unexpected keyword argument"."""
+    pipe: Any = Pipeline.from_pretrained("emoji")
+    for draw in (pipe, pipe.stream):
+        with pytest.raises(TypeError, match=f"there is no option '{name}'.*{re.escape(ours)}"):
+            draw("a cat", **{name: 1})
+
+
+def test_an_option_of_diffusers_loading_is_answered_with_ours() -> None:
+    for load in (Pipeline.from_pretrained, Pipeline.from_single_file):
+        from_elsewhere: Any = load
+        with pytest.raises(TypeError, match="no option 'torch_dtype'; give dtype"):
+            from_elsewhere("emoji", torch_dtype=torch.float16)
+
+
+def test_a_weight_that_is_not_read_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"prompt: '\(cat:1.3\)' is read as it stands"):
+        Request("a (cat:1.3)")
+    for prompt, weighting in (("a (cat)", False), ("a cat :)", False), ("a (cat:1.3)", True)):
+        Request(prompt, prompt_weighting=weighting)
 
 
 def test_images_come_prompt_by_prompt_with_seeds_that_count_up() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `latentdiff generate`, `convert`, `data`, `plan`, `ema`, `eval`, `env`.
+"""The command line: `latentdiff generate`, `new`, `train`, `convert`, `data`, `plan` and others.
 
 Each command has a module, for arguments, files and messages; the library does the work.
 torch and transformers are imported inside the commands, so that `latentdiff --help` answers at
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import latentdiff
-from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan
+from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan, project
+from latentdiff.cli.data import show_help
 from latentdiff.options import check_utf8, expanded
 
 EXTRAS = {  # of pyproject.toml, where it is not "train"
@@ -31,7 +32,10 @@ USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 after one sentence about what was wrong."""
+    """Run one command and return its exit code: 0, or 2 after one sentence about what was wrong.
+
+    Without a command, or with one that has kinds and names none, its help is shown.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A prompt that the terminal cannot show must not end the command that is saving its image.
@@ -70,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"{parsed.parser.prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        said = f": {interrupt}" if str(interrupt) else ""
+        print(f"{parsed.parser.prog}: interrupted{said}", file=sys.stderr)
         return 130  # what shells report for SIGINT
     return 0
 
@@ -109,8 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw images and compare them, convert models, check data, plan trainings.",
     )
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, convert, data, plan, ema, evaluate, env):
+    parser.set_defaults(run=show_help, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for command in (generate, project, convert, data, plan, ema, evaluate, env):
         command.add(commands)
     return parser
 

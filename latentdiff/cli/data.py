@@ -7,13 +7,19 @@ from pathlib import Path
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command, its kinds and their arguments."""
     data = commands.add_parser("data", help="make or check a data set of captioned images")
-    kinds = data.add_subparsers(metavar="KIND", required=True)
+    data.set_defaults(run=show_help, parser=data)
+    kinds = data.add_subparsers(metavar="KIND")
     _add_emoji(kinds.add_parser("emoji", help="every emoji of a font", allow_abbrev=False))
     _add_drawings(
         kinds.add_parser("drawings", help="sets of emoji, in six styles", allow_abbrev=False)
     )
     _add_shapes(kinds.add_parser("shapes", help="scenes of coloured shapes", allow_abbrev=False))
     _add_check(kinds.add_parser("check", help="find what cannot be used", allow_abbrev=False))
+
+
+def show_help(arguments: argparse.Namespace) -> None:
+    """Show what there is to choose from, as for a command that names nothing."""
+    arguments.parser.print_help()
 
 
 def _add_emoji(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +116,7 @@ def _data_shapes(arguments: argparse.Namespace) -> None:
 def _data_check(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from latentdiff.data.bad_samples import breakdown
+    from latentdiff.data.bad_samples import advice, breakdown
     from latentdiff.data.buckets import small_buckets
     from latentdiff.data.check import check_data
     from latentdiff.data.config import DataConfig
@@ -157,7 +163,8 @@ def _data_check(arguments: argparse.Namespace) -> None:
     if summary.bad / max(1, summary.samples) > config.max_bad:
         raise ValueError(
             f"{summary.bad} of {summary.samples} samples are bad, more than "
-            f"max_bad={config.max_bad}: {breakdown(summary.reasons)}"
+            f"max_bad={config.max_bad}: {breakdown(summary.reasons)}; "
+            f"{advice(summary.bad, summary.samples)}"
         )
 
 

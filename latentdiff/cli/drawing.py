@@ -1,7 +1,7 @@
 """The work of `latentdiff generate`: draw prompts, or an earlier image again, into a folder."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from latentdiff.formats.png import LoraRecord, Record, save_png
 from latentdiff.images import MASK_WITH_TRANSPARENCY, image_grid
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
+
+AT_ONCE = 16  # images that an accelerator draws together
 
 
 def draw(arguments: argparse.Namespace) -> None:
@@ -66,10 +68,11 @@ def draw(arguments: argparse.Namespace) -> None:
         request = Request.of(pipeline.diffusion, **options)
     for lora in loras:  # peft's files are all named adapter_model
         pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
-    output = pipeline.draw(request)
-
-    paths = _free_paths(arguments.out, output.seeds)
-    for i, (path, image) in enumerate(zip(paths, output.images, strict=True)):
+    paths = _free_paths(arguments.out, request.seeds)
+    drawn: list[Image.Image] = []
+    for i, image in enumerate(_drawn(pipeline, request)):
+        drawn.append(image)
+        path = paths[i]
         if arguments.no_metadata:
             save_png(image, path)
         else:
@@ -78,14 +81,32 @@ def draw(arguments: argparse.Namespace) -> None:
                 pipeline, request, i, model=model, model_sha256=digest, files=files, loras=loras
             )
             save_png(image, path, parameters=parameters, record=full_record)
-        print(f"{path}  {request.prompts[i]}")
+        print(f"{path}  {request.prompts[i]}", flush=True)
     if arguments.grid or (arguments.grid is None and len(paths) > 1):
         path = arguments.out / "grid.png"
         if path.exists():  # of earlier images
             path = arguments.out / f"grid-{paths[0].name.split('-')[0]}.png"
         names = [path.name for path in paths]
-        image_grid(output.images, request.prompts, plain=names).save(path)
+        image_grid(drawn, request.prompts, plain=names).save(path)
         print(path)
+
+
+def _drawn(pipeline: Pipeline, request: Request) -> Iterator[Image.Image]:
+    """Yield the images as they are drawn, so that an interrupted call keeps those that are.
+
+    On the CPU each image is denoised by itself anyway; an accelerator gets AT_ONCE together.
+    """
+    count = len(request.seeds)
+    alone = pipeline.device.type == "cpu" and not pipeline.batched
+    at_once = 1 if alone else AT_ONCE
+    for start in range(0, count, at_once):
+        try:
+            part = request if count <= at_once else request.part(start, start + at_once)
+            images = pipeline.draw(part).images
+        except KeyboardInterrupt as interrupt:
+            kept = f"; the first {start} of {count} images are kept" if start else ""
+            raise KeyboardInterrupt(f"nothing else is written{kept}") from interrupt
+        yield from images
 
 
 def _recorded_model(record: Record | None, again: Path | None) -> str:

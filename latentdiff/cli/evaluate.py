@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from latentdiff.cli.data import show_help
 from latentdiff.cli.generate import DTYPES
 
 JUDGES = ("network", "edges")  # or the folder of a CLIP
@@ -22,7 +23,8 @@ DRAWING = {
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command, its kinds and their arguments."""
     evaluate = commands.add_parser("eval", help="how good drawn images are")
-    kinds = evaluate.add_subparsers(metavar="KIND", required=True)
+    evaluate.set_defaults(run=show_help, parser=evaluate)
+    kinds = evaluate.add_subparsers(metavar="KIND")
     _add_judge(kinds.add_parser("judge", help="what drawings show", allow_abbrev=False))
     _add_vae(kinds.add_parser("vae", help="what a VAE gives back", allow_abbrev=False))
     _add_distance(

@@ -4,9 +4,14 @@ import argparse
 import functools
 from pathlib import Path
 
+from latentdiff.cli.reading import say_reading
 from latentdiff.engines import ENGINES
 
 DTYPES = ("float32", "float16", "bfloat16")
+SAMPLERS = (  # of latentdiff.samplers, which takes seconds to import
+    *("ddim", "ddpm", "euler", "euler_ancestral", "heun", "lms", "pndm"),
+    *("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "lcm"),
+)
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,7 +39,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--device", default=None, help="such as cpu or cuda; default: an accelerator if any")
     add("--engine", choices=ENGINES, help="what computes; openvino is for CPUs; default: torch")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="may be given several times")
-    add("--out", type=Path, default=Path("outputs"), help="folder for the images")
+    add("--out", type=Path, default=Path("outputs"), help="folder for images; default: outputs")
     add(
         "--grid",
         action=argparse.BooleanOptionalAction,
@@ -47,7 +52,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     sampling = parser.add_argument_group("how to draw")
     add = sampling.add_argument
     add("--steps", type=int, help="more are finer and slower; default: 50, or a student's")
-    add("--sampler", help="how a step is taken; default: ddim, or a student's lcm")
+    add("--sampler", help=f"default: ddim, or a student's lcm; of {', '.join(SAMPLERS)}")
     add("--level_spacing", help="of the noise levels: karras, trailing, …; default: the model's")
     add("--guidance_scale", type=float, help="1 is off; default: 7.5, or 1 for a student")
     add("--guidance_rescale", type=float, help="0 to 1, takes back contrast; default: 0")
@@ -72,6 +77,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    say_reading(getattr(arguments, "model", "emoji"), getattr(arguments, "dtype", "float32"))
     from latentdiff.cli.drawing import draw
 
     draw(arguments)

@@ -156,12 +156,12 @@ def local_rows(rows: Any, rank: int, world_size: int) -> Any:
 
 
 def outlive_signals(worker: int) -> None:
-    """Ignore the signals of a batch system in a DataLoader worker.
+    """Ignore the signals of a batch system, and Control-C, in a DataLoader worker.
 
-    The system sends them to all processes; the main process handles them, and needs its workers
-    until it has stopped.
+    The system, or the terminal, sends them to all processes; the main process handles them, and
+    needs its workers until it has stopped.
     """
-    for name in ("SIGTERM", "SIGUSR1"):
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

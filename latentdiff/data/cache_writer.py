@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentdiff.data.bad_samples import breakdown
+from latentdiff.data.bad_samples import advice, breakdown
 from latentdiff.data.buckets import Size, check_scale, nearest
 from latentdiff.data.cache import FORMAT, moments_path, read_cache_header
 from latentdiff.data.cache_captions import check_same, noted_options, renew_captions
@@ -326,5 +326,6 @@ def _check_left_out(left_out: Counter[str], total: int, config: DataConfig) -> N
     if bad / max(1, total) > config.max_bad:
         raise ValueError(
             f"data={config.data!r}: {bad} of {total} samples cannot be encoded, more than "
-            f"max_bad={config.max_bad}: {breakdown(left_out)}; `latentdiff data check` finds them"
+            f"max_bad={config.max_bad}: {breakdown(left_out)}; `latentdiff data check` finds them: "
+            f"{advice(bad, total)}"
         )

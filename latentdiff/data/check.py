@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from latentdiff.data.bad_samples import BAD_SAMPLES, DUPLICATE
+from latentdiff.data.bad_samples import BAD_SAMPLES, DUPLICATE, judged_by
 from latentdiff.data.buckets import nearest
 from latentdiff.data.captions import Captions
 from latentdiff.data.config import DataConfig
@@ -86,6 +86,8 @@ def check_data(config: DataConfig, out: Path, *, split: str | None = None) -> Su
                         summary.reasons[result.reason] += 1
                         line = {"path": index.name(row), "reason": result.reason}
                         line |= {"detail": result.detail} if result.detail else {}
+                        options = judged_by(result.reason, config)
+                        line |= {"options": options} if options else {}
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                         continue
                     sizes[result.size] += 1

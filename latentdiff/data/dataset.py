@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentdiff.data.bad_samples import ListedBadSamples, breakdown, read_bad_samples
+from latentdiff.data.bad_samples import ListedBadSamples, advice, breakdown, read_bad_samples
 from latentdiff.data.batches import batches
 from latentdiff.data.captions import Captions
 from latentdiff.data.config import DataConfig
@@ -52,7 +52,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"data={config.data!r}: {sum(self.left_out.values())} of {total} samples are bad, "
                 f"more than max_bad={config.max_bad}: {breakdown(self.left_out)}; the first is "
-                f"{self.index.name(first)!r} ({faults[first]})"
+                f"{self.index.name(first)!r} ({faults[first]}); "
+                f"{advice(sum(self.left_out.values()), total)}"
             )
         if not selected.any():
             raise ValueError(f"data={config.data!r}: no image is left in split {config.split!r}")
@@ -213,7 +214,8 @@ class CaptionedImages(Dataset[dict[str, Any]]):
             reasons = Counter(error.reason for error in self.replaced.values())
             raise ValueError(
                 f"{len(self.replaced)} of {len(self)} samples turned out to be bad, more than "
-                f"max_bad={self.config.max_bad}: {breakdown(reasons)}; the last: {error}"
+                f"max_bad={self.config.max_bad}: {breakdown(reasons)}; the last: {error}; "
+                f"{advice(len(self.replaced), len(self))}"
             ) from error
         if len(self.replaced) == 1:
             warnings.warn(f"a sample is replaced by the next: {error}", stacklevel=3)

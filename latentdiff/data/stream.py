@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from latentdiff.data.bad_samples import ListedBadSamples, breakdown, read_bad_samples
+from latentdiff.data.bad_samples import ListedBadSamples, advice, breakdown, read_bad_samples
 from latentdiff.data.batches import local_rows, outlive_signals
 from latentdiff.data.config import DataConfig
 from latentdiff.data.decode import BadSample
@@ -311,6 +311,7 @@ class StreamedImages:
                 f"data={self.config.data!r}: {bad} of {total} samples are bad, more than "
                 f"max_bad={self.config.max_bad}: {breakdown(reasons)}"
                 + (f"; the last is {last}" if last else "")
+                + f"; {advice(bad, total)}"
             )
 
     def _check_columns(self, opened: Shards) -> None:

@@ -16,8 +16,9 @@ def check_engine(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} must be one of {', '.join(ENGINES)}")
+    chosen = choose_dtype(dtype, device)
     if engine == "torch":
-        return choose_dtype(dtype, device), None
+        return chosen, None
     if device is not None and torch.device(device).type != "cpu":
         raise ValueError(
             f"device={str(device)!r}: OpenVINO computes on the CPU here; leave device out, or take "

@@ -1,11 +1,10 @@
-"""open_clip's text towers: their tensor names, configs, tokenizer and weights for transformers.
+"""open_clip's text towers: their tensor names, configs and weights for transformers.
 
 The names are those of open_clip's `TextTransformer`, which single files of SD 2.x hold too.
 """
 
 import dataclasses
 import difflib
-import gzip
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from latentdiff.formats.clip_tokenizer import VOCAB_SIZE
 from latentdiff.formats.header import pickle_message
 from latentdiff.formats.ldm.keys import TEXT_MODEL
-
-VOCAB_SIZE = 49408
 
 _ENDS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -180,31 +176,6 @@ def text_config(name: str, *, layers: int | None = None) -> dict[str, Any]:
         "eos_token_id": VOCAB_SIZE - 1,
         "pad_token_id": tower.pad_id,
     }
-
-
-def clip_tokenizer(length: int) -> CLIPTokenizer:
-    """CLIP's tokenizer of 49,408 tokens from the file in open_clip; pads with "!", id 0.
-
-    It splits text as open_clip's `SimpleTokenizer` does, but does not clean it first (ftfy, HTML's
-    `&amp;`), knows no `<start_of_text>`, and a capital sigma that ends a word becomes σ, not ς.
-    """
-    from open_clip.tokenizer import default_bpe
-
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")
-    symbols = list(bytes_to_unicode().values())
-    # The file has a title line and more merges than fit into the vocabulary beside the 256 bytes,
-    # the same at a word's end, start and end.
-    merges = [tuple(line.split()) for line in lines[1 : VOCAB_SIZE - 2 * len(symbols) - 2 + 1]]
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(m) for m in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    assert len(set(words)) == VOCAB_SIZE
-    return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)},
-        merges=merges,  # pyright: ignore[reportArgumentType] # annotated as text, pairs at run time
-        pad_token="!",
-        model_max_length=length,
-    )
 
 
 def find_weights(name: str, weights: Path | str) -> Path:

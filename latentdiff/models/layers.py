@@ -5,7 +5,8 @@ Shapes: B batch, C channels, H/W height and width, N = H·W tokens, L tokens of 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -175,7 +176,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (batch 128, two heads of 64; torch 2.12.1, AMD EPYC with avx512_bf16). What traces it gets the
     fused one, as a trace is for any number of tokens.
     """
-    few = not torch.jit.is_tracing() and q.shape[-2] * k.shape[-2] <= 64 * 64
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    few = not tracing and q.shape[-2] * k.shape[-2] <= 64 * 64
     if few and q.device.type == "cpu":
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, N, L)
         return scores.softmax(dim=-1) @ v
@@ -302,7 +304,8 @@ class SpatialTransformer(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         """The keys and values of a context (B, L, D) in each transformer block."""
-        return tuple(block.attn2.keys_values(context) for block in self.transformer_blocks)
+        blocks = cast(Iterable[TransformerBlock], self.transformer_blocks)
+        return tuple(block.attn2.keys_values(context) for block in blocks)
 
 
 class Downsample(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.formats.clip_tokenizer import END, clip_tokenizer
 from latentdiff.formats.hub import fetch_tokenizer
 from latentdiff.formats.ldm.compatibility import SD2_TOWER, differences
 from latentdiff.formats.ldm.modelspec import TOKENIZER_FILES
@@ -16,12 +17,9 @@ from latentdiff.formats.single_file import SingleFile
 from latentdiff.formats.weights import check_shapes
 from latentdiff.models.dit import DiT
 from latentdiff.models.text import TextEncoder, empty_tower, fill_tower, save_tokenizer
-from latentdiff.models.text_config import load_tokenizer
+from latentdiff.models.text_config import check_tokenizer, load_tokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
-
-# CLIP's own tokenizer, which SD 1.x and 2.x share and no single file but ours holds.
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 
 
 def networks_from_single_file(
@@ -30,25 +28,28 @@ def networks_from_single_file(
     """UNet, VAE and text encoder of a single file; their weights are the file's, not copies.
 
     tokenizer: a folder with a CLIP tokenizer, or a hub id; by default the one that the file holds,
-    or else CLIP's own from the hub (or its cache). Raises ValueError if configs and weights do not
-    fit each other, or if there is no tokenizer.
+    or else CLIP's own. Raises ValueError if configs and weights do not fit each other, or if there
+    is no such tokenizer.
     """
     unet = _network(UNet, file.unet_config, file.unet)
     vae = _network(VAE, file.vae_config, file.vae)
     tower = fill_tower(empty_tower(file.text_config), file.text_encoder)
-    with tempfile.TemporaryDirectory() as temporary:
-        if tokenizer is not None or file.tokenizer is None:
-            folder = Path(CLIP_TOKENIZER if tokenizer is None else tokenizer)
-            folder = folder if folder.is_dir() else fetch_tokenizer(str(folder))
-        else:
-            folder = Path(temporary)
+    if tokenizer is not None:
+        folder = Path(tokenizer)
+        folder = folder if folder.is_dir() else fetch_tokenizer(str(folder))
+        loaded = load_tokenizer(folder, tower.config)
+    elif file.tokenizer is None:
+        # SD 2.x was trained with open_clip's padding, token 0.
+        pad_token = END if differences(file.text_config, SD2_TOWER) else "!"
+        length = tower.config.max_position_embeddings
+        loaded = clip_tokenizer(length, pad_token=pad_token)
+        check_tokenizer(loaded, tower.config, where="CLIP's tokenizer, as the file holds none")
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
             for name, text in file.tokenizer.items():
                 if name in TOKENIZER_FILES:  # never a path of the file's choice
-                    (folder / name).write_text(text, encoding="utf-8")
-        loaded = load_tokenizer(folder, tower.config)
-    is_sd2 = not differences(file.text_config, SD2_TOWER)
-    if tokenizer is None and file.tokenizer is None and is_sd2:
-        loaded.pad_token = "!"  # as open_clip pads with token 0, which SD 2.x was trained on
+                    (Path(temporary) / name).write_text(text, encoding="utf-8")
+            loaded = load_tokenizer(Path(temporary), tower.config)
     return unet, vae, TextEncoder(tower, loaded)
 
 

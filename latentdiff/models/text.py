@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.formats import open_clip
+from latentdiff.formats.clip_tokenizer import clip_tokenizer
 from latentdiff.formats.ldm.keys import TEXT_MODEL
 from latentdiff.formats.sharded_weights import load_weights
 from latentdiff.formats.weights import (
@@ -211,7 +212,7 @@ class TextEncoder(nn.Module):
             rename=open_clip.without_prefix,
             dtype=dtype,
         )
-        tokenizer = open_clip.clip_tokenizer(model.config.max_position_embeddings)
+        tokenizer = clip_tokenizer(model.config.max_position_embeddings, pad_token="!")
         return cls(fill_tower(model, open_clip.to_transformers(tensors)), tokenizer)
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:

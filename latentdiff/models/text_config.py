@@ -83,37 +83,46 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     """Read a CLIPTokenizer for the tower of this configuration.
 
     One without a limit has the tower's, `max_position_embeddings`. Raises ValueError when the files
-    are not a tokenizer's, when it has tokens that the tower does not have, and when a prompt may be
-    longer than the tower's positions.
+    are not a tokenizer's, and as `check_tokenizer` does.
     """
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers has no class of its own for what it cannot read
         raise ValueError(f"{folder} holds no CLIP tokenizer ({short_repr(str(error))})") from error
-    length, positions = tokenizer.model_max_length, config.max_position_embeddings
+    length = tokenizer.model_max_length
     # transformers' word for a tokenizer without a limit is 1e30, also where its file says nothing.
     if type(length) in (int, float) and length > LARGE_INTEGER:
-        length = tokenizer.model_max_length = positions
+        tokenizer.model_max_length = config.max_position_embeddings
+    check_tokenizer(tokenizer, config, where=str(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: CLIPTokenizer, config: CLIPTextConfig, *, where: str) -> None:
+    """Raise ValueError for a tokenizer that does not fit the tower; `where` it is from begins it.
+
+    It must not have tokens that the tower does not have, nor let a prompt be longer than the
+    tower's positions.
+    """
+    length, positions = tokenizer.model_max_length, config.max_position_embeddings
     if type(length) is not int or not 3 <= length <= positions:
         raise ValueError(
-            f"{folder}: model_max_length={short_repr(length)} must be from 3 to the text encoder's "
+            f"{where}: model_max_length={short_repr(length)} must be from 3 to the text encoder's "
             f"max_position_embeddings={positions}"
         )
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values())
     if largest >= config.vocab_size:
         raise ValueError(
-            f"{folder}: token {largest} is beyond the text encoder's vocab_size={config.vocab_size}"
+            f"{where}: token {largest} is beyond the text encoder's vocab_size={config.vocab_size}"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:
-            raise ValueError(f"{folder}: the tokenizer has no {name.removesuffix('_id')}")
+            raise ValueError(f"{where}: the tokenizer has no {name.removesuffix('_id')}")
     unknown = (
         tokenizer.backend_tokenizer.model.unk_token
     )  # the tokenizer raises at text that needs it
     if unknown is not None and unknown not in vocabulary:
-        raise ValueError(f"{folder}: unk_token={short_repr(unknown)} is not in the vocabulary")
-    return tokenizer
+        raise ValueError(f"{where}: unk_token={short_repr(unknown)} is not in the vocabulary")
 
 
 def _checked_keys(

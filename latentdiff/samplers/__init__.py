@@ -5,7 +5,6 @@ preview, and in the last step the sample. Every coefficient is computed from the
 on the CPU, so no step waits for the device.
 """
 
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
@@ -16,6 +15,7 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.levels import Denoise, Grid, LevelSpacing, NoiseLevels, Spacing
 from latentdiff.samplers.adapter import find_scheduler
 from latentdiff.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, lms, pndm, unipc
+from latentdiff.samplers.names import likely_meant
 from latentdiff.samplers.single_step import (
     Noise,
     ddim,
@@ -127,7 +127,7 @@ def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
     """The sampler of that name in `SAMPLERS`, or of that scheduler class of diffusers.
 
     With `learned_variance` ddpm uses the variance that the network learned; the others ignore it.
-    Raises ValueError, with the nearest name, if there is none.
+    Raises ValueError, with the name that was perhaps meant, if there is none.
     """
     if not isinstance(name, str):
         raise ValueError(f"sampler={name!r} must be a name: {', '.join(SAMPLERS)}")
@@ -137,8 +137,7 @@ def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
         return replace(sampler, takes_v=True) if learned else sampler
     if name.endswith("Scheduler"):
         return find_scheduler(name)
-    nearest = difflib.get_close_matches(name.lower(), SAMPLERS, n=1, cutoff=0)[0]
     raise ValueError(
-        f"sampler={name} is unknown; did you mean {nearest}? (known: {', '.join(SAMPLERS)}, "
-        "and diffusers' schedulers by their class names)"
+        f"sampler={name} is unknown; did you mean {likely_meant(name, SAMPLERS)}? "
+        f"(known: {', '.join(SAMPLERS)}, and diffusers' schedulers by their class names)"
     )

@@ -101,6 +101,15 @@ def make_accelerator(
     return accelerator
 
 
+def exact_accelerator() -> Accelerator:
+    """An accelerator for what is written once, and so in float32.
+
+    Raises ValueError for what accelerate's variables must not ask for (see `check_environment`).
+    """
+    check_environment()
+    return Accelerator(cpu=uses_cpu(), mixed_precision="no")
+
+
 def check_environment() -> None:
     """Raise ValueError where accelerate's variables ask for what the script has an option for.
 

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ def find_checkpoint(folder: Path, path: Path | None = None) -> Path | None:
             "delete them to begin anew or choose another output_dir"
         )
     return None
+
+
+@contextmanager
+def saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """Gives a KeyboardInterrupt a sentence: which checkpoint of the folder is kept, if any is."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        saved = checkpoints(folder)
+        raise KeyboardInterrupt(
+            f"interrupted; the same command goes on from step {saved[-1][0]}, which is saved"
+            if saved
+            else "interrupted; nothing was saved, and the same command begins again"
+        ) from interrupt
 
 
 def origin(folder: Path, path: Path) -> str:

@@ -41,6 +41,8 @@ ALLOWED = {
     "Mapping": "names with values, such as {a: b}",
 }
 """What a value must be, for the types that jsonargparse names as Python does."""
+BEFORE = "interrupted before the first step; run the same command again"
+INTERRUPTED = 130  # 128 + 2, as shells know SIGINT
 
 
 def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, str]:
@@ -170,15 +172,19 @@ def write_config(text: str, folder: Path) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; what its user got wrong ends in one sentence and exit code 2."""
+    """Run a script's main; what its user got wrong ends in one sentence and exit code 2.
+
+    Control-C ends in the sentence that its KeyboardInterrupt has.
+    """
     with leaving():
         try:
             main()
         except (ValueError, OSError) as error:  # OSError: a damaged image, a full disk
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit("interrupted; run the same command again to go on from the newest checkpoint")
+        except KeyboardInterrupt as interrupt:
+            print(str(interrupt) or BEFORE, file=sys.stderr)
+            sys.exit(INTERRUPTED)
         finally:
             # Readers of data outlive SIGTERM, with which Python ends its children before it waits.
             for reader in multiprocessing.active_children():

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from latentdiff.formats.weights import load_json
 from latentdiff.training.by_heart import ERRORS_FILE, HeldOutErrors
 from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
-from latentdiff.training.checkpoint_files import MANIFEST, origin
+from latentdiff.training.checkpoint_files import MANIFEST, origin, saying_what_is_kept
 from latentdiff.training.ema_synthesis import save_snapshot
 from latentdiff.training.learner import Learner
 from latentdiff.training.logging.log import Log
@@ -26,8 +26,6 @@ from latentdiff.training.randomness import MicroBatch, micro_batches
 from latentdiff.training.run import Run
 from latentdiff.training.validation import VAL_ERRORS
 
-STOPPED = 143
-"""Exit code of a run that a signal stopped: 128 + 15, as shells and batch systems know SIGTERM."""
 NOTABLE_WAIT = 0.02  # fraction of the time; above it more num_workers help
 
 
@@ -72,15 +70,16 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
 
     `loader(step)` returns this process's batches from that step on.
 
-    After SIGTERM or SIGUSR1 in any process all finish their step, write a checkpoint and raise
-    SystemExit(143). Raises ValueError when `max_nonfinite_steps` steps in a row had no finite
-    gradient, and when a file cannot be read or written.
+    After SIGTERM, SIGUSR1 or Control-C in any process all finish their step, write a checkpoint and
+    raise SystemExit(143), or 130. Raises ValueError when `max_nonfinite_steps` steps in a row had
+    no finite gradient, and when a file cannot be read or written.
     """
     loop, config, accelerator = _Loop(task, run), run.config.loop, run.accelerator
-    stopped = False
+    stopped = 0
     # The bar is closed in any case, so that messages begin on a line of their own.
     with (
         run.folder,
+        saying_what_is_kept(run.folder.checkpoints),
         StopSignals(run.processes) as signals,
         finishing(accelerator),
         tqdm(disable=not accelerator.is_main_process, unit="step") as progress,
@@ -101,7 +100,8 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
             progress.update()
             done += 1
             stopped = signals.answer()
-            checkpoint = done % config.checkpoint_every == 0 or done == config.max_steps or stopped
+            last = done == config.max_steps
+            checkpoint = done % config.checkpoint_every == 0 or last or stopped > 0
             # Before a checkpoint too: a resumed run could not know the means since the last log.
             log = done % config.log_every == 0 or checkpoint
             # Reading a number makes the host wait for the device, which costs nothing on a CPU.
@@ -112,7 +112,7 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
                 if record is not None:
                     progress.set_postfix_str(_shown(record))
                     loop.log(record)
-                loop.act(done, checkpoint=checkpoint, stopped=stopped)
+                loop.act(done, checkpoint=checkpoint, stopped=stopped > 0)
         if begun == done:
             loop.end(done)
         accelerator.wait_for_everyone()
@@ -122,7 +122,7 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
     else:
         accelerator.print(f"the model is in {run.folder.path / 'model'}")
     if stopped:
-        raise SystemExit(STOPPED)
+        raise SystemExit(stopped)
 
 
 class _Loop:

@@ -18,9 +18,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 T = TypeVar("T")
-STOPPING = ("SIGTERM", "SIGUSR1")
-"""Signals that batch systems send before they take the machine away."""
-
+STOPPED = {"SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130}
+"""Signals that stop a run after its step, and its exit codes: two that batch systems send before
+they take the machine away, and Control-C. 128 + N is how shells know signal N."""
+AGAIN = 1.0
+"""Seconds after which another Control-C is the user's, and not the same one by a launcher."""
+STOPPING = b"\nstopping after this step with a checkpoint; Control-C once more stops at once\n"
 
 _GROUPS: list[Any] = []
 """Every process group, so that none is freed before Python ends: torch joins a group's threads
@@ -120,25 +123,28 @@ def _leave(error: BaseException | None) -> None:
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGUSR1 in any process into a stop of all processes after the same step.
+    """Turns a signal of STOPPED in any process into a stop of all processes after the same step.
 
-    The handler only sets a flag: nothing else is safe inside a handler. A second signal changes
-    nothing, since launchers pass on signals that their workers already have from the system.
+    The handler sets a flag, and little else is safe inside a handler. A second signal changes
+    nothing, since launchers pass on signals that their workers already have from the system; but
+    Control-C raises KeyboardInterrupt when it comes again later.
     Every step all-reduces the flags in the background: `ask` starts that, `answer` waits for it.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.received = False
+        self.received = 0
+        self._interrupted: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._flag: Tensor | None = None
         self._work: Any = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # others may not
-            for name in STOPPING:
-                if hasattr(signal, name):
-                    number = signal.Signals[name]
+            for name in STOPPED:
+                number = getattr(signal, name, None)  # Windows has no SIGUSR1
+                # A job in the background ignores Control-C, and goes on ignoring it.
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -147,7 +153,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received = max(self.received, STOPPED[signal.Signals(number).name])
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is None:
+                self._interrupted = now
+                if self.processes.rank == 0:
+                    os.write(2, STOPPING)  # print is not safe here
+            elif now - self._interrupted > AGAIN:
+                raise KeyboardInterrupt
 
     def ask(self) -> None:
         """Start to all-reduce whether any process has received a signal; all must call it."""
@@ -157,9 +171,9 @@ class StopSignals:
                 self._flag, dist.ReduceOp.MAX, group=self.processes.group, async_op=True
             )
 
-    def answer(self) -> bool:
-        """Whether any process had received a signal when all called `ask`."""
+    def answer(self) -> int:
+        """The exit code if any process had received a signal when all called `ask`, or else 0."""
         if self._flag is None:
             return self.received
         self._work.wait()
-        return bool(self._flag)
+        return int(self._flag)

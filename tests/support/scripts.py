@@ -1,6 +1,6 @@
-"""The scripts of train/: run in this process or in others, and their configuration classes."""
+"""The programs of a training: run in this process or in others, and their configuration classes."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -29,14 +29,8 @@ CONFIGS = {
 
 
 def script(name: str) -> ModuleType:
-    """train/<name>.py, imported once."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "train" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    """The module of which train/<name>.py runs `main`."""
+    return importlib.import_module(f"latentdiff.scripts.{name}")
 
 
 def launch(launcher: Sequence[str], name: str, *args: str) -> None:

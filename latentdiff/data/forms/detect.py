@@ -16,7 +16,7 @@ from latentdiff.data.forms.file_index import FileIndex
 from latentdiff.data.forms.files import find_files, images_in, is_image
 from latentdiff.data.forms.folder import Folder
 from latentdiff.data.forms.form import Shards, check_split, unreadable
-from latentdiff.data.forms.hub import Hub
+from latentdiff.data.forms.hub import Hub, check_id
 from latentdiff.data.forms.metadata import METADATA
 from latentdiff.data.forms.parquet import Parquet
 from latentdiff.data.forms.webdataset import Tars
@@ -38,7 +38,10 @@ SUFFIXES = (".tar", ".parquet", *COMPRESSED)
 def splits(data: str) -> list[str]:
     """List the names of a data set's splits. Raises ValueError when it cannot be read."""
     with _readable(data):
-        return sorted(_local_splits(data) if Path(data).exists() else Hub.load(data))
+        if Path(data).exists():
+            return sorted(_local_splits(data))
+        check_id(data)
+        return sorted(Hub.load(data))
 
 
 def open_index(data: str, split: str, *, columns: Sequence[str]) -> Index:
@@ -63,6 +66,7 @@ def open_shards(data: str, split: str, *, image_column: str, columns: Sequence[s
 
 def _form(data: str, split: str) -> Form:
     if not Path(data).exists():
+        check_id(data)
         return Hub(data, split)
     local = _local_splits(data)
     check_split(data, split, local)

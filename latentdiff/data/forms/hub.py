@@ -1,7 +1,10 @@
 """Data sets of the Hugging Face Hub."""
 
+import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,6 +19,25 @@ from latentdiff.data.forms.embedded import (
     undecoded,
 )
 from latentdiff.data.forms.form import Record, Shard, Shards, check_split, digest, unreadable
+
+
+def check_id(data: str) -> None:
+    """Raise ValueError, before the hub is asked, for what is no id of it: a path that is not there.
+
+    An id is owner/name, with no folder called like its owner here, in which a name was mistyped.
+    """
+    path = Path(data)
+    owner, _, name = data.partition("/")
+    plain = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name))
+    if plain and not Path(owner).is_dir():
+        return
+    beside = path.parent if path.parent.is_dir() else Path()
+    here = [entry.name for entry in beside.iterdir() if entry.name[0] != "."]
+    near = difflib.get_close_matches(path.name, here, n=1)
+    meant = f"; did you mean {str(path.parent / near[0])!r}?" if near else "."
+    raise ValueError(
+        f"data={data!r} is no file or folder here{meant} A data set of the hub is named owner/name"
+    )
 
 
 @dataclass(frozen=True)

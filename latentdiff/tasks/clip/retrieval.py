@@ -53,7 +53,8 @@ class Pool:
         """The fractions of images and of captions with a match among the K nearest, for each K.
 
         `retrieval_text@K` asks for an image's caption, `retrieval_image@K` for a caption's image.
-        The embeddings are (P, D) and (T, D), of any length.
+        The embeddings are (P, D) and (T, D), of any length. A K of which more than half would be
+        right by chance is left out: 5 of fewer than ten, and all of fewer than two.
         """
         image, text = (F.normalize(x.float().cpu(), dim=1) for x in (image_embeds, text_embeds))
         similarity = image @ text.T  # (P, T)
@@ -65,7 +66,7 @@ class Pool:
             best = scores.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
             # A tie counts as an error: a CLIP whose embeddings are all equal has recall 0.
             rank = ((scores >= best) & ~matches).sum(dim=1)
-            for k in RANKS:
+            for k in (k for k in RANKS if 2 * k <= min(self.matches.shape)):
                 metrics[f"retrieval_{name}@{k}"] = (rank < k).double().mean()
         return metrics
 

@@ -1,0 +1,81 @@
+"""Runs what is not done of a project, part after part, and draws its prompts in the end."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from latentdiff.formats.yaml_text import parse_yaml
+from latentdiff.projects.new import PROMPTS
+from latentdiff.projects.rules import MODULES
+from latentdiff.training.checkpoint_files import checkpoints
+from latentdiff.training.launch import launch
+
+SCRIPTS = {
+    "vae": "train_vae",
+    "clip": "train_clip",
+    "cache": "cache_latents",
+    "unet": "train_unet",
+}
+IMAGES = "images"
+
+
+def train_project(project: Path, module: str | None = None) -> int:
+    """Run the modules that are not done, or the named one whether it is or not; their exit code.
+
+    Raises ValueError for a folder that is no project.
+    """
+    settings = {name: read_module(project, name) for name in MODULES}
+    ran = False
+    with contextlib.chdir(project):
+        for name in MODULES if module is None else [module]:
+            if module is None and is_done(name, settings[name]):
+                print(f"{name}: done", flush=True)
+                continue
+            ran = True
+            script = f"latentdiff.scripts.{SCRIPTS[name]}"
+            print(f"{name}: accelerate launch -m {script} --config {name}.yaml", flush=True)
+            if code := launch(script, ["--config", f"{name}.yaml"]):
+                return code
+        if module not in (None, "unet") or not (ran or not Path(IMAGES).is_dir()):
+            return 0
+        return _draw(Path(settings["unet"]["output_dir"]) / "model")
+
+
+def read_module(project: Path, name: str) -> dict[str, Any]:
+    """The configuration of a module. Raises ValueError where there is none."""
+    path = project / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{project} is no project: it has no {path.name}; `latentdiff new {project} --data "
+            "FOLDER` makes one"
+        )
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("output_dir"), str):
+        raise ValueError(f"{path} must be a mapping with output_dir, the folder of its results")
+    return values
+
+
+def is_done(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a module has been trained to its `max_steps`, or a cache been written to its end."""
+    folder = Path(settings["output_dir"])
+    if name == "cache":
+        return (folder / "config.yaml").is_file()
+    saved = checkpoints(folder / "checkpoints")
+    return bool(saved) and saved[-1][0] >= settings["max_steps"] and (folder / "model").is_dir()
+
+
+def _draw(model: Path) -> int:
+    """Draw the project's prompts, as its owner would."""
+    lines = Path(PROMPTS).read_text(encoding="utf-8").splitlines()
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        return 0
+    options = ["--model", str(model), "--out", IMAGES, "--seed", "0"]
+    print(f"drawing the prompts of {PROMPTS} into {IMAGES}/", flush=True)
+    command = [sys.executable, "-m", "latentdiff.cli", "generate", *options, "--", *prompts]
+    return subprocess.run(command, check=False).returncode
