@@ -1,5 +1,6 @@
 """Consistency distillation: its fixed points, its target by hand, its two times."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_times_and_noise_levels_are_each_others_inverse(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFUSIONS)
 def test_the_second_time_comes_nearer_stage_by_stage(name: str) -> None:
-    diffusion, config = DIFFUSIONS[name], ConsistencyConfig(stage_every=10)
+    diffusion, config = DIFFUSIONS[name], ConsistencyConfig(stage_every=10, num_stages=8)
     draw = torch.Generator().manual_seed(0)
     t = config.sample_t(diffusion, 20_000, generator=draw)
     assert t.min() > 0
@@ -249,6 +250,57 @@ def test_both_evaluations_have_one_dropout_mask_and_one_gradient() -> None:
     c = consistency.HUBER * 12**0.5
     ((0.25 * (at_t - target).square().flatten(1).sum(1) + c**2).sqrt() - c).sum().backward()
     torch.testing.assert_close(layer[0].weight.grad, before)
+
+
+class SmallNetwork(nn.Module):
+    """Three layers over one number and sines of its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = torch.linspace(1, 36, 32)
+        widths = (65, 128, 128, 1)
+        linear = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+        self.layers = nn.Sequential(linear[0], nn.SiLU(), linear[1], nn.SiLU(), linear[2])
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        phase = timestep[:, None] / 1000 * self.frequencies
+        return fit(self.layers(torch.cat([x[:, :, 0, 0], phase.sin(), phase.cos()], 1))[:, 0])
+
+
+@pytest.mark.exhaustive
+def test_a_small_network_learns_where_the_teachers_trajectories_end() -> None:
+    """Of data near -1 and 1 the teacher's first estimate is 0, their mean: an error of 1."""
+    diffusion, s = DIFFUSIONS["flow"], 0.1
+    draw = torch.Generator().manual_seed(0)
+
+    def mean(x: Tensor, level: NoiseLevel) -> Tensor:  # of two Gaussians, in closed form
+        alpha, sigma = (v.to(x.dtype).reshape(-1, 1, 1, 1) for v in level[1:])
+        variance = (alpha * s) ** 2 + sigma**2
+        centre = torch.tanh(alpha * x / variance)
+        return centre + alpha * s**2 / variance * (x - alpha * centre)
+
+    torch.manual_seed(0)
+    student, config = SmallNetwork(), ConsistencyConfig(stage_every=300, num_stages=3)
+    optimizer, steps = torch.optim.AdamW(student.parameters(), lr=2e-3), 1200
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, 2 * (steps - step) / steps)
+        t = config.sample_t(diffusion, 256, generator=draw)
+        r = config.second(diffusion, t, config.stage(step))
+        eps, noise = (torch.randn(256, 1, 1, 1, generator=draw) for _ in range(2))
+        x0 = s * eps + torch.randint(0, 2, (256, 1, 1, 1), generator=draw) * 2 - 1
+        found = consistency_distance(diffusion, student, mean, x0, t, noise=noise, t=t, r=r)
+        (consistency_weight(diffusion, t, r) * found).mean().backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    x = torch.randn(1000, 1, 1, 1, generator=draw)
+    *_, ends = SAMPLERS["ddim"](mean, x, diffusion.levels(500), noise=lambda: x)
+    first = level_of(diffusion, torch.full((1000,), 999.0))
+    with torch.no_grad():
+        drawn = diffusion.to_x0(student(x, first.timestep, x), x, first.alpha, first.sigma)
+    errors = [(one - ends).square().mean().sqrt() for one in (drawn, mean(x, first))]
+    assert errors[1] > 0.9
+    assert errors[0] < 0.4
 
 
 @pytest.mark.parametrize(

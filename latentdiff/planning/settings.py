@@ -103,6 +103,11 @@ def network_config(settings: Mapping[str, Any]) -> tuple[str, NetworkConfig]:
     A denoiser's is that of the model which `init` names. Raises ValueError, naming the key, if
     there is not just one, or if it lacks a key or has an unknown one.
     """
+    if settings.get("teacher") is not None:
+        raise ValueError(
+            f"teacher={settings['teacher']}: distill.py is not planned; give the model as init, "
+            "and add the weights of the teacher, which is beside the student, to the memory"
+        )
     kinds = [kind for kind in NETWORKS if isinstance(settings.get(kind), dict)]
     if settings.get("init") is not None and not {"vae", "clip"} & set(kinds):
         network = read_start(settings["init"]).network

@@ -42,8 +42,9 @@ class ConsistencyConfig:
     stage_every: int = 500
     """Steps of a stage. In the first the second level is half the first one's noise away, or at the
     data; in each stage the distance is divided by `stage_factor`."""
-    num_stages: int = 8
-    """The last stage goes on until the end of the run."""
+    num_stages: int = 5
+    """The last stage goes on until the end of the run. ECT's long runs have 8; in a short one late
+    stages are noise."""
     stage_factor: float = 2.0
     """q in ECT."""
 
