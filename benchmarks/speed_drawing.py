@@ -76,7 +76,7 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
     bf16 = torch.bfloat16
     variants = {
         "ours, float32": replace(ours(reference), reference=True),
-        "ours": ours(Pipeline.from_pretrained(folder, device=device)),
+        "ours": ours(Pipeline.from_pretrained(folder, dtype=bf16, device=device)),
         "diffusers, float32": theirs(peers.pipeline(folder, torch.float32, device)),
         "diffusers, bf16": theirs(peers.pipeline(folder, bf16, device)),
         "diffusers, compiled": theirs(peers.best_pipeline(folder, bf16, device)),
@@ -86,6 +86,8 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
     if device.type != "cpu":
         return table
     if peers.installed("openvino"):
+        in_openvino = Pipeline.from_pretrained(folder, dtype=bf16, engine="openvino")
+        variants["ours, OpenVINO"] = ours(in_openvino)
         variants["diffusers, OpenVINO"] = theirs(
             peers.openvino_pipeline(folder, batch=batch, precision="bf16")
         )
