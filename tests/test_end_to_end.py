@@ -325,7 +325,7 @@ def large_batch(home: Path) -> list[str]:
             other_network,
             "another configuration: vae.block_out_channels was [8, 8, 16] and is [8, 16]",
         ),
-        (no_data, "nowhere' cannot be read"),
+        (no_data, "nowhere' is no file or folder here"),
         (no_captions, "caption_columns is empty"),
         (parts_of_a_batch, "gradient_accumulation_steps=2 must be 1: the contrastive loss"),
         (odd_patches, "image_size=36 must be divisible by patch_size=8"),

@@ -336,9 +336,16 @@ def test_the_fingerprint_is_of_every_caption_and_image(tmp_path: Path) -> None:
     assert len(set(prints)) == 3
 
 
-@pytest.mark.parametrize("name", ["no such folder", "nobody/nothing", "shape"])
-def test_unknown_data_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"data='{name}' cannot be read as a folder or from the"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no such folder", "is no file or folder here"),
+        ("nobody/nothing", "cannot be read as a folder or from the"),
+        ("shape", "is no file or folder here"),
+    ],
+)
+def test_unknown_data_is_named(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"data='{name}' {reason}"):
         CaptionedImages(config(name))
 
 

@@ -211,10 +211,13 @@ def test_control_c_saves_and_what_is_kept_is_said(
             os.kill(os.getpid(), signal.SIGINT)
         return task._step(batch, step, micro_batch)
 
+    # Tests may run in the background, which ignores Control-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(LoopTask, "step", press)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path / "resumed")
+    signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     said = capfd.readouterr()
     assert "stopped by a signal after step 6; the same command goes on there" in said.out
