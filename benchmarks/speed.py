@@ -49,7 +49,9 @@ def main() -> None:
         failed += gate(table, rows)
         ratios[table.name] = {name: row.ratio for name, row in rows.items()}
     print(f"peak memory of all in this process: {peak_memory(device) / 2**30:.2f} GiB")
-    if arguments.compare is not None and arguments.compare.exists():
+    if arguments.compare is not None and not arguments.compare.exists():
+        print(f"{arguments.compare} is not there to compare with; --out writes it")
+    elif arguments.compare is not None:
         print(moved(ratios, json.loads(arguments.compare.read_text())))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
