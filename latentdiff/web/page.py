@@ -16,12 +16,16 @@ from latentdiff.web.session import Sessions, Shown
 REFRESH = 10  # seconds between looks at a run
 NO_RUN = "<p>No run is chosen.</p>"
 CSS = """
-.gradio-container { max-width: 76rem !important; margin: 0 auto !important }
+.gradio-container { max-width: 76rem !important; margin: 0 auto !important; min-width: 0 !important }
+.gradio-container, .gradio-container > .main { width: 100% !important; box-sizing: border-box }
 #title h1 { font-size: 1.3rem; margin: .2rem 0 }
 #view { min-height: 15rem; text-align: center }
 #view img { width: min(100%, 32rem); border-radius: 6px; display: inline-block }
 #view .empty { color: var(--body-text-color-subdued); padding: 5rem 1rem;
   border: 1px dashed var(--border-color-primary); border-radius: 6px }
+#gallery .grid-wrap { min-height: 0; height: auto; max-height: 24rem }
+#gallery, #gallery .gallery-container { height: auto !important }
+#drawing, #gallery { contain: inline-size } /* a wide canvas or gallery must not widen the page */
 #status { min-height: 1.6rem; overflow-wrap: anywhere }
 #status .error { color: var(--error-text-color); font-weight: 600 }
 #status .warning { color: var(--body-text-color-subdued) }
@@ -182,12 +186,12 @@ def _fields(drawings: Drawings, prompt: gr.Textbox, negative: gr.Textbox) -> Fie
         }
     with gr.Accordion("Start from an image", open=False):
         gr.Markdown(
-            "Upload or paste an image to draw over. What you paint white is drawn anew, the rest "
+            "Upload or paste an image to draw over. What you paint over is drawn anew, the rest "
             "is kept; without paint all of it is drawn over."
         )
         editor = gr.ImageEditor(
             label="Image and mask", type="pil", sources=["upload", "clipboard"], layers=False,
-            brush=gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed"),
+            brush=gr.Brush(default_size=24, colors=["#e2127a"], color_mode="fixed"),
             transforms=(), format="png", height=360, buttons=[], elem_id="editor",
         )  # fmt: skip
         strength = gr.Slider(

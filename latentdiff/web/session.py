@@ -126,7 +126,7 @@ class Sessions:
         path.write_bytes(png)
         record = read_png(path).record
         assert record is not None
-        return Shown(path, f"seed {seed}", record)
+        return Shown(path, str(seed), record)
 
     def stop(self, request: gr.Request) -> None:
         """End the visitor's drawing, after the step that is being computed."""
