@@ -16,7 +16,8 @@ from latentdiff.web.session import Sessions, Shown
 REFRESH = 10  # seconds between looks at a run
 NO_RUN = "<p>No run is chosen.</p>"
 CSS = """
-.gradio-container { max-width: 76rem !important; margin: 0 auto !important; min-width: 0 !important }
+.gradio-container { max-width: 76rem !important; margin: 0 auto !important;
+  min-width: 0 !important }
 .gradio-container, .gradio-container > .main { width: 100% !important; box-sizing: border-box }
 #title h1 { font-size: 1.3rem; margin: .2rem 0 }
 #view { min-height: 15rem; text-align: center }
@@ -149,7 +150,12 @@ def _fields(drawings: Drawings, prompt: gr.Textbox, negative: gr.Textbox) -> Fie
     number: dict[str, Any] = {"precision": 0, "min_width": 130}
     with gr.Row():
         options["steps"] = gr.Slider(
-            1, limits.steps, defaults["steps"], step=1, label="Steps", min_width=200
+            1,
+            limits.steps,
+            min(defaults["steps"], limits.steps),
+            step=1,
+            label="Steps",
+            min_width=200,
         )
         options["guidance_scale"] = gr.Slider(
             1, 20, defaults["guidance_scale"], step=0.1, label="Guidance", min_width=200
