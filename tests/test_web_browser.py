@@ -67,7 +67,7 @@ def opened(server: tuple[str, Any], browser: Any) -> Iterator[Any]:
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(server[0])
-        page.get_by_label("Prompt", exact=True).wait_for(timeout=60_000)
+        page.get_by_label("Prompt", exact=True).wait_for(timeout=20_000)
         page.wait_for_timeout(500)  # until its events are bound
         return page
 
@@ -87,7 +87,7 @@ def order(page: Any, prompt: str = "a cat", *, steps: int = 4) -> None:
 
 
 def wait_for(page: Any, said: str | re.Pattern[str]) -> None:
-    page.locator("#status", has_text=said).wait_for(timeout=60_000)
+    page.locator("#status", has_text=said).wait_for(timeout=20_000)
 
 
 def test_an_image_is_drawn_and_its_settings_are_used_again(opened: Any) -> None:

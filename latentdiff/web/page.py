@@ -113,7 +113,7 @@ def _draw_tab(page: gr.Blocks, drawings: Drawings, sessions: Sessions) -> None:
         [view, status, gallery, shown, selected, draw, stop, use],
         **private,
     )
-    stop.click(sessions.stop, None, None, queue=False, **private)
+    stop.click(sessions.stop, None, None, **private)
     page.unload(sessions.leave)
     gallery.select(sessions.select, None, selected, **private)
     outputs = [*fields.options.values(), status]
