@@ -10,11 +10,12 @@ os.environ["GRADIO_RUN_HISTORY"] = "False"
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.themes import Base
 
 from latentdiff.web.api import routes
 from latentdiff.web.drawings import Drawings
 from latentdiff.web.guard import MOST_UPLOAD, Guard
-from latentdiff.web.page import CSS, THEME, build_page
+from latentdiff.web.page import CSS, FONTS, build_page
 
 
 def create_app(
@@ -42,7 +43,7 @@ def create_app(
         app,
         build_page(drawings, images, runs),
         path="/",
-        theme=gr.themes.Base(**THEME),
+        theme=Base(**FONTS),
         css=CSS,
         footer_links=[],
         run_history=False,

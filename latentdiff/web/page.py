@@ -41,7 +41,10 @@ CSS = """
   #view { min-height: 0 } #view .empty { padding: 1.5rem } }
 :focus-visible { outline: 2px solid var(--color-accent) !important; outline-offset: 2px }
 """
-THEME = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+FONTS: dict[str, Any] = {  # of the visitor's machine: the themes' own are fetched
+    "font": ["system-ui", "sans-serif"],
+    "font_mono": ["ui-monospace", "monospace"],
+}
 
 
 @dataclass
@@ -190,6 +193,11 @@ def _fields(drawings: Drawings, prompt: gr.Textbox, negative: gr.Textbox) -> Fie
             "loras": gr.Dropdown(list(offered.loras()), value=[], label="LoRAs", multiselect=True),
             "lora_scale": gr.Slider(-2, 2, 1, step=0.05, label="Strength of the LoRAs"),
         }
+    return Fields(options | more, *_editor())
+
+
+def _editor() -> tuple[gr.ImageEditor, gr.Slider]:
+    """What is drawn over, and how much of it is given up."""
     with gr.Accordion("Start from an image", open=False):
         gr.Markdown(
             "Upload or paste an image to draw over. What you paint over is drawn anew, the rest "
@@ -203,7 +211,7 @@ def _fields(drawings: Drawings, prompt: gr.Textbox, negative: gr.Textbox) -> Fie
         strength = gr.Slider(
             0.05, 1, 0.8, step=0.05, label="How much of the image to give up", elem_id="strength"
         )
-    return Fields(options | more, editor, strength)
+    return editor, strength
 
 
 def _training_tab(page: gr.Blocks, folder: Path) -> None:

@@ -53,13 +53,13 @@ class Sessions:
 
         values: the fields, what the image editor holds, its strength, and the images shown so far.
         """
-        *values, editor, strength, shown = values
+        *of_fields, editor, strength, shown = values
         session = request.session_hash or ""
         self.stop(request)
         try:
-            if not str(values[0]).strip():
+            if not str(of_fields[0]).strip():
                 raise ValueError('nothing to draw; write a prompt such as "a cat"')
-            fields = dict(zip(FIELDS, values, strict=True))
+            fields = dict(zip(FIELDS, of_fields, strict=True))
             order = read_fields(fields, editor, strength)
             drawing = self.drawings.submit(order.pop("options"), **order, previews=True)
         except (ValueError, QueueFullError) as error:

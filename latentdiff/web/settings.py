@@ -32,7 +32,8 @@ def read_fields(
     editor: what gradio's ImageEditor holds, `background` and `layers`. What is painted on the
     layers is drawn anew; if nothing is, all of the image is drawn over.
     """
-    options = {name: fields[name] for name in OPTIONS} | {"seed": _seed(fields["seed"])}
+    options: dict[str, Any] = {name: fields[name] for name in OPTIONS}
+    options["seed"] = _seed(fields["seed"])
     options["level_spacing"] = options["level_spacing"] or None
     for name in ("steps", "num_images", "width", "height"):
         options[name] = None if options[name] is None else _whole(name, options[name])
