@@ -141,6 +141,10 @@ class Pipeline:
         request = Request.of(self.diffusion, prompt, **options)
         return (self.decode(latents, request) for latents in self._sample(request))
 
+    def sample(self, request: Request) -> Iterator[Tensor]:
+        """The latents (B, C, H, W) of each step, for `decode`: estimates of x0, last the sample."""
+        return self._sample(request)
+
     @torch.no_grad()
     def _sample(self, request: Request) -> Iterator[Tensor]:
         """The latents (B, C, H, W) of each step: estimates of x0, and last the sample."""

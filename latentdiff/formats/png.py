@@ -105,7 +105,19 @@ def save_png(
     parameters: str | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a PNG file, atomically, with the texts that are given; the pixels stay the same.
+    """Write a PNG file, atomically, as `png_bytes` makes it."""
+    data = png_bytes(image, parameters=parameters, record=record)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def png_bytes(
+    image: Image.Image,
+    *,
+    parameters: str | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> bytes:
+    """An image as a PNG file with the texts that are given; the pixels stay the same.
 
     `record` has the fields of `Record`; anything else is a ValueError.
     Texts may hold any characters: in the record they come back as they were, in `parameters` those
@@ -120,8 +132,9 @@ def save_png(
         content = json.dumps({"version": RECORD_VERSION, **record}, allow_nan=False)
         _record(content)  # what cannot be read is not written
         texts.add_itxt(RECORD, content, zip=LONG < len(content) <= PngImagePlugin.MAX_TEXT_CHUNK)
-    with replacing(Path(path)) as temporary:
-        image.save(temporary, format="PNG", pnginfo=texts)
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=texts)
+    return file.getvalue()
 
 
 def read_png(path: str | Path) -> Metadata:

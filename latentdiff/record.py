@@ -1,4 +1,4 @@
-"""The record of how an image was drawn, which `latentdiff generate` writes and reads."""
+"""The record of how an image was drawn: what `generate` and `web` write into PNGs and read."""
 
 import hashlib
 import warnings
