@@ -135,7 +135,8 @@ def _denoiser(
 
     def frozen() -> list[nn.Module]:
         with _default_dtype(vae_dtype):
-            networks = [VAE(vae)] if trains_text else [tower(), VAE(vae)]
+            networks: list[nn.Module] = [VAE(vae)]
+            networks = networks if trains_text else [tower(), *networks]
         if distils:
             with _default_dtype(half):
                 networks.append(DiT(config) if isinstance(config, DiTConfig) else UNet(config))
