@@ -77,13 +77,18 @@ def unet_in_openvino(
     return in_openvino(_Plain(unet), examples, precision=precision)
 
 
-def unet_in_onnx(unet: UNet2DConditionModel, examples: tuple[Tensor, ...]) -> Call:
-    """diffusers' UNet in ONNX Runtime, in float32: its CPU kernels have no bf16."""
+def in_onnx(network: nn.Module, examples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """A network in ONNX Runtime, in the shapes of the examples.
+
+    In float32: its CPU kernels have no bf16. The exporter is torch's older one, as the other needs
+    one more package and comes to the same operators.
+    """
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "unet.onnx"
-        torch.onnx.export(_Plain(unet), examples, path, dynamo=True, verbose=False)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, and that this exporter is the older one
+        path = Path(folder) / "network.onnx"
+        torch.onnx.export(network, examples, str(path), dynamo=False, opset_version=17)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -94,6 +99,11 @@ def unet_in_onnx(unet: UNet2DConditionModel, examples: tuple[Tensor, ...]) -> Ca
         return torch.from_numpy(session.run(None, dict(zip(names, arrays, strict=True)))[0])
 
     return call
+
+
+def unet_in_onnx(unet: UNet2DConditionModel, examples: tuple[Tensor, ...]) -> Call:
+    """diffusers' UNet in ONNX Runtime."""
+    return in_onnx(_Plain(unet), examples)
 
 
 def installed(*packages: str) -> bool:
@@ -131,15 +141,28 @@ def best_pipeline(
 
 def openvino_pipeline(folder: Path, *, batch: int, precision: str) -> StableDiffusionPipeline:
     """diffusers' loop around UNet and VAE decoder in OpenVINO, in fixed shapes."""
+
+    def convert(network: nn.Module, examples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        return in_openvino(network, examples, precision=precision)
+
+    return _converted_pipeline(folder, batch, convert)
+
+
+def onnx_pipeline(folder: Path, *, batch: int) -> StableDiffusionPipeline:
+    """The same in ONNX Runtime, in float32."""
+    return _converted_pipeline(folder, batch, in_onnx)
+
+
+def _converted_pipeline(
+    folder: Path, batch: int, convert: Callable[..., Callable[..., Tensor]]
+) -> StableDiffusionPipeline:
     pipe = pipeline(folder, torch.float32, torch.device("cpu"))
     channels, side = pipe.unet.config.in_channels, pipe.unet.config.sample_size
     latents = torch.randn(2 * batch, channels, side, side)
     tokens = pipe.tokenizer.model_max_length
     context = torch.randn(2 * batch, tokens, pipe.unet.config.cross_attention_dim)
-    unet = unet_in_openvino(
-        pipe.unet, (latents, torch.zeros(2 * batch), context), precision=precision
-    )
-    decoder = in_openvino(_Decoder(pipe.vae), (latents[:batch],), precision=precision)
+    unet = convert(_Plain(pipe.unet), (latents, torch.zeros(2 * batch), context))
+    decoder = convert(_Decoder(pipe.vae), (latents[:batch],))
 
     def unet_forward(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Any:
         return (unet(x, t.float().expand(len(x)).contiguous(), encoder_hidden_states),)

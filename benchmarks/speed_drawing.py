@@ -93,6 +93,11 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
         )
     else:
         table.notes["OpenVINO"] = NOT_INSTALLED.format("openvino")
+    if peers.installed("onnxruntime", "onnx"):
+        in_onnx = peers.onnx_pipeline(folder, batch=batch)
+        variants["diffusers, ONNX Runtime, float32"] = theirs(in_onnx)
+    else:
+        table.notes["diffusers, ONNX Runtime"] = NOT_INSTALLED.format("onnxruntime or onnx")
     return table
 
 
@@ -141,12 +146,12 @@ def unet_table(size: str, *, batch: int, device: torch.device) -> Table:
         variants["diffusers, OpenVINO"] = Variant(_call(in_openvino, examples))
     else:
         table.notes["diffusers, OpenVINO"] = NOT_INSTALLED.format("openvino")
-    if peers.installed("onnxruntime", "onnxscript"):
+    if peers.installed("onnxruntime", "onnx"):
         variants["diffusers, ONNX Runtime, float32"] = Variant(
             _call(peers.unet_in_onnx(_theirs(unet), examples), examples)
         )
     else:
-        table.notes["diffusers, ONNX Runtime"] = NOT_INSTALLED.format("onnxruntime or onnxscript")
+        table.notes["diffusers, ONNX Runtime"] = NOT_INSTALLED.format("onnxruntime or onnx")
     return table
 
 

@@ -131,6 +131,35 @@ def test_an_image_is_bit_for_bit_the_same_alone_and_among_others(exact: Pipeline
     assert several[2].tobytes() == alone.tobytes()
 
 
+def test_a_batch_draws_as_in_torch(exact: Pipeline, reference: Pipeline) -> None:
+    """Not to the bit: OpenVINO's products add up in another order in a batch."""
+    options: dict[str, Any] = {"prompt": ["a", "b"], "num_images": 2, "guidance_scale": 3.0}
+    rows = []
+    forward = exact.unet.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "batched", True)
+        patch.setattr(exact.unet, "forward", lambda x, *a: rows.append(len(x)) or forward(x, *a))
+        assert agreement(exact, reference, **options) >= 60
+    assert rows == [4] * 4
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inputs_that_are_changed_in_place_are_seen(
+    exact: Pipeline, reference: Pipeline, mode: Any
+) -> None:
+    """They stay bound while they are the same, and an earlier result stays as it was."""
+    with mode():
+        x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 12, 16)
+        results = [exact.unet(x, t, context)]
+        expected = [reference.unet(x, t, context)]
+        context.mul_(-1)
+        results.append(exact.unet(x, t, context))
+        expected.append(reference.unet(x, t, context))
+        assert exact.unet(x, t, context).equal(results[1])
+    assert not expected[0].allclose(expected[1], atol=1e-2)
+    torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_previews_are_those_of_torch(exact: Pipeline, reference: Pipeline) -> None:
     streams = [list(pipe.stream("a cat", steps=3, seed=0)) for pipe in (exact, reference)]
     assert len(streams[0]) == 3

@@ -18,7 +18,7 @@ from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
 from latentdiff.pipeline import Pipeline
 from latentdiff.planning.plan import Plan, _largest, find_fitting_options, make_plan
-from latentdiff.planning.settings import with_options
+from latentdiff.planning.settings import read_settings, with_options
 from latentdiff.planning.start import read_start
 from latentdiff.planning.workload import make_workload
 from latentdiff.training.adamw8bit import moment_bytes
@@ -283,3 +283,47 @@ def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a whole pipeline folder"):
         make_plan(settings(tmp_path), **GPU)
     assert main(["plan", "--device", "l4"]) == 2
+
+
+# --- students
+
+
+def test_a_student_is_evaluated_twice_and_its_teacher_guided(folder: Path) -> None:
+    """Of the three forward passes without a backward pass two are the teacher's: both halves."""
+    tuned = make_plan(settings(folder), **GPU)
+    student = make_plan(read_settings(None, distilling(folder)), **GPU)
+    assert student.forward_flop == tuned.forward_flop
+    assert student.training_flop == tuned.training_flop + 3 * tuned.forward_flop
+    more = student.footprint.frozen - tuned.footprint.frozen
+    assert more == tuned.footprint.weights
+    assert student.checkpoint_bytes == tuned.checkpoint_bytes
+
+
+def test_a_teacher_is_in_the_precision_of_the_run(folder: Path) -> None:
+    tuned = make_plan(settings(folder, mixed_precision="bf16"), **GPU)
+    given = read_settings(None, {**distilling(folder), "mixed_precision": "bf16"})
+    student = make_plan(given, **GPU)
+    assert student.footprint.frozen - tuned.footprint.frozen == tuned.footprint.weights // 2
+    tight = make_plan(given, **GPU, memory=student.peak / 2)
+    fitting = find_fitting_options(given, tight, **GPU)
+    assert fitting is not None
+    assert "lora.rank" not in fitting.options
+
+
+def distilling(teacher: Path) -> dict[str, Any]:
+    return {"teacher": str(teacher), "batch_size": 2, "image_size": 16, "mixed_precision": "no"}
+
+
+@pytest.mark.parametrize("name", ["init", "vae", "text_encoder"])
+def test_a_student_has_its_teachers_networks(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=emoji does not go with teacher="):
+        read_settings(None, {**distilling(folder), name: "emoji"})
+
+
+def test_a_distillation_is_planned_from_its_configuration(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "distill.yaml"
+    config.write_text(f"teacher: {folder}\nbatch_size: 2\nimage_size: 16\nmixed_precision: 'no'\n")
+    assert main(["plan", "--config", str(config), "--device", "t4"]) == 0
+    assert f"a student of {folder}" in capsys.readouterr().out

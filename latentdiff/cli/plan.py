@@ -23,7 +23,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.set_defaults(run=_plan, parser=parser)
     add = parser.add_argument
-    add("--config", type=Path, help="of train_unet, train_vae or train_clip; or give --init")
+    add(
+        "--config",
+        type=Path,
+        help="of a training script or distill; or give --init",
+    )
     add("--device", default="cpu", help="a GPU's name, such as a100-80gb; default: this CPU")
     add("--device_memory", type=float, metavar="GIB", help="of each process; default: the GPU's")
     add("--processes", type=int, default=1, help="of the full run, one per GPU; default: 1")
@@ -122,6 +126,8 @@ def _modes(execution: "Execution", settings: Mapping[str, Any]) -> str:
     modes = ["gradient checkpointing"] if execution.gradient_checkpointing else []
     if settings.get("lora") is not None:
         modes.insert(0, f"LoRA of rank {settings['lora'].get('rank', 16)}")
+    if settings.get("teacher") is not None:
+        modes.insert(0, f"a student of {settings['teacher']}")
     if execution.optimizer == "adamw8bit":
         modes.append("adamw8bit")
     if execution.sharding != "none":

@@ -28,7 +28,7 @@ from latentdiff.models.lora import LoRAs
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 PACKAGES = ("openvino", "torch", "transformers")  # a release of which may convert otherwise
 PROCESSOR = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
-XML, BLOB = "model.xml", "model.blob"  # of what is converted, with model.bin; and compiled
+XML, BIN, BLOB = "model.xml", "model.bin", "model.blob"  # what is converted; and compiled
 MODELS = Path(__file__).parents[1] / "models"
 MOST_SHAPES = 8
 """The compiled forms of a network that are kept in memory, each with weights of its own."""
@@ -92,18 +92,17 @@ class Network:
         """The function's result, (B, …)."""
         prepare = self.function.prepare
         tensors, form = flatten(inputs if prepare is None else prepare(*inputs))
-        arrays = [_array(tensor) for tensor in tensors]
         with self._lock:
             state = self._current_state()
             if state != self._state:
                 self._state, self._models, self._requests = state, {}, {}
-            key = (form, *((array.shape, array.dtype) for array in arrays))
+            key = (form, *((tensor.shape, tensor.dtype) for tensor in tensors))
             if key not in self._requests:
                 if len(self._requests) == MOST_SHAPES:
                     del self._requests[next(iter(self._requests))]
-                self._requests[key] = self._compile(form, arrays).create_infer_request()
-            (output,) = self._requests[key].infer(arrays, share_inputs=True).values()
-        return torch.from_numpy(output)
+                compiled = self._compile(form, [_array(tensor) for tensor in tensors])
+                self._requests[key] = Request(compiled.create_infer_request(), len(tensors))
+            return self._requests[key](tensors)
 
     def _current_state(self) -> tuple[int, ...]:
         """What changes with the weights: torch counts changes in place, and `LoRAs` its own."""
@@ -139,6 +138,8 @@ class Network:
             return core().import_model(blob, "CPU", options)
         network = core().read_model(model / XML)
         compiled = core().compile_model(_of_shapes(network, arrays), "CPU", options)
+        if (model / BIN).stat().st_size > converted.MOST_BYTES:
+            return compiled  # it would not be kept: its file has the weights in it too
         blob = compiled.export_model().getvalue()
         if converted.make_room(model.parent, len(blob)):
             converted.store([model.parent], name, lambda entry: _write(entry / BLOB, blob))
@@ -168,6 +169,33 @@ class Network:
                 stacklevel=2,
             )
         return model if entry is None else entry
+
+
+class Request:
+    """A compiled network with its inputs, of which those that change are bound before a call.
+
+    Of a sampling step these are x and what the time adds, not the text's keys and values. An input
+    stays that is the same tensor, unchanged in place, as at the call before.
+    """
+
+    def __init__(self, request: Any, num_inputs: int) -> None:
+        self._request = request
+        self._bound: list[tuple[Tensor, int, np.ndarray] | None] = [None] * num_inputs
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The network's result, which is the caller's own."""
+        import openvino
+
+        for i, tensor in enumerate(tensors):
+            bound = self._bound[i]
+            # Tensors of torch.inference_mode do not count their changes.
+            version = -1 if tensor.is_inference() else tensor._version
+            if bound is None or bound[0] is not tensor or bound[1] != version or version < 0:
+                array = _array(tensor)  # which must be kept: OpenVINO reads it where it is
+                self._request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
+                self._bound[i] = tensor, version, array
+        self._request.infer()
+        return torch.from_numpy(self._request.get_output_tensor().data.copy())
 
 
 class Traceable(nn.Module):

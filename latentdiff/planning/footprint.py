@@ -86,9 +86,10 @@ class Footprint:
     step_peak: int
     """The largest sum of activations, gradients and temporaries at any moment of the step."""
     forward_flop: int
-    """The model's forward pass of one micro-batch."""
+    """The model's forward pass of one micro-batch, of which there is a backward pass."""
     step_flop: int
-    """Forward and backward passes of one micro-batch, and the frozen networks' forward passes."""
+    """Forward and backward passes of one micro-batch, the frozen networks' forward passes, and the
+    model's own without a backward pass."""
 
     def resident(self, *, averages: int) -> dict[str, int]:
         """What this process holds all the time, in bytes, by name; `averages`: the EMA and others.
@@ -272,7 +273,8 @@ class _CountedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.tally.flop
         output = self.model(*args, **kwargs)
-        self.flop += self.tally.flop - before
+        if torch.is_grad_enabled():  # not what makes a student's target
+            self.flop += self.tally.flop - before
         return output
 
 

@@ -1,7 +1,7 @@
 """The plan of a training run: its arithmetic, memory, time and disk, before anything starts.
 
-It follows from the configuration of train_unet.py, train_vae.py or train_clip.py, complete as
---print_config writes it; of the data only the number of images matters.
+It follows from the configuration of train_unet.py, train_vae.py, train_clip.py or distill.py,
+complete as --print_config writes it; of the data only the number of images matters.
 """
 
 from collections.abc import Callable, Mapping

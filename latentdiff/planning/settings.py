@@ -21,6 +21,7 @@ from latentdiff.options import expanded, former_names
 from latentdiff.planning.start import read_start
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.denoiser.config import TrainUNet
+from latentdiff.tasks.distill.config import Distill
 from latentdiff.tasks.vae.config import TrainVAE
 
 NetworkConfig = UNetConfig | DiTConfig | VAEConfig | CLIPSize
@@ -37,7 +38,8 @@ REQUIRED = {
     "vae": ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention"),
     "clip": tuple(field.name for field in fields(CLIPSize)),
 }
-RENAMED = former_names(TrainUNet) | former_names(TrainVAE) | former_names(TrainCLIP)
+SCRIPTS = (TrainUNet, TrainVAE, TrainCLIP, Distill)
+RENAMED = {old: new for script in SCRIPTS for old, new in former_names(script).items()}
 
 
 def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, 
     given = {key: value for key, value in overrides.items() if value is not None}
     settings = with_options(settings, given)
     settings = {key: expanded(value) for key, value in settings.items()}
-    return _of_cache(settings) | settings
+    return _of_cache(settings) | settings | _of_teacher(settings)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -87,6 +89,18 @@ def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_size": cache.image_size, **vars(cache.crop_flip)}
 
 
+def _of_teacher(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A student's network, VAE and text encoder, which are those of the model that it is of."""
+    teacher = settings.get("teacher")
+    for name in ("init", "vae", "text_encoder", "lora") if teacher is not None else ():
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"{name}={settings[name]} does not go with teacher={teacher}, whose networks a "
+                "student has"
+            )
+    return {} if teacher is None else {"init": teacher}
+
+
 def positive_int(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """The setting's value; ValueError if it is missing and has no default, or is something else."""
     value = settings.get(key, default)
@@ -100,14 +114,10 @@ def positive_int(settings: Mapping[str, Any], key: str, default: int | None = No
 def network_config(settings: Mapping[str, Any]) -> tuple[str, NetworkConfig]:
     """Which network is trained, "dit", "unet", "vae" or "clip", and its configuration.
 
-    A denoiser's is that of the model which `init` names. Raises ValueError, naming the key, if
-    there is not just one, or if it lacks a key or has an unknown one.
+    A denoiser's is that of the model which `init` names, a student's that of its teacher. Raises
+    ValueError, naming the key, if there is not just one, or if it lacks a key or has an unknown
+    one.
     """
-    if settings.get("teacher") is not None:
-        raise ValueError(
-            f"teacher={settings['teacher']}: distill.py is not planned; give the model as init, "
-            "and add the weights of the teacher, which is beside the student, to the memory"
-        )
     kinds = [kind for kind in NETWORKS if isinstance(settings.get(kind), dict)]
     if settings.get("init") is not None and not {"vae", "clip"} & set(kinds):
         network = read_start(settings["init"]).network

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import load_json
+from latentdiff.guidance import guided_denoiser
 from latentdiff.models.clip import CLIPSize, new_clip
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.text_config import tower_config
@@ -26,6 +27,7 @@ from latentdiff.planning.settings import lora_config, network_config, positive_i
 from latentdiff.planning.start import SD15, SD15_TEXT, read_start
 from latentdiff.tasks.denoiser.lora import with_lora
 from latentdiff.tasks.denoiser.text import MAX_KEPT
+from latentdiff.tasks.distill.consistency import consistency_distance
 from latentdiff.tasks.vae.losses import vae_loss
 
 
@@ -106,7 +108,8 @@ def _text_config(settings: Mapping[str, Any]) -> CLIPTextConfig:
 def _denoiser(
     settings: Mapping[str, Any], config: UNetConfig | DiTConfig, precision: str
 ) -> Workload:
-    """A UNet's or DiT's training on cached latents, with its text encoder and VAE in memory."""
+    """A UNet's or DiT's training on cached latents, with its text encoder and VAE in memory; a
+    student's with its teacher too."""
     vae, text, lora = _vae_config(settings), _text_config(settings), lora_config(settings)
     C, side = _latent_shape(settings, vae)
     config = _fitted(config, settings, C, side, text)
@@ -116,6 +119,7 @@ def _denoiser(
     frozen_dtype = torch.float32 if lora is None else half
     vae_dtype = torch.bfloat16 if frozen_dtype == torch.bfloat16 else torch.float32
     trains_text = lora is not None and lora.text_encoder
+    distils = settings.get("teacher") is not None
 
     def tower() -> nn.Module:
         with _default_dtype(frozen_dtype):
@@ -131,7 +135,11 @@ def _denoiser(
 
     def frozen() -> list[nn.Module]:
         with _default_dtype(vae_dtype):
-            networks = [VAE(vae)] if trains_text else [tower(), VAE(vae)]
+            networks: list[nn.Module] = [VAE(vae)]
+            networks = networks if trains_text else [tower(), *networks]
+        if distils:
+            with _default_dtype(half):
+                networks.append(DiT(config) if isinstance(config, DiTConfig) else UNet(config))
         return [network.requires_grad_(False).eval() for network in networks]
 
     def loss(model: Model, frozen: Sequence[Model], B: int) -> Tensor:
@@ -148,9 +156,31 @@ def _denoiser(
                 context = frozen[0](input_ids=context).last_hidden_state
         t = torch.rand(B) * diffusion.num_timesteps
         noise = torch.randn(B, C, side, side)
+        if distils:
+            return _distance(model, frozen[-1], x0, context, noise=noise, t=t, dtype=half).mean()
         return diffusion.loss(denoise, x0, context, noise=noise, t=t).mean()
 
     return Workload(network, loss, frozen)
+
+
+def _distance(
+    student: Model,
+    teacher: Model,
+    x0: Tensor,
+    context: Tensor,
+    *,
+    noise: Tensor,
+    t: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A student's loss (B,): the guided teacher, in `dtype`, and the student twice."""
+
+    def evaluated(x: Tensor, timestep: Tensor, both: Tensor) -> Tensor:
+        return teacher(x.to(dtype), timestep, both.to(dtype)).to(x.dtype)
+
+    flow = Diffusion("flow", "flow_prediction")
+    guided = guided_denoiser(flow, evaluated, context, torch.zeros_like(context), 4.0)
+    return consistency_distance(flow, student, guided, x0, context, noise=noise, t=t, r=t / 2)
 
 
 def _fitted(
