@@ -6,7 +6,6 @@ inpainting are in editing.py, loading and saving in loading.py.
 Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L tokens, D width.
 """
 
-import functools
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from latentdiff import loading
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
 from latentdiff.engines.choice import check_engine
+from latentdiff.engines.compiled import Compiled
 from latentdiff.engines.openvino import OpenVINO
 from latentdiff.formats.option_names import refuse_unknown
 from latentdiff.formats.weights import check_numbers
@@ -69,6 +69,8 @@ class Pipeline:
         self.batched = False
         """Whether the CPU, too, denoises all images of a call at once where that changes their
         bits: faster, and what a seed draws then depends, by rounding, on the images beside it."""
+        self.compiled: Compiled | None = None
+        """What computes the networks as torch compiled them, once `compile` was called."""
         self.openvino: OpenVINO | None = None
         """What computes the networks in torch's place, if they were loaded for it."""
 
@@ -154,7 +156,8 @@ class Pipeline:
                 "are guided already, and this guides them further, at twice the cost; 1 does not",
                 stacklevel=3,
             )
-        contexts = self._contexts(request)
+        weighting = request.prompt_weighting
+        contexts = self.text_encoder.encode_together(*request.texts, weighting=weighting)
         sampler = find_sampler(request.sampler, learned_variance=self.diffusion.learned_variance)
         levels = sampler.levels(self.diffusion, request.steps, spacing=request.level_spacing)
         noise = self._noise(request)
@@ -165,7 +168,7 @@ class Pipeline:
             request.guidance,
             timesteps=levels.network_timesteps(),
             dtype=self.dtype,
-            batching=self._batching,
+            batching=self.batching,
             with_v=sampler.takes_v,
         )
         if request.images or self.inpaints:
@@ -177,23 +180,9 @@ class Pipeline:
             x = noise.first(request.variation_seeds, request.variation_strength)
         return sampler(denoise, x, levels, noise=noise)
 
-    def _contexts(self, request: Request) -> list[list[Tensor]]:
-        """The context (1, L, D) of each image's prompt and, where guided, of its negative prompt.
-
-        Both contexts of an image are equally long: L is one chunk of tokens or several.
-        """
-        weighting = request.prompt_weighting
-        # Equal prompts are encoded once.
-        encode = functools.cache(functools.partial(self.text_encoder.encode, weighting=weighting))
-        count = functools.partial(self.text_encoder.count_chunks, weighting=weighting)
-        texts = [request.prompts]
-        if request.guidance_scale != 1:
-            texts.append(request.negative_prompts)
-        chunks = [max(map(count, of_image)) for of_image in zip(*texts, strict=True)]
-        return [[encode(text, chunks=n) for text, n in zip(t, chunks, strict=True)] for t in texts]
-
     @property
-    def _batching(self) -> Batching:
+    def batching(self) -> Batching:
+        """Which images are denoised at once: on a CPU those that this changes no bit of."""
         if self.device.type != "cpu" or self.batched:
             return "all"
         return "alone" if self.openvino is not None else "exact"
@@ -213,8 +202,7 @@ class Pipeline:
     ) -> Tensor:
         """Text states of the prompts, (B, L, D), each encoded alone: its bits fit any batch.
 
-        Prompts longer than the text encoder reads at once need more `chunks`, each of which makes
-        L longer; `weighting` is the request's `prompt_weighting`.
+        Long prompts need more `chunks`, which make L longer; `weighting` is `prompt_weighting`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         encode = self.text_encoder.encode
@@ -236,6 +224,27 @@ class Pipeline:
         if request is not None and request.masks:
             images = composite(images, request)
         return [to_pil(image) for image in images]
+
+    def compile(self, **options: Any) -> Self:
+        """Compile the denoiser and the VAE's decoder for drawing: a minute or so, then faster.
+
+        An image of one step is drawn for it by these options of a call: other sizes, numbers of
+        images and lengths of prompts are compiled when they first occur, and everything is when
+        LoRAs, weights or the dtype change; the code is kept on disk (docs/speed.md). Images stay
+        the same within rounding. Raises ValueError with OpenVINO and without a C++ compiler.
+        """
+        refuse_unknown(options, OPTIONS)
+        if self.openvino is not None:
+            raise ValueError(
+                'compile: OpenVINO has compiled this pipeline; load it by engine="torch"'
+            )
+        options = {"prompt": "", "steps": 1, "seed": 0, "progress": False} | options
+        request = Request.of(self.diffusion, **options)
+        if self.compiled is None:
+            self.compiled = Compiled(self.unet, self.vae, self.loras)
+        with self.compiled.warming():
+            self.draw(request)
+        return self
 
     def to(self, target: str | torch.device | torch.dtype) -> Self:
         """Move the three networks to a device, or convert them to a dtype, in place.

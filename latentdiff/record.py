@@ -47,9 +47,12 @@ def image_record(
         "dtype": str(pipeline.precision).removeprefix("torch."),
         "device": pipeline.device.type,
         "engine": pipeline.engine,
+        "compiled": pipeline.compiled is not None,
         "packages": _packages(pipeline.engine),
         "loras": list(loras),
     }
+    if pipeline.vae.tiling is not None:
+        record["vae_tiling"] = pipeline.vae.tiling
     return {**record, **files}  # pyright: ignore[reportReturnType]
 
 
@@ -123,6 +126,9 @@ def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> No
     same = engine if engine == pipeline.engine else "torch"
     current |= {"engine": pipeline.engine, **_packages(same)}
     recorded |= {"engine": engine, **record["packages"]}
+    if record.get("compiled", False) != (pipeline.compiled is not None):
+        current["compiled"] = pipeline.compiled is not None
+        recorded["compiled"] = not current["compiled"]
     if dtype == record["dtype"]:  # in another the weights are others too, by their rounding
         current["model"], recorded["model"] = model_sha256, record["model_sha256"]
     changed = [

@@ -284,6 +284,11 @@ class Request:
         return height, width
 
     @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The prompts and, where guided, the negative prompts, of each image."""
+        return [self.prompts] if self.guidance_scale == 1 else [self.prompts, self.negative_prompts]
+
+    @property
     def guidance(self) -> Guidance:
         """The guidance that the fields `guidance_…` describe."""
         names = [f.name for f in fields(Guidance)]

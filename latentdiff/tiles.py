@@ -8,7 +8,7 @@ processor (docs/decisions/0003), so it is not assumed but seen, at the first eva
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.guidance import Evaluate
 
@@ -19,6 +19,17 @@ TILE = 8
 def tiles(rows: Sequence[int]) -> list[tuple[int, ...]]:
     """The rows of a batch in groups of at most `TILE`."""
     return [tuple(rows[i : i + TILE]) for i in range(0, len(rows), TILE)]
+
+
+def likely_exact(network: nn.Module) -> bool:
+    """Whether tiles will be exact, as far as is known before a run.
+
+    They are but for oneDNN's 1×1 convolution in float32 (docs/decisions/0003).
+    """
+    return next(network.parameters()).dtype != torch.float32 or not any(
+        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+        for module in network.modules()
+    )
 
 
 def exact(make: Callable[[tuple[int, ...]], Evaluate], rows: tuple[int, ...]) -> Evaluate:

@@ -69,18 +69,25 @@ def test_one_image_has_a_grid_only_when_asked(model: str, tmp_path: Path) -> Non
     assert not (tmp_path / "none" / "grid.png").exists()
 
 
-@pytest.mark.parametrize(("at_once", "kept"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize("how", ["one by one", "in tiles", "all at once"])
 def test_an_interrupted_batch_keeps_the_images_that_are_drawn(
     model: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    at_once: int,
-    kept: int,
+    how: str,
 ) -> None:
-    """Files were written at the end, so that Control-C lost all that had been drawn."""
+    """Files were written at the end, so that Control-C lost all that had been drawn.
+
+    In bfloat16 a CPU draws in tiles, of the same bits, and in float32 one by one.
+    """
+    kept, at_once = 2, 1 if how == "one by one" else 2
     whole = ("a cat", "a dog", "--num_images", "2", "--seed", "3")
     options = ("--variation_strength", "0.2", "--variation_seed", "5")
+    if how == "in tiles":
+        options = (*options, "--dtype", "bfloat16")
+    monkeypatch.setattr(drawing, "TILE", 2)
+    monkeypatch.setattr(drawing, "AT_ONCE", 2)
     assert generate(model, tmp_path / "whole", *whole, *options) == 0
     draw, calls = Pipeline.draw, list[int]()
 
@@ -91,8 +98,7 @@ def test_an_interrupted_batch_keeps_the_images_that_are_drawn(
         return draw(self, request)
 
     monkeypatch.setattr(Pipeline, "draw", interrupted)
-    if at_once > 1:  # as on an accelerator
-        monkeypatch.setattr(drawing, "AT_ONCE", at_once)
+    if how == "all at once":  # as on an accelerator
         load = drawing.load_pipeline
 
         def batched(*args: Any, **options: Any) -> Pipeline:
@@ -107,10 +113,28 @@ def test_an_interrupted_batch_keeps_the_images_that_are_drawn(
     assert f"interrupted: nothing else is written; the first {kept} of 4" in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "part").iterdir())
     assert names == ["0000-3.png", "0001-3.png"]
-    for name in names if at_once == 1 else ():  # together they differ by rounding
+    for name in names if how != "all at once" else ():  # together they differ by rounding
         expected, found = (Image.open(tmp_path / folder / name) for folder in ("whole", "part"))
         assert np.array_equal(np.asarray(expected), np.asarray(found))
         assert expected.info["latentdiff"] == found.info["latentdiff"]
+
+
+def test_a_size_of_tiles_is_remembered_and_no_tile_is_refused(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--seed", "3", "--height", "64", "--width", "48")
+    assert generate(model, tmp_path / "whole", "a cat", *options) == 0
+    assert generate(model, tmp_path / "a", "a cat", *options, "--vae_tiling", "32") == 0
+    first = tmp_path / "a" / "0000-3.png"
+    assert generate(model, tmp_path / "b", "--from", str(first)) == 0
+    whole, tiled, again = (
+        np.asarray(Image.open(tmp_path / folder / first.name)) for folder in ("whole", "a", "b")
+    )
+    assert np.array_equal(tiled, again)
+    assert not np.array_equal(tiled, whole)
+    capsys.readouterr()
+    assert generate(model, tmp_path / "c", "a cat", "--vae_tiling", "8") == 2
+    assert "vae_tiling=8 must be the side of a tile" in capsys.readouterr().err
 
 
 def test_nothing_but_help_is_asked_for_by_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +249,21 @@ def test_help_and_version_need_neither_torch_nor_transformers() -> None:
         "assert not {'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.processes
+def test_drawing_imports_nothing_that_it_does_not_use(model: str, tmp_path: Path) -> None:
+    """transformers brings torch's compiler, torchvision and accelerate; these are left to us."""
+    unused = ["peft", "diffusers", "datasets", "matplotlib", "openvino", "open_clip", "pyarrow"]
+    unused += ["torch._inductor.compile_fx", "latentdiff.training", "latentdiff.tasks"]
+    arguments = ["generate", "a cat", "--model", model, "--steps", "1", "--out", str(tmp_path)]
+    code = (
+        "import sys\nfrom latentdiff.cli import main\n"
+        f"assert main({arguments!r}) == 0\n"
+        f"found = set({unused!r}) & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
 @pytest.mark.parametrize(

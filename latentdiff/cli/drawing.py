@@ -1,6 +1,7 @@
 """The work of `latentdiff generate`: draw prompts, or an earlier image again, into a folder."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +26,7 @@ from latentdiff.record import (
     warn_of_changes,
 )
 from latentdiff.request import Request
+from latentdiff.tiles import TILE, likely_exact
 
 AT_ONCE = 16  # images that an accelerator draws together
 
@@ -60,6 +62,7 @@ def draw(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         engine=engine,
     )
+    pipeline.vae.tiling = user_options.get("vae_tiling", (record or {}).get("vae_tiling"))
     records = record is not None or not arguments.no_metadata
     digest = pipeline.fingerprint() if records else ""
     if record is not None:
@@ -68,6 +71,8 @@ def draw(arguments: argparse.Namespace) -> None:
         request = Request.of(pipeline.diffusion, **options)
     for lora in loras:  # peft's files are all named adapter_model
         pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
+    if arguments.compile:
+        _compile(pipeline, options)
     paths = _free_paths(arguments.out, request.seeds)
     drawn: list[Image.Image] = []
     for i, image in enumerate(_drawn(pipeline, request)):
@@ -83,22 +88,41 @@ def draw(arguments: argparse.Namespace) -> None:
             save_png(image, path, parameters=parameters, record=full_record)
         print(f"{path}  {request.prompts[i]}", flush=True)
     if arguments.grid or (arguments.grid is None and len(paths) > 1):
-        path = arguments.out / "grid.png"
-        if path.exists():  # of earlier images
-            path = arguments.out / f"grid-{paths[0].name.split('-')[0]}.png"
-        names = [path.name for path in paths]
-        image_grid(drawn, request.prompts, plain=names).save(path)
-        print(path)
+        _save_grid(drawn, request.prompts, paths, arguments.out)
+
+
+def _save_grid(
+    images: Sequence[Image.Image], prompts: Sequence[str], paths: Sequence[Path], folder: Path
+) -> None:
+    """Write all images with their prompts to grid.png, or beside the grid of earlier images."""
+    path = folder / "grid.png"
+    if path.exists():
+        path = folder / f"grid-{paths[0].name.split('-')[0]}.png"
+    image_grid(images, prompts, plain=[path.name for path in paths]).save(path)
+    print(path)
+
+
+def _compile(pipeline: Pipeline, options: dict[str, Any]) -> None:
+    """Compile for images of this size; what else the prompts ask for is, when they are drawn."""
+    names = ("height", "width", "guidance_scale", "image", "mask_image")
+    first = {name: options[name] for name in names if name in options}
+    if "image" in first:
+        first["strength"] = 1.0  # of the one step that is drawn
+    said = "compiling, a minute or more, or seconds where it was compiled before"
+    print(f"latentdiff: {said}", file=sys.stderr, flush=True)
+    pipeline.compile(**first)
 
 
 def _drawn(pipeline: Pipeline, request: Request) -> Iterator[Image.Image]:
     """Yield the images as they are drawn, so that an interrupted call keeps those that are.
 
-    On the CPU each image is denoised by itself anyway; an accelerator gets AT_ONCE together.
+    An accelerator gets AT_ONCE together, and a CPU a tile where it computes tiles together.
     """
-    count = len(request.seeds)
-    alone = pipeline.device.type == "cpu" and not pipeline.batched
-    at_once = 1 if alone else AT_ONCE
+    count, at_once = len(request.seeds), AT_ONCE
+    if pipeline.batching == "exact":
+        at_once = TILE if likely_exact(pipeline.unet) else 1
+    elif pipeline.batching == "alone":
+        at_once = 1
     for start in range(0, count, at_once):
         try:
             part = request if count <= at_once else request.part(start, start + at_once)

@@ -69,11 +69,23 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--height", type=int, help="in pixels; default: the model's")
     add("--width", type=int, help="in pixels; default: the model's")
 
-    editing = parser.add_argument_group("an image to start from")
-    add = editing.add_argument
+    _add_editing(parser)
+    _add_costs(parser)
+
+
+def _add_editing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("an image to start from").add_argument
     add("--image", type=Path, help="image-to-image: what to draw over")
     add("--strength", type=float, help="0 to 1: how much of it to give up; default: 0.8")
     add("--mask_image", type=Path, help="inpainting: white is drawn anew, black is kept")
+
+
+def _add_costs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("time and memory").add_argument
+    add("--compile", action="store_true", default=False, help="a minute or more first, then faster")
+    add(
+        "--vae_tiling", type=int, metavar="PIXELS", help="decode large images in tiles of this side"
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -86,6 +86,10 @@ class Record(TypedDict):
     device: str
     engine: NotRequired[Literal["torch", "openvino"]]
     """What computed the networks; not in records before there were engines: torch."""
+    compiled: NotRequired[bool]
+    """Whether torch had compiled them; not in records before it could: no."""
+    vae_tiling: NotRequired[int]
+    """The side of the tiles that the VAE decoded, if it did."""
     packages: dict[str, str]
     loras: list[LoraRecord]
 

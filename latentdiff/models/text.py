@@ -116,6 +116,17 @@ class TextEncoder(nn.Module):
         padding = [self.states(self._padded([]))] * (chunks - len(contents))
         return torch.cat([*states, *padding], dim=1)  # (1, chunks * L, D)
 
+    def encode_together(self, *texts: Sequence[str], weighting: bool = False) -> list[list[Tensor]]:
+        """The contexts (1, L, D) of all texts, as they are nested; equal texts are encoded once.
+
+        texts: lists with one text for each image, such as prompts and negative prompts. All texts
+        of an image have equally long contexts: L is one chunk of tokens or several.
+        """
+        encode = functools.cache(functools.partial(self.encode, weighting=weighting))
+        count = functools.partial(self.count_chunks, weighting=weighting)
+        chunks = [max(map(count, of_image)) for of_image in zip(*texts, strict=True)]
+        return [[encode(text, chunks=n) for text, n in zip(t, chunks, strict=True)] for t in texts]
+
     def _chunks(self, prompt: str, *, weighting: bool) -> list[tuple[list[int], list[float]]]:
         """The tokens of each chunk, without start, end and padding, with their weights."""
         tokens: list[int] = []

@@ -18,6 +18,7 @@ from latentdiff.models.group_norm import GroupNorm
 from latentdiff.models.layers import Downsample, ResnetBlock, SpatialAttention, Upsample
 from latentdiff.models.network_folder import load_network, save_network
 from latentdiff.models.vae_config import VAEConfig
+from latentdiff.models.vae_tiling import check_tile, decode_in_tiles
 
 EPS = 1e-6  # of every GroupNorm, as in LDM
 POINT = -30.0
@@ -212,6 +213,7 @@ class VAE(nn.Module):
         quantised = config.encoder != "downsample" and config.use_quant_conv
         self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if quantised else nn.Identity()
         self.post_quant_conv = nn.Conv2d(C, C, 1) if config.use_post_quant_conv else nn.Identity()
+        self._tiling: int | None = None
 
     def posterior(self, images: Tensor) -> Posterior:
         """q(z | x) before scaling, whose KL is in the VAE's loss, of images (B, 3, fH, fW).
@@ -231,8 +233,30 @@ class VAE(nn.Module):
         return self.posterior(images).scaled(self.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) of unit variance -> images (B, 3, fH, fW), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        """Latents (B, C, H, W) of unit variance -> images (B, 3, fH, fW), about [-1, 1].
+
+        An image that is larger than `tiling` is decoded in tiles.
+        """
+        z = self.post_quant_conv(latents / self.config.scaling_factor)
+        if self._tiling is None:
+            return self.decoder(z)
+        f = self.config.factor
+        return decode_in_tiles(self.decoder, z, tile=self._tiling // f, factor=f)
+
+    @property
+    def tiling(self) -> int | None:
+        """The side in pixels of the tiles that larger images are decoded in; None is off.
+
+        Tiles take less memory and change the image a little: see models/vae_tiling.py. Setting it
+        raises ValueError for what is no side of a tile.
+        """
+        return self._tiling
+
+    @tiling.setter
+    def tiling(self, pixels: int | None) -> None:
+        if pixels is not None:
+            check_tile(pixels, self.config.factor)
+        self._tiling = pixels
 
     def forward(
         self, images: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor] | None = None
