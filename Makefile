@@ -61,7 +61,7 @@ theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, n
 	MPLBACKEND=Agg $(BIN)/python docs/theory/figures.py
 
 # Strict: a broken link, a missing image or a notebook's error ends it.
-docs: $(VENV)/.installed-docs ## build the pages of docs/ into site/, with its notebooks run
+docs: $(VENV)/.installed-dev ## build the pages of docs/ into site/, with its notebooks run
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	@echo "Open $(CURDIR)/site/index.html"
 
@@ -99,7 +99,3 @@ $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing latentdiff and its development tools into $(VENV): some minutes, 5 GB ..."
 	@$(PIP_INSTALL) '.[dev]'
 	@touch $(VENV)/.installed $@
-
-$(VENV)/.installed-docs: $(VENV)/.installed-dev
-	@$(PIP_INSTALL) '.[dev,docs]'
-	@touch $@
