@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check quick test test-faults interchange theory bench lint types clean
+.PHONY: help setup demo check quick test test-faults interchange theory docs bench lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,11 @@ interchange: $(VENV)/.installed-dev ## measure every file format against other t
 theory: $(VENV)/.installed-dev ## run the experiments of docs/theory: figures, numbers, links
 	MPLBACKEND=Agg $(BIN)/python docs/theory/figures.py
 
+# Strict: a broken link, a missing image or a notebook's error ends it.
+docs: $(VENV)/.installed-dev ## build the pages of docs/ into site/, with its notebooks run
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+	@echo "Open $(CURDIR)/site/index.html"
+
 bench: $(VENV)/.installed-dev ## how fast, beside the peers and the last figures; half an hour, alone
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py all --compare benchmarks/speed.json
 
@@ -71,7 +76,7 @@ types: $(VENV)/.installed-dev ## the type checker
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean: ## remove .venv, caches and build products; runs and outputs stay
-	rm -rf $(VENV) build dist .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .import_linter_cache .pytest_cache .ruff_cache
 
 # A stamp is written last, so that an interrupted install is taken up again. The stamps depend on
 # what decides an install, so that nothing is installed twice and a changed pin is installed once.

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from latentdiff.planning.plan import Plan
 
 GIB = 2**30
-COUNTS = ("batch_size", "gradient_accumulation_steps", "image_size", "max_steps", "crops")
+COUNTS = (
+    *("batch_size", "gradient_accumulation_steps", "image_size", "max_steps", "crops"),
+    "snapshot_every",
+)
 FORMER_NAMES = {"pictures": "images", "accumulation": "gradient_accumulation_steps"}
 
 
