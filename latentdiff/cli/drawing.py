@@ -19,6 +19,7 @@ from latentdiff.cli.record import (
     warn_of_changes,
 )
 from latentdiff.data.decode import Decoding, decode
+from latentdiff.device import find_device
 from latentdiff.engines.choice import check_engine
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
 from latentdiff.formats.png import LoraRecord, Record, save_png
@@ -43,7 +44,7 @@ def draw(arguments: argparse.Namespace) -> None:
     model = user_options.get("model") or _recorded_model(record, arguments.again)
     dtype = user_options.get("dtype", record["dtype"] if record else "float32")
     engine = user_options.get("engine", (record or {}).get("engine", "torch"))
-    device = _device(arguments.device, engine)
+    device = find_device(arguments.device, engine)
     loras = _loras(user_options.get("lora"), record)
     images = _images(user_options, record)
     # Checked and read before a model is loaded: what is drawn must not be lost to a file that is
@@ -207,24 +208,6 @@ def load_pipeline(
         device=device,
         engine=engine,
     )
-
-
-def _device(name: str | None, engine: str) -> torch.device:
-    """The named device, or an accelerator, where the engine computes on one, or the CPU."""
-    return torch.device("cpu") if name is None and engine == "openvino" else find_device(name)
-
-
-def find_device(name: str | None) -> torch.device:
-    """The named device, checked by using it; without a name an accelerator, or else the CPU."""
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.zeros(1, device=name)
-        device.item()  # which "meta" cannot
-        return device.device
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name!r} cannot be used on this machine: {reason}") from error
 
 
 def _quiet_transformers() -> None:
