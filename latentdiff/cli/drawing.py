@@ -1,6 +1,7 @@
 """The work of `latentdiff generate`: draw prompts, or an earlier image again, into a folder."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentdiff import loading
 from latentdiff.cli.loras import file_and_scale
+from latentdiff.cli.reading import say_reading
 from latentdiff.cli.record import (
     file_record,
     image_parameters,
@@ -32,11 +35,7 @@ AT_ONCE = 16  # images that an accelerator draws together
 
 def draw(arguments: argparse.Namespace) -> None:
     """Draw, and write the images with how they were drawn; see `latentdiff generate --help`."""
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
-    except OSError as error:
-        reason = error.strerror
-        raise ValueError(f"--out: {arguments.out} cannot be a folder: {reason}") from error
+    _make_folder(arguments.out)  # first, as it may fail
     user_options = vars(arguments)
     again, record = (
         ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
@@ -53,8 +52,11 @@ def draw(arguments: argparse.Namespace) -> None:
     request = Request(**options)
     files = {name: file_record(path) for name, path in images.items()}
 
+    if arguments.again is not None:
+        say_reading(model, dtype)
     pipeline = load_pipeline(
         model,
+        tokenizer=arguments.tokenizer,
         dtype=dtype,
         device=device,
         variant=arguments.variant,
@@ -71,7 +73,7 @@ def draw(arguments: argparse.Namespace) -> None:
         pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
     paths = _free_paths(arguments.out, request.seeds)
     drawn: list[Image.Image] = []
-    for i, image in enumerate(_drawn(pipeline, request)):
+    for i, image in enumerate(_drawn(pipeline, request, arguments.batch_size)):
         drawn.append(image)
         path = paths[i]
         if arguments.no_metadata:
@@ -92,22 +94,38 @@ def draw(arguments: argparse.Namespace) -> None:
         print(path)
 
 
-def _drawn(pipeline: Pipeline, request: Request) -> Iterator[Image.Image]:
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be a folder: {error.strerror}") from error
+
+
+def _drawn(pipeline: Pipeline, request: Request, batch_size: int | None) -> Iterator[Image.Image]:
     """Yield the images as they are drawn, so that an interrupted call keeps those that are.
 
-    On the CPU each image is denoised by itself anyway; an accelerator gets AT_ONCE together.
+    `batch_size` of them are drawn together. Without one, the CPU draws each by itself, and an
+    accelerator AT_ONCE, or, where its memory is too small, half as many and so on.
     """
     count = len(request.seeds)
     alone = pipeline.device.type == "cpu" and not pipeline.batched
-    at_once = 1 if alone else AT_ONCE
-    for start in range(0, count, at_once):
+    at_once = batch_size or (1 if alone else AT_ONCE)
+    start = 0
+    while start < count:
+        part = request if count <= at_once else request.part(start, start + at_once)
         try:
-            part = request if count <= at_once else request.part(start, start + at_once)
             images = pipeline.draw(part).images
+        except torch.OutOfMemoryError:
+            if batch_size is not None or at_once == 1:
+                raise
+            at_once = min(at_once, count) // 2 or 1
+            print(f"latentdiff: too little memory; drawing {at_once} at once", file=sys.stderr)
+            continue
         except KeyboardInterrupt as interrupt:
             kept = f"; the first {start} of {count} images are kept" if start else ""
             raise KeyboardInterrupt(f"nothing else is written{kept}") from interrupt
         yield from images
+        start += len(images)
 
 
 def _recorded_model(record: Record | None, again: Path | None) -> str:
@@ -191,6 +209,7 @@ def load_pipeline(
     variant: str | None = None,
     revision: str | None = None,
     engine: str = "torch",
+    tokenizer: str | None = None,
 ) -> Pipeline:
     """Load a model by its name, folder, file or hub id, without transformers' bars and advice."""
     precision = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -200,6 +219,13 @@ def load_pipeline(
         source = find_model(model, variant=variant, revision=revision)  # shows a download's bar
         revision = None  # the folder has it
     _quiet_transformers()
+    if tokenizer is not None:
+        if not source.is_file():
+            raise ValueError(f"--tokenizer is for a single file; {model} has a tokenizer")
+        loading.check_single_file(model, revision=revision, variant=variant)
+        return Pipeline.from_single_file(
+            source, tokenizer=tokenizer, dtype=precision, device=device, engine=engine
+        )
     return Pipeline.from_pretrained(
         source,
         revision=revision,
