@@ -243,16 +243,13 @@ def _default(value: ast.expr | None, path: Path) -> str:
     try:
         literal = ast.literal_eval(value) if value is not None else None
     except ValueError:
-        literal = _constant(_tree(path).body, value.id, path) if _is_name(value) else None
+        named = isinstance(value, ast.Name)
+        literal = _constant(_tree(path).body, value.id, path) if named else None
     if literal is None or literal in ((), {}):
         return ""
     if isinstance(literal, bool):
         return str(literal).lower()
     return f"[{', '.join(map(str, literal))}]" if isinstance(literal, tuple) else str(literal)
-
-
-def _is_name(value: ast.expr | None) -> bool:
-    return isinstance(value, ast.Name)
 
 
 def _constant(body: Sequence[ast.stmt], name: str, path: Path) -> object:
