@@ -132,9 +132,7 @@ class Pipeline:
         """Draw the images of a request; the other options are those of a call."""
         steps = self._sample(request)
         steps = steps if callback is None else output.told(steps, callback, self, request)
-        off: dict[str, Any] = (
-            {} if request.progress else {"disable": True}
-        )  # or tqdm's TQDM_DISABLE is
+        off: Any = {} if request.progress else {"disable": True}  # or as TQDM_DISABLE says
         latents = deque(tqdm(steps, total=request.num_denoising_steps, **off), maxlen=1).pop()
         images: Any = latents if output_type == "latent" else self._decoded(latents, request)
         pil = output_type == "pil"
