@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--flow_count", type=int, default=16)
     parser.add_argument("--out", required=True, type=Path)
     asked = parser.parse_args()
-    pipe = Pipeline.from_pretrained(asked.model)
+    pipe = Pipeline.from_pretrained(asked.model, device="cpu")
     side = pipe.vae.config.sample_size
     fitted, _ = load_images(asked.data, "train", side, asked.count)
     images, captions = load_images(asked.data, asked.split, side, asked.count)

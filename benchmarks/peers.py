@@ -187,5 +187,5 @@ def model_folder(model: str) -> Iterator[Path]:
     from latentdiff.pipeline import Pipeline
 
     with tempfile.TemporaryDirectory() as folder:
-        Pipeline.from_pretrained(model).save_pretrained(folder)
+        Pipeline.from_pretrained(model, device="cpu").save_pretrained(folder)
         yield Path(folder)

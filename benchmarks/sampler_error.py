@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    pipe = Pipeline.from_pretrained(arguments.model)
+    pipe = Pipeline.from_pretrained(arguments.model, device="cpu")
 
     samples = {
         name: {n: sample(pipe, name, n, arguments.guidance_scale) for n in tqdm(counts, desc=name)}

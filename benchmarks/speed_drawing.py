@@ -114,7 +114,7 @@ def _far(found: np.ndarray, reference: np.ndarray) -> float:
 
 def unet_table(size: str, *, batch: int, device: torch.device) -> Table:
     """A forward pass for `batch` images under guidance: twice as many rows."""
-    unet = made_up_unet() if size == "sd15" else Pipeline.from_pretrained(size).unet
+    unet = made_up_unet() if size == "sd15" else Pipeline.from_pretrained(size, device="cpu").unet
     if not isinstance(unet, UNet):
         raise ValueError(f"--size {size} must be a model with a UNet: diffusers' is compared")
     config = unet.config

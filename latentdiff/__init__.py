@@ -1,23 +1,28 @@
 """Train your own text-to-image latent diffusion model and draw images with it; see `Pipeline`.
 
-`import latentdiff` itself imports neither torch nor transformers: `Pipeline` is imported when it is
-first accessed.
+`import latentdiff` itself imports neither torch nor transformers: what is in `__all__` is imported
+when it is first accessed.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latentdiff.pipeline import Pipeline
+    from latentdiff.pipeline import Pipeline, PipelineOutput
+    from latentdiff.request import Request
 
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Pipeline", "PipelineOutput", "Request", "__version__"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "Pipeline":
-        from latentdiff.pipeline import Pipeline
+    if name in ("Pipeline", "PipelineOutput"):
+        from latentdiff import pipeline
 
-        return Pipeline
+        return getattr(pipeline, name)
+    if name == "Request":
+        from latentdiff.request import Request
+
+        return Request
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

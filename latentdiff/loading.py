@@ -5,12 +5,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from latentdiff.device import Target
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import (
     check_pipeline_folder,
@@ -21,7 +23,7 @@ from latentdiff.formats.diffusers import (
 )
 from latentdiff.formats.lora import check_without_loras
 from latentdiff.formats.single_file import read_single_file, write_single_file
-from latentdiff.formats.weights import check_tensors
+from latentdiff.formats.weights import check_numbers, check_tensors
 from latentdiff.models.dit import DiT
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.single_file_networks import (
@@ -81,6 +83,13 @@ def load_folder(
     )
 
 
+def check_single_file(name: str | Path, **given: str | None) -> None:
+    """Raise ValueError for an option of folders that is given for a single file."""
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"{option}={value!r} is not of a single file, which {name} is")
+
+
 def load_single_file(
     path: str | Path,
     *,
@@ -95,6 +104,20 @@ def load_single_file(
     return Components(
         unet, vae, text_encoder, Diffusion.from_scheduler_config(file.scheduler_config)
     )
+
+
+def move(networks: Sequence[nn.Module], targets: Sequence[Target]) -> None:
+    """Move networks to devices and dtypes.
+
+    Raises ValueError, before the first is moved, for weights that are too large for a dtype.
+    """
+    for dtype in targets:
+        for network in networks if isinstance(dtype, torch.dtype) else ():
+            for name, tensor in network.state_dict().items():
+                check_numbers(name, tensor, dtype)
+    for network in networks:
+        for target in targets:
+            network.to(target)
 
 
 def save_folder(components: Components, folder: str | Path, *, dtype: torch.dtype | None) -> None:

@@ -7,25 +7,38 @@ from torch import Tensor
 
 
 class ImageNoise:
-    """Draws N(0, I), (B, C, H, W) at each call, from one generator per image, with its seed."""
+    """Draws N(0, I), (B, C, H, W) at each call, from one generator per image, with its seed.
+
+    Generators in place of the seeds are drawn from as diffusers does: in the dtype `theirs`, on
+    their own devices, and one for all images at once.
+    """
 
     def __init__(
         self,
-        seeds: Sequence[int],
+        seeds: Sequence[int | torch.Generator],
         size: tuple[int, int, int],
         *,
         device: torch.device,
         dtype: torch.dtype,
+        theirs: torch.dtype = torch.float32,
     ) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        given = [seed for seed in seeds if isinstance(seed, torch.Generator)]
+        self.count = len(seeds) if len({id(g) for g in given}) == 1 else 1
+        """Images that are drawn together."""
+        ours = [torch.Generator().manual_seed(s) for s in seeds if isinstance(s, int)]
+        self.generators = ours or given[:: self.count]
+        self.drawn_in = theirs if given else torch.float32
         self.size = size
         self.device = device
         self.dtype = dtype
 
     def __call__(self) -> Tensor:
         """The next noise of every image, (B, C, H, W)."""
-        noise = torch.cat([torch.randn((1, *self.size), generator=g) for g in self.generators])
-        return noise.to(device=self.device, dtype=self.dtype)
+        shape, dtype = (self.count, *self.size), self.drawn_in
+        each = [
+            torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in self.generators
+        ]
+        return torch.cat(each).to(device=self.device, dtype=self.dtype)
 
     def first(self, variation_seeds: Sequence[int], strength: float) -> Tensor:
         """The next noise, interpolated by `slerp` with `strength` towards the variation seeds'."""
@@ -34,6 +47,30 @@ class ImageNoise:
             return eps
         other = ImageNoise(variation_seeds, self.size, device=self.device, dtype=self.dtype)
         return slerp(eps, other(), strength)
+
+
+def each_generator(
+    given: torch.Generator | Sequence[torch.Generator], count: int
+) -> tuple[torch.Generator, ...]:
+    """The generator of each image; ValueError for other than one, or one for each."""
+    listed = (
+        [given] * count
+        if isinstance(given, torch.Generator)
+        else [*given]
+        if isinstance(given, Sequence)
+        else [given]
+    )
+    for one in listed:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"generator holds {one!r:.60}; it must be a torch.Generator or a list of "
+                "them; a number is a seed"
+            )
+    if len(listed) != count:
+        raise ValueError(
+            f"generator lists {len(listed)} for {count} images; give one for all, or one for each"
+        )
+    return tuple(listed)
 
 
 def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: B images, C latent channels, H/W latent size, f the VAE's factor, L toke
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Never, Self
 
@@ -18,38 +18,31 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentdiff import loading
+from latentdiff import loading, output
+from latentdiff.device import Target, default_device, targets
 from latentdiff.diffusion import Diffusion
 from latentdiff.editing import composite, edit
 from latentdiff.engines.choice import check_engine
 from latentdiff.engines.compiled import Compiled
 from latentdiff.engines.openvino import OpenVINO
 from latentdiff.formats.option_names import refuse_unknown
-from latentdiff.formats.weights import check_numbers
 from latentdiff.images import to_pil, why_not_finite
 from latentdiff.levels import LevelSpacing
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
 from latentdiff.models.lora import LoRAs
-from latentdiff.models.precision import Precision
+from latentdiff.models.precision import Precision, one_dtype
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.noise import ImageNoise
+from latentdiff.output import OutputType, PipelineOutput, StepEnd
 from latentdiff.prepared import Batching, denoiser_of_all
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
-COMMON = ("dtype", "device", "engine")  # what every way of loading takes
+COMMON = ("dtype", "torch_dtype", "device", "engine")  # what every way of loading takes
 OPTIONS = [field.name for field in fields(Request) if field.init]
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """The images of one call and the seed of each: prompt by prompt, `num_images` of each."""
-
-    images: list[Image.Image]
-    seeds: list[int]
 
 
 class Pipeline:
@@ -71,6 +64,7 @@ class Pipeline:
         bits: faster, and what a seed draws then depends, by rounding, on the images beside it."""
         self.compiled: Compiled | None = None
         """What computes the networks as torch compiled them, once `compile` was called."""
+        self._interrupt = False  # what a callback may set: see `latentdiff.output.StepEnd`
         self.openvino: OpenVINO | None = None
         """What computes the networks in torch's place, if they were loaded for it."""
 
@@ -92,6 +86,8 @@ class Pipeline:
         width: int | None = None,
         seed: int | Sequence[int] | None = None,
         num_images: int = 1,
+        num_images_per_prompt: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         sampler: str | None = None,
         level_spacing: LevelSpacing | None = None,
         image: Image.Image | Sequence[Image.Image] | None = None,
@@ -100,44 +96,56 @@ class Pipeline:
         variation_seed: int | Sequence[int] | None = None,
         variation_strength: float = 0.0,
         progress: bool = True,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **unknown: Never,
     ) -> PipelineOutput:
         """Draw `num_images` images of each prompt.
 
-        steps, num_inference_steps: denoising steps; more are finer and slower.
+        steps: denoising steps; more are finer and slower.
         guidance_scale: how closely to follow the prompt; 1 is off and halves the time.
         guidance_rescale, guidance_interval: less contrast; (low, high) of sigma / alpha.
         guidance_eta, guidance_norm_threshold, guidance_momentum: projected guidance.
-        negative_prompt: what to stay away from; one for all prompts, or one for each.
-        prompt_weighting: whether "(word:1.2)" weighs a word.
+        negative_prompt, prompt_weighting: to stay away from; whether "(word:1.2)" weighs a word.
         height, width: in pixels; by default those of `image`, or of the images of training.
         num_images, seed: of each prompt; of the first image, the others count up, or of each.
         sampler, level_spacing: how a step is taken, and where; see `latentdiff.samplers`.
         image, strength, mask_image: to draw over; 0 … 1, how much of it to give up; white is drawn.
         variation_seed, variation_strength: another noise, and 0 … 1, how far towards it.
-        progress: whether a bar shows the steps.
+        progress, output_type: a bar of the steps; "pil", "np" or "pt" (0 … 1), or "latent".
+        num_inference_steps, num_images_per_prompt, generator: diffusers' steps, num_images, seed.
+        callback_on_step_end, callback_on_step_end_tensor_inputs: see `latentdiff.output.StepEnd`.
 
-        None is the default of `Request`, or of a student. Raises ValueError as `Request` does,
-        which says more of each, and TypeError for another option, with ours that does what
-        diffusers' does.
+        None is the default of `Request`, or a student's. Raises ValueError as `Request` does, which
+        says more of each, and TypeError for an option that there is not, naming ours.
         """
         if unknown:
             refuse_unknown(unknown, OPTIONS)
         options = {name: value for name, value in locals().items() if name in OPTIONS}
-        return self.draw(Request.of(self.diffusion, **options))
+        request = Request.of(self.diffusion, **options)
+        if (output_type, callback_on_step_end_tensor_inputs) != ("pil", ("latents",)):
+            output.check_output(output_type, callback_on_step_end_tensor_inputs)
+        return self.draw(request, output_type=output_type, callback=callback_on_step_end)
 
-    def draw(self, request: Request) -> PipelineOutput:
-        """Draw the images of a request."""
+    def draw(
+        self, request: Request, *, output_type: OutputType = "pil", callback: StepEnd | None = None
+    ) -> PipelineOutput:
+        """Draw the images of a request; the other options are those of a call."""
         steps = self._sample(request)
-        bar = tqdm(steps, total=request.num_denoising_steps, disable=not request.progress)
-        latents = deque(bar, maxlen=1).pop()
-        return PipelineOutput(self.decode(latents, request), list(request.seeds))
+        steps = steps if callback is None else output.told(steps, callback, self, request)
+        off: Any = {} if request.progress else {"disable": True}  # or as TQDM_DISABLE says
+        latents = deque(tqdm(steps, total=request.num_denoising_steps, **off), maxlen=1).pop()
+        images: Any = latents if output_type == "latent" else self._decoded(latents, request)
+        pil = output_type == "pil"
+        images = [*map(to_pil, images)] if pil else output.as_array(images, output_type)
+        return PipelineOutput(images, list(request.seeds))
 
     def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[list[Image.Image]]:
         """Draw as `pipe(...)` does, with its options, and yield the estimated images of each step.
 
-        The last item holds the finished images. Each preview costs a decode by the VAE, which at
-        SD 1.5's size is more than the step itself: the run takes two to three times as long.
+        The last item holds the finished images. Each preview costs a decode: at SD 1.5's size the
+        run takes two to three times as long.
         """
         refuse_unknown(options, OPTIONS)
         request = Request.of(self.diffusion, prompt, **options)
@@ -191,10 +199,10 @@ class Pipeline:
         config, multiple = self.vae.config, self.unet.multiple
         height, width = request.latent_size(self.side, factor=config.factor, multiple=multiple)
         size = (config.latent_channels, height, width)
-        # Half-precision networks are sampled in float32 too: the sums of the steps are cheap, and
-        # their rounding errors add up.
+        # Half-precision networks too: the sums of the steps are cheap, their rounding adds up.
         dtype = torch.promote_types(self.dtype, torch.float32)
-        return ImageNoise(request.seeds, size, device=self.device, dtype=dtype)
+        seeds = request.generators or request.seeds
+        return ImageNoise(seeds, size, device=self.device, dtype=dtype, theirs=self.dtype)
 
     @torch.no_grad()
     def encode(
@@ -209,13 +217,16 @@ class Pipeline:
         states = {p: encode(p, chunks=chunks, weighting=weighting) for p in dict.fromkeys(prompts)}
         return torch.cat([states[prompt] for prompt in prompts])
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, request: Request | None = None) -> list[Image.Image]:
         """Images of latents (B, C, H, W), decoded one by one, which also needs less memory.
 
         Pixels that a mask of the request keeps are those of its init image. Raises ValueError for
         latents that are not finite.
         """
+        return [to_pil(image) for image in self._decoded(latents, request)]
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor, request: Request | None) -> Tensor:
         dtype = next(self.vae.parameters()).dtype
         images = torch.cat([self.vae.decode(z).float() for z in latents.to(dtype).split(1)])
         if not images.isfinite().all():
@@ -223,7 +234,7 @@ class Pipeline:
             raise ValueError(why_not_finite(latents, scale, dtypes={dtype, self.dtype}))
         if request is not None and request.masks:
             images = composite(images, request)
-        return [to_pil(image) for image in images]
+        return images
 
     def compile(self, **options: Any) -> Self:
         """Compile the denoiser and the VAE's decoder for drawing: a minute or so, then faster.
@@ -246,22 +257,22 @@ class Pipeline:
             self.draw(request)
         return self
 
-    def to(self, target: str | torch.device | torch.dtype) -> Self:
-        """Move the three networks to a device, or convert them to a dtype, in place.
+    def to(self, device: Target | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the three networks to a device, convert them to a dtype, or both, in place.
 
-        Raises ValueError for weights that are too large for the dtype, and for what OpenVINO does
-        not compute in or on; nothing has changed then.
+        `to("cuda")`, `to(torch.float16)` and `to("cuda", torch.float16)` are as torch's. Raises
+        ValueError for weights that are too large for the dtype, and for what OpenVINO does not
+        compute in or on; nothing has changed then.
         """
+        asked = targets(device, dtype)
         if self.openvino is not None:
-            self.openvino.check_target(target)
-        networks = (self.unet, self.vae, self.text_encoder)
-        if isinstance(target, torch.dtype):
-            for network in networks:
-                for name, tensor in network.state_dict().items():
-                    check_numbers(name, tensor, target)
-        for network in networks:
-            network.to(target)
+            for target in asked:
+                self.openvino.check_target(target)
+        loading.move((self.unet, self.vae, self.text_encoder), asked)
         return self
+
+    def __repr__(self) -> str:
+        return output.described(self)
 
     @property
     def device(self) -> torch.device:
@@ -311,26 +322,25 @@ class Pipeline:
         revision: str | None = None,
         variant: str | None = None,
         dtype: Precision = torch.float32,
+        torch_dtype: Precision = None,
         device: str | torch.device | None = None,
         engine: str = "torch",
         **unknown: Never,
     ) -> Self:
         """Load "emoji" (embedded), a diffusers folder, a single file, or from the Hugging Face Hub.
 
-        A single file is one .safetensors file of A1111's and ComfyUI's kind: see
-        `from_single_file`, which has more options. `revision` is the branch, tag or commit of a hub
-        id; `variant`, such as "fp16", chooses among a folder's weights. Weights of any precision
-        become `dtype`, which with "auto" is bfloat16 where the device computes in it and float32
-        elsewhere, or stay as they are with None; without `device` they stay on the CPU. `engine`
-        "openvino" computes on a CPU in torch's place, in `dtype` (docs/generate.md). Raises
-        ValueError if there is no such model or something in it is missing, and for an option that
-        such a model or engine does not have.
+        For a single .safetensors file of A1111's and ComfyUI's kind `from_single_file` has more
+        options. `revision` is the branch, tag or commit of a hub id; `variant`, such as "fp16",
+        chooses among a folder's weights. Weights of any precision become `dtype` (`torch_dtype` is
+        diffusers' name), which with "auto" is bfloat16 where the device computes in it and float32
+        elsewhere, or stay as they are with None. The default device is the accelerator, or else the
+        CPU. `engine` "openvino" computes there in torch's place (docs/generate.md). Raises
+        ValueError if there is no such model, or not all of it, and for an option that is not its.
         """
         refuse_unknown(unknown, ("revision", "variant", *COMMON), loading=True)
+        dtype, device = one_dtype(dtype, torch_dtype), default_device(device, engine)
         if Path(name).is_file():
-            for option, value in (("revision", revision), ("variant", variant)):
-                if value is not None:
-                    raise ValueError(f"{option}={value!r} is not of a single file, which {name} is")
+            loading.check_single_file(name, revision=revision, variant=variant)
             return cls.from_single_file(name, dtype=dtype, device=device, engine=engine)
         weights, computed = check_engine(engine, dtype=dtype, device=device)
         components = loading.load_folder(name, revision=revision, variant=variant, dtype=weights)
@@ -345,6 +355,7 @@ class Pipeline:
         tokenizer: str | Path | None = None,
         ema: bool = False,
         dtype: Precision = torch.float32,
+        torch_dtype: Precision = None,
         device: str | torch.device | None = None,
         engine: str = "torch",
         **unknown: Never,
@@ -360,6 +371,7 @@ class Pipeline:
         be.
         """
         refuse_unknown(unknown, ("config", "tokenizer", "ema", *COMMON), loading=True)
+        dtype, device = one_dtype(dtype, torch_dtype), default_device(device, engine)
         weights, computed = check_engine(engine, dtype=dtype, device=device)
         components = loading.load_single_file(
             path, config=config, tokenizer=tokenizer, ema=ema, dtype=weights
@@ -367,13 +379,13 @@ class Pipeline:
         return cls(**components._asdict())._on(device, computed, path)
 
     def _on(
-        self, device: str | torch.device | None, computed: torch.dtype | None, model: str | Path
+        self, device: str | torch.device, computed: torch.dtype | None, model: str | Path
     ) -> Self:
         """Go to a device, or to OpenVINO if that computes in a dtype; the model is at `model`."""
         if computed is not None:
             networks = (self.unet, self.vae, self.text_encoder)
             self.openvino = OpenVINO(*networks, self.loras, dtype=computed, model=model)
-        return self if device is None else self.to(device)
+        return self.to(device)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain diffusers pipeline folder; `dtype` is what weights are converted to.

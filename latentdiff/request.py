@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
 
 from latentdiff.diffusion import Diffusion
@@ -19,10 +20,12 @@ from latentdiff.guidance import Guidance
 from latentdiff.images import to_mask, to_rgb
 from latentdiff.levels import LevelSpacing
 from latentdiff.models.prompts import parse_weights
+from latentdiff.noise import each_generator
 from latentdiff.samplers import find_sampler
 
 MOST = {"steps": 1_000_000, "num_images": 100_000, "height": 65_536, "width": 65_536}
 WITH_GUIDANCE = tuple(f"guidance_{f.name}" for f in fields(Guidance) if f.name != "scale")
+OTHER_NAMES = {"num_inference_steps": "steps", "num_images_per_prompt": "num_images"}
 MOST_PIXELS = 64_000_000
 WEIGHED = re.compile(r"\([^():\n]{1,80}:\s*\d*\.\d+\s*\)")  # such as (cat:1.3)
 LIGHTEST_KEPT = 127  # of a mask's 0 … 255
@@ -65,6 +68,11 @@ class Request:
     seed: int | Sequence[int] | None = None
     """A seed for each image, or the first of consecutive ones; None draws random seeds."""
     num_images: int = 1
+    num_images_per_prompt: int | None = None
+    """diffusers' name for `num_images`."""
+    generator: torch.Generator | Sequence[torch.Generator] | None = field(default=None, repr=False)
+    """diffusers' way to give seeds: one for all images, or one for each. What is drawn from it is
+    what diffusers draws in that order and dtype, so that it moves on; `seeds` is then empty."""
     sampler: str = "ddim"
     """A name in `latentdiff.samplers.SAMPLERS`, or that of a scheduler class of diffusers."""
     level_spacing: LevelSpacing | None = None
@@ -94,6 +102,8 @@ class Request:
     variation_seeds: tuple[int, ...] = field(init=False, repr=False)
     images: tuple[Image.Image, ...] = field(init=False, repr=False)
     masks: tuple[Image.Image, ...] = field(init=False, repr=False)
+    generators: tuple[torch.Generator, ...] = field(init=False, repr=False)
+    """One for each image, if `generator` is given."""
 
     @classmethod
     def of(cls, diffusion: Diffusion, prompt: str | Sequence[str], **options: Any) -> Self:
@@ -111,14 +121,9 @@ class Request:
         return cls(prompt, **given)
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps is not None:
-            if self.steps not in (Request.steps, self.num_inference_steps):
-                raise ValueError(
-                    f"steps={self.steps!r} and num_inference_steps={self.num_inference_steps!r} "
-                    "are two names of one option; give one"
-                )
-            self._set("steps", self.num_inference_steps)
-            self._set("num_inference_steps", None)
+        for theirs, ours in OTHER_NAMES.items():
+            if getattr(self, theirs) is not None:
+                self._read_other_name(theirs, ours)
         for name, most in MOST.items():
             value = getattr(self, name)
             if value is not None or name not in ("height", "width"):
@@ -159,6 +164,16 @@ class Request:
                 f"{', '.join(off)}: without effect, since guidance_scale=1 turns guidance off",
                 stacklevel=2,
             )
+
+    def _read_other_name(self, theirs: str, ours: str) -> None:
+        """Take what is given by diffusers' name of an option; ValueError if both differ."""
+        given, value = getattr(self, theirs), getattr(self, ours)
+        if value not in (getattr(Request, ours), given):
+            raise ValueError(
+                f"{ours}={value!r} and {theirs}={given!r} are two names of one option; give one"
+            )
+        self._set(ours, given)
+        self._set(theirs, None)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -225,6 +240,9 @@ class Request:
 
     def _check_seeds(self) -> None:
         count, varied = len(self.prompts), self.variation_strength > 0
+        if self.generator is not None:
+            return self._take_generators(count)
+        self._set("generators", ())
         if self.variation_seed is not None and not varied:
             raise ValueError(
                 f"variation_seed={short_repr(self.variation_seed)} needs a variation_strength "
@@ -244,6 +262,18 @@ class Request:
                     f"{name} lists {len(seeds)} seeds for {count} images; give one for each"
                 )
             self._set(f"{name}s", seeds)
+
+    def _take_generators(self, count: int) -> None:
+        """Take a generator for each image; ValueError for other than one or one for each."""
+        assert self.generator is not None
+        if self.seed is not None or self.variation_seed is not None or self.variation_strength:
+            raise ValueError(
+                "generator is in place of seed, and has no variation: give seed, variation_seed "
+                "and variation_strength, or generator alone"
+            )
+        self._set("generators", each_generator(self.generator, count))
+        self._set("seeds", ())
+        self._set("variation_seeds", ())
 
     @property
     def num_denoising_steps(self) -> int:
@@ -302,7 +332,8 @@ class Request:
                 self,
                 prompt=self.prompts[each],
                 negative_prompt=self.negative_prompts[each],
-                seed=self.seeds[each],
+                seed=self.seeds[each] or None,
+                generator=self.generators[each] or None,
                 num_images=1,
                 image=self.images[each] or None,
                 mask_image=self.masks[each] or None,
@@ -316,6 +347,8 @@ class Request:
         `Request(**record)`, with the same `image` and `mask_image`, is that request. The record has
         the defaults too, because a later release may choose others.
         """
+        if self.generators:
+            raise ValueError("generator cannot be recorded, since it moves on; give a seed")
         alone: dict[str, Any] = {
             "prompt": self.prompts[i],
             "negative_prompt": self.negative_prompts[i],
@@ -323,7 +356,7 @@ class Request:
             "strength": self.strength if self.images else None,
             "variation_seed": self.variation_seeds[i] if self.variation_strength else None,
         }
-        left_out = ("image", "mask_image", "num_images", "progress")
+        left_out = ("image", "mask_image", "num_images", "progress", "generator")
         names = [f.name for f in fields(self) if f.init and f.name not in left_out]
         values = {name: alone.get(name, getattr(self, name)) for name in names}
         return {name: value for name, value in values.items() if value is not None}

@@ -22,6 +22,8 @@ import pytest
 import torch
 from support.interchange_table import Measured, Row, write
 
+from latentdiff import device
+
 torch.set_num_threads(1)  # tiny networks lose more by waiting for a second thread than they gain
 os.fsync = lambda _: None  # a test's files need not survive the machine; a flush takes 4 ms
 gc.disable()  # the million objects that imports make stay: walking them takes half of collection
@@ -49,6 +51,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--interchange_table")
     if path is not None:
         write(session.config.stash[ROWS], path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _load_on_the_cpu() -> Iterator[None]:
+    """A pipeline that is loaded without a device is on the CPU in tests, on whatever machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "accelerator", lambda: None)
+        yield
 
 
 @pytest.fixture

@@ -241,6 +241,30 @@ def test_the_terminal_shows_a_progress_bar_and_the_files_and_nothing_else(
     )
 
 
+def test_too_little_memory_draws_fewer_at_once(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw, calls = Pipeline.draw, list[int]()
+
+    def small(self: Pipeline, request: Request) -> PipelineOutput:
+        calls.append(len(request.seeds))
+        if len(request.seeds) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.batched = True
+        return draw(self, request)
+
+    monkeypatch.setattr(Pipeline, "draw", small)
+    whole = ("a", "--num_images", "5", "--seed", "0")
+    assert generate(model, tmp_path / "three", *whole, "--batch_size", "3") == 2
+    assert "not enough memory" in capsys.readouterr().err
+    assert generate(model, tmp_path / "two", *whole, "--batch_size", "2") == 0
+    assert calls == [3, 2, 2, 1]
+    assert generate(model, tmp_path / "none", *whole, "--batch_size", "0") == 2
+    assert "batch_size=0 must be at least 1" in capsys.readouterr().err
+    assert generate(model, tmp_path / "none", "a", "--tokenizer", model) == 2
+    assert "--tokenizer is for a single file" in capsys.readouterr().err
+
+
 def test_help_and_version_need_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom latentdiff.cli import main\n"

@@ -1,7 +1,6 @@
 """Encode a data set once, for train_unet.py: accelerate launch train/cache_latents.py."""
 
-from latentdiff.scripts.cache_latents import main
-from latentdiff.training.command_line import run_script
+import runpy
 
 if __name__ == "__main__":
-    run_script(main)
+    runpy.run_module("latentdiff.scripts.cache_latents", run_name="__main__")

@@ -1,7 +1,6 @@
 """Distil a model into a student that draws in few steps: accelerate launch train/distill.py."""
 
-from latentdiff.scripts.distill import main
-from latentdiff.training.command_line import run_script
+import runpy
 
 if __name__ == "__main__":
-    run_script(main)
+    runpy.run_module("latentdiff.scripts.distill", run_name="__main__")

@@ -1,7 +1,6 @@
 """Train a tokenizer and both CLIP towers, or train on: accelerate launch train/train_clip.py."""
 
-from latentdiff.scripts.train_clip import main
-from latentdiff.training.command_line import run_script
+import runpy
 
 if __name__ == "__main__":
-    run_script(main)
+    runpy.run_module("latentdiff.scripts.train_clip", run_name="__main__")

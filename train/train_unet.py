@@ -1,7 +1,6 @@
 """Train the denoiser, a UNet or a DiT, on cached latents: accelerate launch train/train_unet.py."""
 
-from latentdiff.scripts.train_unet import main
-from latentdiff.training.command_line import run_script
+import runpy
 
 if __name__ == "__main__":
-    run_script(main)
+    runpy.run_module("latentdiff.scripts.train_unet", run_name="__main__")

@@ -1,7 +1,6 @@
 """Train the autoencoder on images alone: accelerate launch train/train_vae.py."""
 
-from latentdiff.scripts.train_vae import main
-from latentdiff.training.command_line import run_script
+import runpy
 
 if __name__ == "__main__":
-    run_script(main)
+    runpy.run_module("latentdiff.scripts.train_vae", run_name="__main__")

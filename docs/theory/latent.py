@@ -23,7 +23,7 @@ SHOWN = (20, 14, 8, 4, 0)  # steps that are left: 20 is pure noise
 @torch.no_grad()
 def draw(out: Path) -> dict[str, float]:
     """One figure, and the numbers that the page states."""
-    pipe = Pipeline.from_pretrained("emoji")
+    pipe = Pipeline.from_pretrained("emoji", device="cpu")
     (drawn,) = pipe(DRAWN, seed=0, progress=False).images
     images = from_pil(drawn, drawn.size)[None]
     generator = torch.Generator().manual_seed(0)

@@ -202,7 +202,7 @@ def steps_and_starts(out: Path) -> dict[str, float]:
 def embedded_model(out: Path) -> dict[str, float]:
     """The same with a trained network: one prompt, four seeds, 20 steps."""
     seeds = range(4)
-    pipe = Pipeline.from_pretrained("emoji")
+    pipe = Pipeline.from_pretrained("emoji", device="cpu")
     side = pipe.vae.config.sample_size // pipe.vae.config.factor
     size = (pipe.vae.config.latent_channels, side, side)
     figure = Figure(figsize=(9.6, 1.2), layout="constrained")

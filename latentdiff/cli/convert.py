@@ -128,9 +128,12 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
             tokenizer=arguments.tokenizer,
             ema=arguments.ema,
             dtype=None,
+            device="cpu",
         )
     else:
-        pipeline = Pipeline.from_pretrained(source, variant=arguments.variant, dtype=None)
+        pipeline = Pipeline.from_pretrained(
+            source, variant=arguments.variant, dtype=None, device="cpu"
+        )
         _name_left_out(source)
     if arguments.lora_of:
         loras.extract(pipeline, arguments, dtype)

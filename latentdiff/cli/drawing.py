@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latentdiff import loading
 from latentdiff.cli.loras import file_and_scale
+from latentdiff.cli.reading import say_reading
 from latentdiff.data.decode import Decoding, decode
+from latentdiff.device import find_device
 from latentdiff.engines.choice import check_engine
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
 from latentdiff.formats.png import LoraRecord, Record, save_png
@@ -33,11 +36,7 @@ AT_ONCE = 16  # images that an accelerator draws together
 
 def draw(arguments: argparse.Namespace) -> None:
     """Draw, and write the images with how they were drawn; see `latentdiff generate --help`."""
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)  # first, as it may fail
-    except OSError as error:
-        reason = error.strerror
-        raise ValueError(f"--out: {arguments.out} cannot be a folder: {reason}") from error
+    _make_folder(arguments.out)  # first, as it may fail
     user_options = vars(arguments)
     again, record = (
         ({}, None) if arguments.again is None else read_record(arguments.again, user_options)
@@ -45,7 +44,7 @@ def draw(arguments: argparse.Namespace) -> None:
     model = user_options.get("model") or _recorded_model(record, arguments.again)
     dtype = user_options.get("dtype", record["dtype"] if record else "float32")
     engine = user_options.get("engine", (record or {}).get("engine", "torch"))
-    device = _device(arguments.device, engine)
+    device = find_device(arguments.device, engine)
     loras = _loras(user_options.get("lora"), record)
     images = _images(user_options, record)
     # Checked and read before a model is loaded: what is drawn must not be lost to a file that is
@@ -54,8 +53,11 @@ def draw(arguments: argparse.Namespace) -> None:
     request = Request(**options)
     files = {name: file_record(path) for name, path in images.items()}
 
+    if arguments.again is not None:
+        say_reading(model, dtype)
     pipeline = load_pipeline(
         model,
+        tokenizer=arguments.tokenizer,
         dtype=dtype,
         device=device,
         variant=arguments.variant,
@@ -75,7 +77,7 @@ def draw(arguments: argparse.Namespace) -> None:
         _compile(pipeline, options)
     paths = _free_paths(arguments.out, request.seeds)
     drawn: list[Image.Image] = []
-    for i, image in enumerate(_drawn(pipeline, request)):
+    for i, image in enumerate(_drawn(pipeline, request, arguments.batch_size)):
         drawn.append(image)
         path = paths[i]
         if arguments.no_metadata:
@@ -113,24 +115,44 @@ def _compile(pipeline: Pipeline, options: dict[str, Any]) -> None:
     pipeline.compile(**first)
 
 
-def _drawn(pipeline: Pipeline, request: Request) -> Iterator[Image.Image]:
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be a folder: {error.strerror}") from error
+
+
+def _drawn(pipeline: Pipeline, request: Request, batch_size: int | None) -> Iterator[Image.Image]:
     """Yield the images as they are drawn, so that an interrupted call keeps those that are.
 
-    An accelerator gets AT_ONCE together, and a CPU a tile where it computes tiles together.
+    `batch_size` of them are drawn together. Without one, a CPU gets a tile where it computes tiles
+    together, and an accelerator AT_ONCE, or, where its memory is too small, half as many and so on.
     """
-    count, at_once = len(request.seeds), AT_ONCE
-    if pipeline.batching == "exact":
-        at_once = TILE if likely_exact(pipeline.unet) else 1
-    elif pipeline.batching == "alone":
-        at_once = 1
-    for start in range(0, count, at_once):
+    count = len(request.seeds)
+    at_once = batch_size or _at_once(pipeline)
+    start = 0
+    while start < count:
+        part = request if count <= at_once else request.part(start, start + at_once)
         try:
-            part = request if count <= at_once else request.part(start, start + at_once)
             images = pipeline.draw(part).images
+        except torch.OutOfMemoryError:
+            if batch_size is not None or at_once == 1:
+                raise
+            at_once = min(at_once, count) // 2 or 1
+            print(f"latentdiff: too little memory; drawing {at_once} at once", file=sys.stderr)
+            continue
         except KeyboardInterrupt as interrupt:
             kept = f"; the first {start} of {count} images are kept" if start else ""
             raise KeyboardInterrupt(f"nothing else is written{kept}") from interrupt
         yield from images
+        start += len(images)
+
+
+def _at_once(pipeline: Pipeline) -> int:
+    """The number of images that are drawn together if nobody says how many."""
+    if pipeline.batching == "all":
+        return AT_ONCE
+    return TILE if pipeline.batching == "exact" and likely_exact(pipeline.unet) else 1
 
 
 def _recorded_model(record: Record | None, again: Path | None) -> str:
@@ -214,6 +236,7 @@ def load_pipeline(
     variant: str | None = None,
     revision: str | None = None,
     engine: str = "torch",
+    tokenizer: str | None = None,
 ) -> Pipeline:
     """Load a model by its name, folder, file or hub id, without transformers' bars and advice."""
     precision = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -223,6 +246,13 @@ def load_pipeline(
         source = find_model(model, variant=variant, revision=revision)  # shows a download's bar
         revision = None  # the folder has it
     _quiet_transformers()
+    if tokenizer is not None:
+        if not source.is_file():
+            raise ValueError(f"--tokenizer is for a single file; {model} has a tokenizer")
+        loading.check_single_file(model, revision=revision, variant=variant)
+        return Pipeline.from_single_file(
+            source, tokenizer=tokenizer, dtype=precision, device=device, engine=engine
+        )
     return Pipeline.from_pretrained(
         source,
         revision=revision,
@@ -231,24 +261,6 @@ def load_pipeline(
         device=device,
         engine=engine,
     )
-
-
-def _device(name: str | None, engine: str) -> torch.device:
-    """The named device, or an accelerator, where the engine computes on one, or the CPU."""
-    return torch.device("cpu") if name is None and engine == "openvino" else find_device(name)
-
-
-def find_device(name: str | None) -> torch.device:
-    """The named device, checked by using it; without a name an accelerator, or else the CPU."""
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.zeros(1, device=name)
-        device.item()  # which "meta" cannot
-        return device.device
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name!r} cannot be used on this machine: {reason}") from error
 
 
 def _quiet_transformers() -> None:

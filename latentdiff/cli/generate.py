@@ -4,6 +4,7 @@ import argparse
 import functools
 from pathlib import Path
 
+from latentdiff.cli.help import Help
 from latentdiff.cli.reading import say_reading
 from latentdiff.engines import ENGINES
 
@@ -12,6 +13,14 @@ SAMPLERS = (  # of latentdiff.samplers, which takes seconds to import
     *("ddim", "ddpm", "euler", "euler_ancestral", "heun", "lms", "pndm"),
     *("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "lcm"),
 )
+FIRST = (
+    *("prompt", "model", "out", "steps", "guidance_scale", "sampler", "negative_prompt"),
+    *("num_images", "seed", "image"),
+)
+EXAMPLES = """examples:
+  latentdiff generate "a red heart"
+  latentdiff generate --model runs/mine/unet/model --num_images 4 --seed 7 "a cat" "a dog"
+  latentdiff generate --image photo.png --strength 0.6 "a cat in the snow\""""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,17 +33,23 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "generate",
         help="draw images",
         usage="%(prog)s [options] PROMPT [PROMPT ...]",
+        epilog=EXAMPLES,
+        add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=32
+        ),
     )
     parser.set_defaults(run=_generate, parser=parser)
     add = parser.add_argument
+    add("-h", "--help", action=Help, first=FIRST)
     add("prompt", nargs="*", metavar="PROMPT", help='such as "a cat" "a dog"')
-    add = parser.add_argument_group("what to draw with, and where to").add_argument
+    add = parser.add_argument_group("model: what to draw with, and where to").add_argument
     add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
     add("--revision", default=None, help="branch, tag or commit of a hub id")
     add("--variant", default=None, help="such as fp16: which of the folder's weights")
+    add("--tokenizer", default=None, help="folder or hub id, of a single file that has none")
     add("--dtype", choices=(*DTYPES, "auto"), help="what to compute in; default: float32")
     add("--device", default=None, help="such as cpu or cuda; default: an accelerator if any")
     add("--engine", choices=ENGINES, help="what computes; openvino is for CPUs; default: torch")
@@ -49,8 +64,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--no-metadata", action="store_true", default=False, help="write nothing but pixels")
     add("--from", dest="again", type=Path, metavar="PNG", default=None, help="draw it again")
 
-    sampling = parser.add_argument_group("how to draw")
-    add = sampling.add_argument
+    _add_drawing(parser)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("drawing: how to draw").add_argument
     add("--steps", type=int, help="more are finer and slower; default: 50, or a student's")
     add("--sampler", help=f"default: ddim, or a student's lcm; of {', '.join(SAMPLERS)}")
     add("--level_spacing", help="of the noise levels: karras, trailing, …; default: the model's")
@@ -63,6 +81,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--negative_prompt", help="what to stay away from")
     add("--prompt_weighting", action="store_true", help='let "(word:1.2)" weigh a word')
     add("--num_images", type=int, help="images of each prompt; default: 1")
+    add("--batch_size", type=int, default=None, help="images at once; default: what fits")
     add("--seed", type=int, help="of the first image; the others count up")
     add("--variation_strength", type=float, help="0 to 1, towards the variation seed")
     add("--variation_seed", type=int, help="of the first image; the others count up")
@@ -74,14 +93,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _add_editing(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("an image to start from").add_argument
+    add = parser.add_argument_group("image: an image to start from").add_argument
     add("--image", type=Path, help="image-to-image: what to draw over")
     add("--strength", type=float, help="0 to 1: how much of it to give up; default: 0.8")
     add("--mask_image", type=Path, help="inpainting: white is drawn anew, black is kept")
 
 
 def _add_costs(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("time and memory").add_argument
+    add = parser.add_argument_group("cost: time and memory").add_argument
     add("--compile", action="store_true", default=False, help="a minute or more first, then faster")
     add(
         "--vae_tiling", type=int, metavar="PIXELS", help="decode large images in tiles of this side"
@@ -89,7 +108,10 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    say_reading(getattr(arguments, "model", "emoji"), getattr(arguments, "dtype", "float32"))
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ValueError(f"batch_size={arguments.batch_size} must be at least 1")
+    if arguments.again is None:  # whose model is known when its record is read
+        say_reading(getattr(arguments, "model", "emoji"), getattr(arguments, "dtype", "float32"))
     from latentdiff.cli.drawing import draw
 
     draw(arguments)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from latentdiff.cli.ceiling import load_vae, psnr_words
-from latentdiff.cli.drawing import find_device, load_pipeline
+from latentdiff.cli.drawing import load_pipeline
 from latentdiff.data.folder import check_free
+from latentdiff.device import find_device
 from latentdiff.evaluation.ceiling import mean_psnr, through_vae
 from latentdiff.evaluation.contact_sheet import Cell, contact_sheet
 from latentdiff.evaluation.controls import controls

@@ -133,7 +133,7 @@ def extract(
     from latentdiff.models.low_rank import difference
     from latentdiff.pipeline import Pipeline
 
-    base = Pipeline.from_pretrained(arguments.lora_of, dtype=None)
+    base = Pipeline.from_pretrained(arguments.lora_of, dtype=None, device="cpu")
     rank = DEFAULT_RANK if arguments.lora_rank is None else arguments.lora_rank
     parts = {
         "UNet": difference(base.unet, pipeline.unet, rank),

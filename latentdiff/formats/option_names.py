@@ -5,11 +5,9 @@ from collections.abc import Collection, Iterable
 
 NO = "which there is no counterpart of here: "
 DRAWING = {
-    "num_images_per_prompt": "num_images",
     "batch_size": "num_images",
     "n_iter": "num_images",
-    "generator": "seed, a number for the first image or a list with one for each",
-    "latents": "seed, from which the first noise follows",
+    "latents": "seed or generator, from which the first noise follows",
     "eta": 'sampler="ddim" for eta=0, or "ddpm" for eta=1',
     "timesteps": "steps and level_spacing",
     "sigmas": "steps and level_spacing",
@@ -25,14 +23,11 @@ DRAWING = {
     "prompt_embeds": f"prompt, {NO}prompts are texts",
     "negative_prompt_embeds": f"negative_prompt, {NO}prompts are texts",
     "cross_attention_kwargs": 'pipe.loras.load("style.safetensors", scale=0.8) before',
-    "callback": "pipe.stream(prompt, ...), which yields the images of each step",
-    "callback_steps": "pipe.stream(prompt, ...), which yields the images of each step",
-    "callback_on_step_end": "pipe.stream(prompt, ...), which yields the images of each step",
-    "output_type": "nothing: .images are PIL images, of which numpy.asarray makes arrays",
+    "callback": "callback_on_step_end",
+    "callback_steps": "callback_on_step_end, which is called after each step",
     "return_dict": "nothing: the output always has .images and .seeds",
 }
 LOADING = {
-    "torch_dtype": "dtype",
     "scheduler": "sampler when you draw",
     "safety_checker": "nothing: there is none",
     "requires_safety_checker": "nothing: there is none",

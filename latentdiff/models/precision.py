@@ -28,3 +28,14 @@ def computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def one_dtype(dtype: Precision, torch_dtype: Precision) -> Precision:
+    """The dtype by either of its names; ValueError if both are given and differ."""
+    if torch_dtype is None:
+        return dtype
+    if dtype not in (torch.float32, torch_dtype):
+        raise ValueError(
+            f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one option; give one"
+        )
+    return torch_dtype

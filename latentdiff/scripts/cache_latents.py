@@ -1,7 +1,12 @@
 """Encode a data set once, for train_unet.py: `python -m latentdiff.scripts.cache_latents`."""
 
+from latentdiff.training.help import show_help
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    show_help("latentdiff.scripts.cache_latents", "CacheLatents")
+
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +36,20 @@ class CacheLatents:
     Run again on a finished cache, it reads the captions anew and encodes nothing.
     """
 
+    FIRST: ClassVar[Sequence[str]] = (
+        "data",
+        "vae",
+        "output_dir",
+        "image_size",
+        "bucket_step",
+        "crops",
+        "caption_columns",
+        "batch_size",
+        "check_latents",
+    )
+    EXAMPLES: ClassVar[Sequence[str]] = (
+        "--data images --vae runs/mine/vae/model --output_dir runs/mine/cache",
+    )
     NEEDS: ClassVar[Mapping[str, str]] = {"shuffle_buffer": ""}  # samples keep their order
 
     output_dir: Path = Path("runs/shapes/cache")

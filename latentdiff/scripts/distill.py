@@ -1,5 +1,10 @@
 """Distil a model into a student of few steps: `python -m latentdiff.scripts.distill`."""
 
+from latentdiff.training.help import show_help
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    show_help("latentdiff.tasks.distill.config", "Distill")
+
 import warnings
 from functools import partial
 

@@ -1,5 +1,10 @@
 """Train a tokenizer and both CLIP towers: `python -m latentdiff.scripts.train_clip`."""
 
+from latentdiff.training.help import show_help
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    show_help("latentdiff.tasks.clip.config", "TrainCLIP")
+
 from functools import partial
 from itertools import islice
 

@@ -1,5 +1,10 @@
 """Train the denoiser, a UNet or a DiT, on latents: `python -m latentdiff.scripts.train_unet`."""
 
+from latentdiff.training.help import show_help
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    show_help("latentdiff.tasks.denoiser.config", "TrainUNet")
+
 import warnings
 from functools import partial
 

@@ -1,5 +1,10 @@
 """Train the autoencoder on images alone: `python -m latentdiff.scripts.train_vae`."""
 
+from latentdiff.training.help import show_help
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    show_help("latentdiff.tasks.vae.config", "TrainVAE")
+
 from functools import partial
 
 from latentdiff.data.batches import check_batch

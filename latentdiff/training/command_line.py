@@ -1,5 +1,6 @@
 """A script's command line: its configuration from a YAML file and options, and how it ends."""
 
+import inspect
 import multiprocessing
 import re
 import sys
@@ -15,7 +16,6 @@ from jsonargparse import (
     ArgumentParser,
     Namespace,
     set_loader,
-    set_parsing_settings,
 )
 
 from latentdiff.formats.yaml_text import parse_yaml
@@ -28,6 +28,7 @@ from latentdiff.options import (
     groups,
     idle_options,
 )
+from latentdiff.training.help import asked, show
 from latentdiff.training.processes import leaving
 
 T = TypeVar("T")
@@ -56,11 +57,10 @@ def parse_config(cls: type[T], args: Sequence[str] | None = None) -> tuple[T, st
     args = sys.argv[1:] if args is None else args
     check_utf8(args)
     _check_not_empty(args)
-    # So that --help says of each option what its field's docstring does.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    if topic := asked(args):
+        show(Path(inspect.getfile(cls)), cls.__name__, topic)
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
-    description = (cls.__doc__ or "").split("\n\n")[0]
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(cls, skip={one.name for one in groups(cls)})
     for one in groups(cls):

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -109,6 +108,6 @@ class Recording(Pipeline):
 
     latents: Tensor
 
-    def decode(self, latents: Tensor, request: Request | None = None) -> list[Image.Image]:
+    def _decoded(self, latents: Tensor, request: Request | None) -> Tensor:
         self.latents = latents
-        return super().decode(latents, request)
+        return super()._decoded(latents, request)

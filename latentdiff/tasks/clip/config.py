@@ -1,6 +1,6 @@
 """TrainCLIP: the options of `train_clip.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,6 +22,21 @@ class TrainCLIP:
 
     With `init`, train existing towers on, and keep their tokenizer."""
 
+    FIRST: ClassVar[Sequence[str]] = (
+        "data",
+        "output_dir",
+        "image_size",
+        "caption_columns",
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "mixed_precision",
+        "init",
+    )
+    EXAMPLES: ClassVar[Sequence[str]] = (
+        "--data images --output_dir runs/mine/clip",
+        "--config configs/emoji/clip.yaml --max_steps 2000",
+    )
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("bucket_step", "max_aspect"), ""),
         "instance_prompts": "",  # the loss compares captions with each other

@@ -43,6 +43,21 @@ FOLLOWS = ("sample_size", "in_channels", "out_channels", "cross_attention_dim")
 class TrainUNet:
     """Train a UNet or a DiT to denoise latents of captioned images; leaves a pipeline folder."""
 
+    FIRST: ClassVar[Sequence[str]] = (
+        "cache",
+        "output_dir",
+        "vae",
+        "text_encoder",
+        "init",
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "mixed_precision",
+    )
+    EXAMPLES: ClassVar[Sequence[str]] = (
+        "--cache runs/mine/cache --vae runs/mine/vae/model --text_encoder runs/mine/clip/model",
+        "--config configs/emoji/unet.yaml --max_steps 2000",
+    )
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(OF_THE_CACHE, "cache=null"),
         "num_workers": "cache=null or in_memory=false",

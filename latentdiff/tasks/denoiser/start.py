@@ -38,7 +38,7 @@ def load_init(config: TrainUNet, say: Say) -> Components | None:
     if config.init is None:
         return None
     try:
-        init = Pipeline.from_pretrained(config.init).components
+        init = Pipeline.from_pretrained(config.init, device="cpu").components
     except ValueError as error:
         raise ValueError(f"init: {error}") from error
     network, diffusion = init.unet, init.diffusion

@@ -20,6 +20,18 @@ from latentdiff.training.run import LoopConfig
 class Distill:
     """Distil a model into a student that draws in one to four steps; leaves a pipeline folder."""
 
+    FIRST: ClassVar[Sequence[str]] = (
+        "teacher",
+        "cache",
+        "output_dir",
+        "distilled_steps",
+        "guidance_scale",
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "mixed_precision",
+    )
+    EXAMPLES: ClassVar[Sequence[str]] = ("--teacher runs/mine/unet/model --cache runs/mine/cache",)
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys((one for one in OF_THE_CACHE if one != "check_latents"), "cache=null"),
         "num_workers": "cache=null or in_memory=false",

@@ -30,7 +30,7 @@ def load_teacher(config: Distill, say: Callable[[str], object]) -> Components:
             "such as --teacher runs/shapes/unet/model"
         )
     try:
-        pipeline = Pipeline.from_pretrained(name)
+        pipeline = Pipeline.from_pretrained(name, device="cpu")
     except ValueError as error:
         raise ValueError(f"teacher: {error}") from error
     diffusion, reason = pipeline.diffusion, None

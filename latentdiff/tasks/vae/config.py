@@ -1,6 +1,6 @@
 """TrainVAE: the options of `train_vae.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +30,21 @@ class TrainVAE:
     Captions are never read.
     """
 
+    FIRST: ClassVar[Sequence[str]] = (
+        "data",
+        "output_dir",
+        "image_size",
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "mixed_precision",
+        "init",
+        "seed",
+    )
+    EXAMPLES: ClassVar[Sequence[str]] = (
+        "--data images --output_dir runs/mine/vae",
+        "--config configs/emoji/vae.yaml --max_steps 2000",
+    )
     NEEDS: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("bucket_step", "max_aspect", "validate_every", "vae.sample_size"), ""),
         **dict.fromkeys(("instance_prompts", "save_best"), ""),

@@ -1,0 +1,44 @@
+"""`latentdiff completion`: a script that lets a shell complete commands, options and files."""
+
+import argparse
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its argument."""
+    parser = commands.add_parser(
+        "completion",
+        help="let your shell complete",
+        epilog='examples: eval "$(latentdiff completion bash)" in ~/.bashrc; '
+        "latentdiff completion fish | source in config.fish",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_completion, parser=parser)
+    parser.add_argument("shell", choices=SHELLS, help="prints the script of this shell")
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    import shtab
+
+    from latentdiff.cli import command_tree
+    from latentdiff.cli.generate import SAMPLERS
+
+    parser = command_tree()
+    for one in _parsers(parser):
+        for action in one._actions:
+            if action.type is not None and getattr(action.type, "__name__", "") == "Path":
+                action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue] # its way
+            elif "--sampler" in action.option_strings:
+                action.choices = SAMPLERS  # others are allowed, and not completed
+    print(shtab.complete(parser, shell=arguments.shell))
+
+
+def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """A parser and those of its commands."""
+    found = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in dict.fromkeys(action.choices.values()):
+                found += _parsers(one)
+    return found
