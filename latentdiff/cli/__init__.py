@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import latentdiff
-from latentdiff.cli import convert, data, ema, env, evaluate, explain, generate, plan, project
+from latentdiff.cli import convert, data, ema, env, evaluate, explain, generate, plan, project, push
 from latentdiff.cli.data import show_help
 from latentdiff.options import check_utf8, expanded
 
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     parser.set_defaults(run=show_help, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (generate, explain, project, convert, data, plan, ema, evaluate, env):
+    for command in (generate, explain, project, convert, push, data, plan, ema, evaluate, env):
         command.add(commands)
     return parser
 

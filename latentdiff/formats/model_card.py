@@ -54,9 +54,10 @@ def front_matter(kind: str, *, license: str = "unknown", base_model: str | None 
 
 
 def usage(kind: str, base: str | None = None) -> str:
-    """How a model of a kind is used."""
+    """How a model of a kind is used: `base` is what a LoRA is for, or the name of another kind."""
     text = _USAGE["pipeline" if kind == "student" else kind]
-    return text if base is None else text.replace("BASE", base)
+    name = "BASE" if kind == "lora" else "THIS FOLDER"
+    return text if base is None else text.replace(name, base)
 
 
 def public_name(name: str | None) -> str | None:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import latentdiff
 from latentdiff.formats.diffusers import LORA
 from latentdiff.formats.model_card import PREVIEW, front_matter, public_name, usage
 from latentdiff.formats.weights import load_json, replacing
@@ -54,11 +53,11 @@ def _card(
     preview = f"![what it made in training]({PREVIEW})\n\n" if shown else ""
     rows = "".join(f"| {what} | {value} |\n" for what, value in _facts(settings, data, records))
     return (
-        f"{matter}# {name}\n\n{_WHAT[kind]}, trained with latentdiff {latentdiff.__version__} and "
+        f"{matter}# {name}\n\n{_WHAT[kind]}, trained with latentdiff and "
         f"saved on {datetime.now(UTC):%Y-%m-%d}.\n\n{preview}## Training\n\n| | |\n|---|---|\n"
         f"{rows}\nNothing was measured but these losses: look at what it makes before you use it. "
         "It knows what its training data shows, and its licence must suit theirs.\n\n"
-        f"## Use\n\n{usage(kind, base)}"
+        f"## Use\n\n{usage(kind, base if kind == 'lora' else None)}"
     )
 
 
