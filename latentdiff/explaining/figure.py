@@ -45,7 +45,8 @@ def draw_figure(explanation: Explanation) -> "Figure":
             f"guidance {request.guidance_scale:g}, seed {request.seeds[0]}",
             fontsize=10,
         )
-        steps, words, curves = figure.subfigures(3, 1, height_ratios=heights)
+        parts: Any = figure.subfigures(3, 1, height_ratios=heights)  # three in an array
+        steps, words, curves = parts
         _draw_rows(steps, explanation, rows)
         _draw_words(words, explanation, maps, rows=map_rows, columns=max(columns, 4))
         left, right = curves.subplots(1, 2)
