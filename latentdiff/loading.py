@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,9 @@ from latentdiff.formats.diffusers import (
     save_model_index,
     save_scheduler_config,
 )
+from latentdiff.formats.hub_upload import push_folder
 from latentdiff.formats.lora import check_without_loras
+from latentdiff.formats.model_card import front_matter, usage
 from latentdiff.formats.single_file import read_single_file, write_single_file
 from latentdiff.formats.weights import check_numbers, check_tensors
 from latentdiff.models.dit import DiT
@@ -139,6 +142,16 @@ def save_folder(components: Components, folder: str | Path, *, dtype: torch.dtyp
     save_scheduler_config(scheduler, folder)
     # model_index.json comes last, so that a folder that has one is complete.
     save_model_index(folder, scheduler_class=scheduler["_class_name"], denoiser=subfolder)
+
+
+def push(components: Components, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Upload a diffusers folder with a short card: see `Pipeline.push_to_hub`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_folder(components, folder, dtype=None)
+        card = f"{front_matter('pipeline')}# {repo_id}\n\n{usage('pipeline', repo_id)}"
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return push_folder(folder, repo_id, private=private, token=token)
 
 
 def save_single_file(

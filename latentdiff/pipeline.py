@@ -396,6 +396,13 @@ class Pipeline:
         """
         loading.save_folder(self.components, folder, dtype=dtype)
 
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns its address.
+
+        Raises ValueError, saying why, where the hub cannot be reached or refuses.
+        """
+        return loading.push(self.components, repo_id, private=private, token=token)
+
     def save_single_file(
         self,
         path: str | Path,

@@ -203,7 +203,8 @@ def test_the_four_scripts_make_a_pipeline_of_it(shapes: Path, tmp_path: Path) ->
     """Through the latent check, which does not ask whether a decoder has learned."""
     train(shapes, tmp_path / "vae", *ENLARGER, "--disc_weight=0")
     data = [f"--data={shapes}", "--image_size=32", f"--vae={tmp_path / 'vae' / 'model'}"]
-    run_here("cache_latents", *data, f"--output_dir={tmp_path / 'cache'}")
+    judged_by = ("--min_psnr=0", "--max_colour_error=10")  # a decoder of four steps
+    run_here("cache_latents", *data, *judged_by, f"--output_dir={tmp_path / 'cache'}")
     network = (
         "--unet.block_out_channels=[8,16] --unet.norm_num_groups=4 --unet.attention_head_dim=2 "
         "--unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D] --max_steps=2 --batch_size=4 "

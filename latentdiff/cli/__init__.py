@@ -23,9 +23,11 @@ from latentdiff.cli import (
     ema,
     env,
     evaluate,
+    explain,
     generate,
     plan,
     project,
+    push,
     web,
 )
 from latentdiff.cli.data import show_help
@@ -132,8 +134,9 @@ def command_tree() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=latentdiff.__version__)
     parser.set_defaults(run=show_help, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    modules = (generate, web, project, convert, data, plan, ema, evaluate, env, completion)
-    for command in modules:
+    drawing = (generate, explain, web)
+    making = (project, convert, push, data, plan, ema, evaluate)
+    for command in (*drawing, *making, env, completion):
         command.add(commands)
     return parser
 

@@ -42,6 +42,7 @@ _OF_A_FILE = ("config", "tokenizer", "ema")  # options that are for a single fil
 _OF_A_FOLDER = ("revision", "variant")
 # Of a folder; all else, such as a licence or a safety checker, is not in OUT.
 _READ = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "unet", "vae"}
+_CARD = {"README.md", "preview.png"}  # of a folder, which go to OUT as they are
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -146,12 +147,30 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
             print(sentence)
     else:
         pipeline.save_pretrained(out, dtype=dtype)
+        _write_card(source, arguments)
     print(out)
+
+
+def _write_card(source: Path, arguments: argparse.Namespace) -> None:
+    """Give a folder the model card of the folder that it was made of, or a short one."""
+    from latentdiff.formats.model_card import front_matter, public_name, usage
+
+    if (source / "README.md").is_file():
+        for name in _CARD:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, arguments.out / name)
+        return
+    base = public_name(arguments.source)
+    text = (
+        f"{front_matter('pipeline', base_model=base)}# {arguments.out.name}\n\nConverted by "
+        "`latentdiff convert`" + ("" if base is None else f" from {base}") + ".\n\n## Use\n\n"
+    )
+    (arguments.out / "README.md").write_text(text + usage("pipeline"), encoding="utf-8")
 
 
 def _name_left_out(folder: Path) -> None:
     """Print what of a folder will not be in OUT."""
-    if left := sorted({path.name for path in folder.iterdir()} - _READ):
+    if left := sorted({path.name for path in folder.iterdir()} - _READ - _CARD):
         print(f"Left out of what {folder.name} holds: {', '.join(left)}")
 
 

@@ -5,7 +5,7 @@ of the VAE's discriminator. docs/vae.md has the reason for each limit.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -18,6 +18,12 @@ from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.decode import BadSample
 from latentdiff.data.latent_statistics import FAR, LatentStatistics
 from latentdiff.data.opening import ImageDataset
+from latentdiff.data.reconstruction_check import (
+    NUM_DECODED,
+    ReconstructionLimits,
+    reconstruction,
+    reconstruction_faults,
+)
 from latentdiff.data.samples import Sample
 from latentdiff.formats.weights import load_json
 from latentdiff.models.vae import VAE
@@ -101,11 +107,20 @@ def faults(
 
 
 def check_latents(
-    vae: VAE, dataset: ImageDataset, folder: Path, *, batch_size: int, refuse: bool
+    vae: VAE,
+    dataset: ImageDataset,
+    folder: Path,
+    *,
+    batch_size: int,
+    refuse: bool,
+    limits: ReconstructionLimits | None = None,
+    say: Callable[[str], None] = print,
 ) -> None:
-    """Check the latents of up to NUM_IMAGES images before all are encoded by the VAE in `folder`.
+    """Check the latents of up to NUM_IMAGES images before all are encoded by the VAE in `folder`,
+    and a quarter of these as the VAE gives them back, which is said.
 
-    Raises ValueError with all the faults that are found; without `refuse` it warns instead.
+    Raises ValueError with all the faults that are found; without `refuse` it warns of those of the
+    latents instead, and `limits` are none.
     """
     found = list[str]()
     images = list(some_images(dataset))
@@ -114,6 +129,13 @@ def check_latents(
         noted = folder / TRAINING
         training = load_json(noted) if noted.is_file() else {}
         found = faults(latents, training, learned=vae.config.encoder == "kl")
+        given_back = reconstruction(
+            vae, images[:: -(-len(images) // NUM_DECODED)], batch_size=batch_size
+        )
+        say(str(given_back))
+        if refuse:
+            limits = ReconstructionLimits() if limits is None else limits
+            found += reconstruction_faults(given_back, limits)
     if found:
         sentence = f"the VAE in {folder} is not fit to train on: {'; '.join(found)}"
         if refuse:

@@ -19,6 +19,7 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
 from latentdiff.data.latent_check import check_latents
 from latentdiff.data.opening import open_images
+from latentdiff.data.reconstruction_check import ReconstructionLimits
 from latentdiff.models.vae import VAE
 from latentdiff.options import group, option
 from latentdiff.tasks.frozen import frozen_component
@@ -63,6 +64,7 @@ class CacheLatents:
     chunk_size: int = CHUNK
     """Samples of a file: a process that is killed has to encode the last so many again."""
     data: DataConfig = group(DataConfig)
+    reconstruction: ReconstructionLimits = group(ReconstructionLimits)
     crop_flip: CropFlip = group(CropFlip)
 
     def __post_init__(self) -> None:
@@ -80,19 +82,27 @@ def main() -> None:
     dataset = processes.main_first(lambda: open_images(config.data))
     folder = frozen_component("vae", config.vae, data=config.data.data, say=accelerator.print)
     vae = VAE.from_pretrained(folder).to(accelerator.device)
-    size, refuse = config.batch_size, config.check_latents
+    check = partial(
+        check_latents,
+        vae,
+        dataset,
+        folder,
+        batch_size=config.batch_size,
+        refuse=config.check_latents,
+        limits=config.reconstruction,
+    )
     try:
         said = write_cache(
             config.output_dir,
             dataset,
             vae,
-            batch_size=size,
+            batch_size=config.batch_size,
             crop_flip=config.crop_flip,
             chunk_size=config.chunk_size,
             rank=processes.rank,
             world_size=processes.count,
             on_all=processes.on_all,
-            check=partial(check_latents, vae, dataset, folder, batch_size=size, refuse=refuse),
+            check=check,
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(

@@ -15,6 +15,7 @@ from latentdiff.training.checkpoint import load_checkpoint, save_checkpoint
 from latentdiff.training.checkpoint_files import MANIFEST, origin, saying_what_is_kept
 from latentdiff.training.ema_synthesis import save_snapshot
 from latentdiff.training.learner import Learner
+from latentdiff.training.logging.card import write_card
 from latentdiff.training.logging.log import Log
 from latentdiff.training.logging.meter import Meter, Metrics
 from latentdiff.training.logging.plots import plot_log
@@ -273,6 +274,7 @@ class _Loop:
         log = self.folder / "log.jsonl"
         self.processes.on_main(lambda: plot_log(log, self.folder / "loss.png"))
         self.processes.on_main(lambda: write_report(self.folder))
+        self.processes.on_main(lambda: write_card(self.folder))
 
     def _checkpoint(self, done: int, *, stopped: bool = False) -> None:
         save_checkpoint(

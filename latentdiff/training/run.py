@@ -1,5 +1,6 @@
 """Run: an open training run, that is its configuration, processes, accelerator and folder."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ class LoopConfig:
     save_best: bool = option(False, may_change=True)
     """Also write `best`, a model as `model` is, whenever the loss on held-out images is the least
     so far."""
+    license: str = option("unknown", may_change=True)
+    """Licence of the model, for its card, by the hub's names such as apache-2.0 and cc-by-4.0."""
     max_nonfinite_steps: int = option(10, may_change=True, former_name="max_bad_steps")
     """The run stops after so many steps in a row without a finite gradient."""
     resume_from: Path | None = option(None, may_change=True)
@@ -57,6 +60,10 @@ class LoopConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not re.fullmatch(r"[a-z0-9.-]+", self.license):
+            raise ValueError(
+                f"license={self.license!r} must be a name as the hub has it, such as apache-2.0"
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
+from latentdiff.data.reconstruction_check import ReconstructionLimits
 from latentdiff.diffusion import Diffusion
 from latentdiff.models.dit import DiTConfig
 from latentdiff.models.lora_training import LoRAConfig
@@ -31,6 +32,7 @@ SMALL = UNetConfig(
 OF_THE_CACHE = [
     *(one.name for one in (*fields(DataConfig), *fields(CropFlip)) if one.name != "num_workers"),
     "check_latents",
+    *(one.name for one in fields(ReconstructionLimits)),
 ]
 """Options of encoding: a cache was made with its own."""
 OF_THE_FILE = ("rank", "alpha", "layers", "text_encoder")
@@ -112,6 +114,7 @@ class TrainUNet:
     loss: LossConfig = group(LossConfig)
     prior: PriorConfig = group(PriorConfig)
     data: DataConfig = group(DataConfig)
+    reconstruction: ReconstructionLimits = group(ReconstructionLimits)
     crop_flip: CropFlip = group(CropFlip)
     optimizer: OptimizerConfig = group(OptimizerConfig, learning_rate=1e-3, cooldown_steps=300)
     ema: EMAConfig = group(EMAConfig)

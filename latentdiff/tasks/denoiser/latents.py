@@ -55,8 +55,15 @@ def open_cache(
 
     def check() -> None:
         if vae_folder is not None:
-            refuse = config.check_latents
-            check_latents(vae, dataset, vae_folder, batch_size=64, refuse=refuse)
+            check_latents(
+                vae,
+                dataset,
+                vae_folder,
+                batch_size=64,
+                refuse=config.check_latents,
+                limits=config.reconstruction,
+                say=say,
+            )
 
     cache_folder = config.loop.output_dir / "cache"
     said = write_cache(

@@ -15,6 +15,9 @@ from latentdiff.training.ema import EMAConfig
 from latentdiff.training.optimizer import OptimizerConfig
 from latentdiff.training.run import LoopConfig
 
+OF_A_CHECK = ("check_latents", "min_psnr", "max_colour_error")
+"""The teacher's VAE is not checked: the student's latents are what the teacher was trained on."""
+
 
 @dataclass(frozen=True)
 class Distill:
@@ -33,7 +36,7 @@ class Distill:
     )
     EXAMPLES: ClassVar[Sequence[str]] = ("--teacher runs/mine/unet/model --cache runs/mine/cache",)
     NEEDS: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys((one for one in OF_THE_CACHE if one != "check_latents"), "cache=null"),
+        **dict.fromkeys((one for one in OF_THE_CACHE if one not in OF_A_CHECK), "cache=null"),
         "num_workers": "cache=null or in_memory=false",
         "masks": "",
         "shuffle_buffer": "",  # a stream is encoded in its order
