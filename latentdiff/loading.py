@@ -114,8 +114,8 @@ def move(networks: Sequence[nn.Module], targets: Sequence[Target]) -> None:
 
     Raises ValueError, before the first is moved, for weights that are too large for a dtype.
     """
-    for dtype in targets:
-        for network in networks if isinstance(dtype, torch.dtype) else ():
+    for dtype in [target for target in targets if isinstance(target, torch.dtype)]:
+        for network in networks:
             for name, tensor in network.state_dict().items():
                 check_numbers(name, tensor, dtype)
     for network in networks:

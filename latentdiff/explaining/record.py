@@ -70,7 +70,7 @@ def explain(pipe: Pipeline, prompt: str, **options: Any) -> Explanation:
     )
     maps = AttentionMaps((height, width))
     with recorded(pipe.unet, maps), _evaluations(pipe.unet) as evaluations:
-        estimates = list(pipe._sample(request))
+        estimates = list(pipe.sample(request))
     sampler = find_sampler(request.sampler, learned_variance=pipe.diffusion.learned_variance)
     levels = sampler.levels(pipe.diffusion, request.steps, spacing=request.level_spacing)
     if len(evaluations) != len(levels):
