@@ -93,7 +93,7 @@ def parse_command(command: list[str]) -> None:
             if not re.search(rf"^{target}:", makefile, flags=re.M):
                 raise ValueError(f"make has no target {target}")
     elif program == "latentdiff":
-        parsed, unknown = latentdiff.cli._parser().parse_known_args(rest)
+        parsed, unknown = latentdiff.cli.command_tree().parse_known_args(rest)
         if unknown:
             parsed.parser.unknown(unknown[0])
     elif program == "pytest":
