@@ -45,8 +45,10 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
     size = (reference.vae.config.latent_channels, *(reference.unet.config.sample_size,) * 2)
     noise = torch.cat([_noise(seed, size) for seed in range(batch)])
 
-    def ours(pipe: Pipeline) -> Variant:
+    def ours(pipe: Pipeline, *, compiled: bool = False) -> Variant:
         def call() -> np.ndarray:
+            if compiled and pipe.compiled is None:
+                pipe.compile(num_images=batch, guidance_scale=GUIDANCE)
             output = pipe(
                 PROMPT,
                 num_images=batch,
@@ -77,6 +79,9 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
     variants = {
         "ours, float32": replace(ours(reference), reference=True),
         "ours": ours(Pipeline.from_pretrained(folder, dtype=bf16, device=device)),
+        "ours, compiled": ours(
+            Pipeline.from_pretrained(folder, dtype=bf16, device=device), compiled=True
+        ),
         "diffusers, float32": theirs(peers.pipeline(folder, torch.float32, device)),
         "diffusers, bf16": theirs(peers.pipeline(folder, bf16, device)),
         "diffusers, compiled": theirs(peers.best_pipeline(folder, bf16, device)),

@@ -21,7 +21,8 @@ from latentdiff.images import to_mask, to_rgb
 from latentdiff.levels import LevelSpacing
 from latentdiff.models.prompts import parse_weights
 from latentdiff.noise import each_generator
-from latentdiff.samplers import find_sampler
+from latentdiff.samplers import SAMPLERS, find_sampler
+from latentdiff.samplers.names import our_names
 
 MOST = {"steps": 1_000_000, "num_images": 100_000, "height": 65_536, "width": 65_536}
 WITH_GUIDANCE = tuple(f"guidance_{f.name}" for f in fields(Guidance) if f.name != "scale")
@@ -74,7 +75,7 @@ class Request:
     """diffusers' way to give seeds: one for all images, or one for each. What is drawn from it is
     what diffusers draws in that order and dtype, so that it moves on; `seeds` is then empty."""
     sampler: str = "ddim"
-    """A name in `latentdiff.samplers.SAMPLERS`, or that of a scheduler class of diffusers."""
+    """One of `latentdiff.samplers.SAMPLERS`, by A1111's or ComfyUI's name too, or of diffusers'."""
     level_spacing: LevelSpacing | None = None
     """The spacing of the noise levels; None is that of the model's configuration."""
     image: Image.Image | Sequence[Image.Image] | None = None
@@ -128,6 +129,9 @@ class Request:
             value = getattr(self, name)
             if value is not None or name not in ("height", "width"):
                 self._set(name, _whole(name, value, 1, most))
+        sampler, spacing = our_names(self.sampler, self.level_spacing, SAMPLERS)
+        self._set("sampler", sampler)
+        self._set("level_spacing", spacing)
         find_sampler(self.sampler)
         for name in ("prompt", "negative_prompt"):
             self._set(f"{name}s", self._for_each_image(name, str, "a text", str))
@@ -241,7 +245,7 @@ class Request:
     def _check_seeds(self) -> None:
         count, varied = len(self.prompts), self.variation_strength > 0
         if self.generator is not None:
-            return self._take_generators(count)
+            return self._take_generators(self.generator, count)
         self._set("generators", ())
         if self.variation_seed is not None and not varied:
             raise ValueError(
@@ -263,15 +267,14 @@ class Request:
                 )
             self._set(f"{name}s", seeds)
 
-    def _take_generators(self, count: int) -> None:
+    def _take_generators(self, given: Any, count: int) -> None:
         """Take a generator for each image; ValueError for other than one or one for each."""
-        assert self.generator is not None
         if self.seed is not None or self.variation_seed is not None or self.variation_strength:
             raise ValueError(
                 "generator is in place of seed, and has no variation: give seed, variation_seed "
                 "and variation_strength, or generator alone"
             )
-        self._set("generators", each_generator(self.generator, count))
+        self._set("generators", each_generator(given, count))
         self._set("seeds", ())
         self._set("variation_seeds", ())
 

@@ -293,7 +293,7 @@ def test_drawing_imports_nothing_that_it_does_not_use(model: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["a", "--sampler", "dpmpp2m"], r"sampler=dpmpp2m is unknown; did you mean dpmpp_2m\?"),
+        (["a", "--sampler", "dpm++"], r"sampler=dpm\+\+ is unknown; did you mean dpmpp_2m\?"),
         (["a", "--steps", "0"], r"steps=0 must be a whole number from 1"),
         (["a", "--steps", "two"], r"--steps: invalid int value: 'two'"),
         (["a", "--height", "17"], r"height=17 must be divisible by 2"),

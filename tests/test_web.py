@@ -118,7 +118,7 @@ def test_what_cannot_be_drawn_is_refused_as_by_openai(app: Any) -> None:
         "'path' is unknown": ({"path": "/etc/passwd"}, 400),
         "'image' is unknown": ({"image": "http://example.com/a.png"}, 400),
         "sampler=nothing is unknown": ({"sampler": "nothing"}, 400),
-        "did you mean euler_ancestral": ({"sampler": "Euler a"}, 400),
+        "did you mean euler": ({"sampler": "eular"}, 400),
         "model='../secret' is unknown": ({"model": "../secret"}, 404),
         "seed=-1 must be": ({"seed": -1}, 400),
     }

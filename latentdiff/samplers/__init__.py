@@ -126,6 +126,8 @@ SAMPLERS: dict[str, BuiltInSampler] = {
 def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
     """The sampler of that name in `SAMPLERS`, or of that scheduler class of diffusers.
 
+    A1111's and ComfyUI's names are made ours by `names.our_names`, as a `Request` does.
+
     With `learned_variance` ddpm uses the variance that the network learned; the others ignore it.
     Raises ValueError, with the name that was perhaps meant, if there is none.
     """

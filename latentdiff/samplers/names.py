@@ -3,19 +3,43 @@
 import difflib
 import re
 from collections.abc import Collection
+from typing import Any
 
 from latentdiff.formats.a1111 import OTHER_TYPES, SAMPLERS, SCHEDULE_TYPES
+from latentdiff.levels import LevelSpacing
 
-# By their letters and digits alone. ComfyUI's own names are ours, but for uni_pc and the schedules.
-ELSEWHERE = {"dpmpp": "dpmpp_2m", "dpmsolverpp": "dpmpp_2m", "dpmsolver": "dpmpp_2m"}
+# By their letters and digits alone; they name a family, of which this is the usual one.
+GUESSES = {"dpmpp": "dpmpp_2m", "dpmsolverpp": "dpmpp_2m", "dpmsolver": "dpmpp_2m"}
+
+
+def our_names(
+    name: Any, spacing: LevelSpacing | None, known: Collection[str]
+) -> tuple[Any, LevelSpacing | None]:
+    """A1111's or ComfyUI's name of a sampler of `known`, and of its noise levels, as ours.
+
+    "DPM++ 2M Karras" is dpmpp_2m with the level spacing karras. Another name is left as it is.
+    Raises ValueError if `spacing` is another than the name says.
+    """
+    if not isinstance(name, str) or name in known or (found := _found(name, known)) is None:
+        return name, spacing
+    ours, named = found
+    if named is not None and spacing not in (None, named):
+        raise ValueError(
+            f"sampler={name} is {ours} with level_spacing={named}, and level_spacing={spacing} is "
+            "given; leave one of the two out"
+        )
+    return ours, spacing if named is None else named
 
 
 def likely_meant(name: str, known: Collection[str]) -> str:
-    """The sampler of `known` that a name stands for elsewhere, or else the nearest, in words.
+    """The nearest sampler of `known`, in words, for a name that is no other program's either."""
+    if ours := GUESSES.get(_key(name)):
+        return ours
+    return difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]
 
-    "DPM++ 2M Karras" is "dpmpp_2m with level_spacing=karras".
-    """
-    samplers = {_key(ours): ours for ours in known} | ELSEWHERE
+
+def _found(name: str, known: Collection[str]) -> tuple[str, LevelSpacing | None] | None:
+    samplers = {_key(ours): ours for ours in known}
     samplers |= {_key(theirs): ours for ours, theirs in SAMPLERS.items() if ours in known}
     spacings = {_key(theirs): ours for ours, theirs in reversed(SCHEDULE_TYPES.items())}
     spacings |= {_key(theirs): ours for theirs, ours in OTHER_TYPES.items()}
@@ -23,8 +47,8 @@ def likely_meant(name: str, known: Collection[str]) -> str:
     for suffix in ("", *sorted(spacings, key=len, reverse=True)):
         for start in (key, key.removeprefix("k")):  # k-diffusion's: k_euler_a
             if start.endswith(suffix) and (ours := samplers.get(start.removesuffix(suffix))):
-                return ours + (f" with level_spacing={spacings[suffix]}" if suffix else "")
-    return difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]
+                return ours, spacings[suffix] if suffix else None
+    return None
 
 
 def _key(name: str) -> str:
