@@ -49,4 +49,4 @@ def test_help_of_generate_is_short_and_names_groups(capsys: pytest.CaptureFixtur
     assert run("generate", "--help", "all") == 0
     assert "--mask_image" in capsys.readouterr().out
     assert run("generate", "--help", "sampling") == 2
-    assert "the groups are model, drawing, image, and all" in capsys.readouterr().err
+    assert "the groups are model, drawing, image, cost, and all" in capsys.readouterr().err

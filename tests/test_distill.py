@@ -24,7 +24,6 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.guidance import guided_denoiser
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.pipeline import Pipeline
-from latentdiff.planning.settings import network_config
 from latentdiff.tasks.distill.consistency import consistency_distance, noise_of
 from latentdiff.training.randomness import MicroBatch
 
@@ -227,8 +226,3 @@ def test_without_a_teacher_nothing_begins(
     with pytest.raises(SystemExit):
         run_here("distill", f"--output_dir={tmp_path}")
     assert "teacher must be given" in capsys.readouterr().err
-
-
-def test_a_plan_says_that_it_knows_no_student() -> None:
-    with pytest.raises(ValueError, match=r"^teacher=emoji: distill\.py is not planned"):
-        network_config({"teacher": "emoji"})

@@ -146,6 +146,7 @@ def test_metadata_changes_no_pixel(folder: Path, image: Image.Image) -> None:
 
 def test_every_option_of_a_request_has_its_place_in_the_record() -> None:
     given_otherwise = {"image", "mask_image", "progress", "num_images", "num_inference_steps"}
+    given_otherwise |= {"num_images_per_prompt", "generator"}
     options = {field.name for field in fields(Request) if field.init}
     assert RequestRecord.__annotations__.keys() == options - given_otherwise
 

@@ -61,7 +61,7 @@ MAY_CHANGE = {
     # What it reports and keeps.
     *("output_dir", "log_every", "preview_every", "preview_prompts", "validate_every"),
     *("snapshot_every", "report_to", "checkpoint_every", "keep_checkpoints", "resume_from"),
-    "save_best",
+    *("save_best", "license"),
     "max_nonfinite_steps",
     # Who does the work and how: the numbers are the same up to rounding.
     *("gradient_accumulation_steps", "sharding", "gradient_checkpointing", "compile"),

@@ -110,7 +110,7 @@ def _compile(pipeline: Pipeline, options: dict[str, Any]) -> None:
     first = {name: options[name] for name in names if name in options}
     if "image" in first:
         first["strength"] = 1.0  # of the one step that is drawn
-    said = "compiling, a minute or more, or seconds where it was compiled before"
+    said = "compiling, a minute or more, or half of that where it was compiled before"
     print(f"latentdiff: {said}", file=sys.stderr, flush=True)
     pipeline.compile(**first)
 

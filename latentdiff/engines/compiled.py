@@ -30,7 +30,8 @@ class Compiled:
     """Compiles the denoiser and the decoder of a pipeline from its construction on.
 
     Each size and number of images is compiled when it first occurs, which takes a minute or more;
-    torch keeps the code on disk, and later processes take seconds. Outputs have no gradient. Raises
+    torch keeps the machine code on disk, which saves later processes half of that: its frozen graphs,
+    whose packed weights it cannot store, are made anew. Outputs have no gradient. Raises
     ValueError where there is no C++ compiler for a CPU.
     """
 
@@ -86,7 +87,7 @@ class Forward:
                 size = " x ".join(map(str, x.shape))
                 warnings.warn(
                     f"compiling the {self.name} for latents of {size}: a minute or more, or "
-                    "seconds where it was compiled before",
+                    "half of that where it was compiled before",
                     stacklevel=2,
                 )
             self._shapes.add(shapes)

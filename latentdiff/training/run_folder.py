@@ -68,8 +68,9 @@ class RunFolder:
             probe.touch()
             probe.unlink()
             self._lock.acquire(timeout=0)
-            for leftover in self.path.glob(".*.tmp"):  # of killed runs: this one holds the lock
-                leftover.unlink()
+            for folder in (self.path, self.path / "model"):  # killed runs': this one has the lock
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink()
         except Timeout as error:
             raise ValueError(
                 f"output_dir={self.path} is in use by another run; wait for its end or choose "
