@@ -30,9 +30,9 @@ class Compiled:
     """Compiles the denoiser and the decoder of a pipeline from its construction on.
 
     Each size and number of images is compiled when it first occurs, which takes a minute or more;
-    torch keeps the machine code on disk, which saves later processes half of that: its frozen graphs,
-    whose packed weights it cannot store, are made anew. Outputs have no gradient. Raises
-    ValueError where there is no C++ compiler for a CPU.
+    torch keeps the machine code on disk, which saves later processes half of that: graphs with
+    packed weights, which it cannot store, are made anew. Outputs have no gradient. Raises ValueError
+    where there is no C++ compiler for a CPU.
     """
 
     def __init__(self, unet: UNet | DiT, vae: VAE, loras: LoRAs) -> None:
