@@ -31,8 +31,8 @@ class Compiled:
 
     Each size and number of images is compiled when it first occurs, which takes a minute or more;
     torch keeps the machine code on disk, which saves later processes half of that: graphs with
-    packed weights, which it cannot store, are made anew. Outputs have no gradient. Raises ValueError
-    where there is no C++ compiler for a CPU.
+    packed weights, which it cannot store, are made anew. Outputs have no gradient. Raises
+    ValueError where there is no C++ compiler for a CPU.
     """
 
     def __init__(self, unet: UNet | DiT, vae: VAE, loras: LoRAs) -> None:
