@@ -24,6 +24,8 @@ _formulas: dict[str, list[str]] = {}
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Take the formulas out, before Markdown reads their underscores and bars as its own."""
     found = _formulas[page.file.src_uri] = []
+    if page.file.src_uri.startswith("code/"):  # code of the repository, as it is
+        return markdown
 
     def token(match: re.Match[str]) -> str:
         display = "inline" if match[1] is None else "block"
