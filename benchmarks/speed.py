@@ -48,13 +48,13 @@ def main() -> None:
         show(table, rows, ceiling)
         failed += gate(table, rows)
         ratios[table.name] = {name: row.ratio for name, row in rows.items()}
+        if arguments.out is not None:  # after each table: the next ones take minutes
+            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"peak memory of all in this process: {peak_memory(device) / 2**30:.2f} GiB")
     if arguments.compare is not None and not arguments.compare.exists():
         print(f"{arguments.compare} is not there to compare with; --out writes it")
     elif arguments.compare is not None:
         print(moved(ratios, json.loads(arguments.compare.read_text())))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     if failed:
         sys.exit("\n".join(failed))
 
