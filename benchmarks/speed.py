@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="emoji", help="of images and startup; a folder or emoji")
     parser.add_argument("--size", default="emoji", help="of unet: emoji, a folder, or sd15")
     parser.add_argument("--steps", type=int, default=20, help="of an image")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="of images")
     parser.add_argument("--batch_size", type=int, default=64, help="of a training step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +78,8 @@ def tables(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tabl
     """The tables that were asked for, each made when the one before is done."""
     wanted = TABLES if arguments.table == "all" else (arguments.table,)
     if "images" in wanted:
-        yield from images_tables(arguments.model, steps=arguments.steps, device=device)
+        size = {"steps": arguments.steps, "batches": arguments.batches}
+        yield from images_tables(arguments.model, **size, device=device)
     if "unet" in wanted:
         yield unet_table(arguments.size, batch=1, device=device)
     if "training" in wanted:

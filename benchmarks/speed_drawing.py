@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,12 @@ SD15 = UNetConfig(
 NOT_INSTALLED = "{} is not installed"
 
 
-def images_tables(model: str, *, steps: int, device: torch.device) -> Iterator[Table]:
-    """A model's images, end to end, in batches of 1, 4 and 16."""
+def images_tables(
+    model: str, *, steps: int, batches: Sequence[int], device: torch.device
+) -> Iterator[Table]:
+    """A model's images, end to end, in batches."""
     with peers.model_folder(model) as folder:
-        for batch in (1, 4, 16):
+        for batch in batches:
             yield images_table(folder, batch, steps=steps, device=device)
 
 

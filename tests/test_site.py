@@ -2,11 +2,14 @@
 
 import importlib.util
 import re
+from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
 import nbformat
 import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 from support.pages import DOCS, PAGES, links, name, read
 from support.scripts import ROOT
 
@@ -59,6 +62,15 @@ def test_links_out_of_docs_lead_to_text_that_the_site_shows() -> None:
     assert len(shown) > 30
     for path in shown:
         assert "``````" not in read(ROOT / path)
+
+
+def test_the_site_has_no_broken_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning ends a strict build. The notebooks are not run here; `make docs` runs them."""
+    monkeypatch.setattr("nbclient.NotebookClient.execute", lambda client: None)
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"))
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+    assert (tmp_path / "site" / "code" / "latentdiff" / "pipeline.py.html").is_file()
 
 
 def test_nothing_is_fetched_from_outside() -> None:

@@ -68,3 +68,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"]({link}{f'#__codelineno-0-{line}' if line else ''})"
 
     return _LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Tell mkdocs which lines can be linked to: it sees no anchors within code."""
+    if page.file.src_uri.startswith(f"{FOLDER}/"):
+        lines = re.findall(r'id="(__codelineno-0-\d+)"', html)
+        page.present_anchor_ids = {*(page.present_anchor_ids or ()), *lines}
+    return html
