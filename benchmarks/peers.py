@@ -91,6 +91,8 @@ def in_onnx(network: nn.Module, examples: tuple[Tensor, ...]) -> Callable[..., T
         torch.onnx.export(network, examples, str(path), dynamo=False, opset_version=17)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Its threads spin after a run, beside what is timed next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
 

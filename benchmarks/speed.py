@@ -14,6 +14,7 @@ timed, what is drawn is compared with float32's. Nothing else may run on the mac
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -36,6 +37,9 @@ Ratios = dict[str, dict[str, tuple[float, float, float]]]
 
 def main() -> None:
     arguments = parse()
+    # Graphs that torch finds on disk may have been compiled for another number of threads.
+    cache = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     torch.set_grad_enabled(False)
     device = torch.device(arguments.device)
     ceiling = measure_ceiling(device)

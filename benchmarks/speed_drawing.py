@@ -81,12 +81,13 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
     variants = {
         "ours, float32": replace(ours(reference), reference=True),
         "ours": ours(Pipeline.from_pretrained(folder, dtype=bf16, device=device)),
-        "ours, compiled": ours(
-            Pipeline.from_pretrained(folder, dtype=bf16, device=device), compiled=True
-        ),
         "diffusers, float32": theirs(peers.pipeline(folder, torch.float32, device)),
         "diffusers, bf16": theirs(peers.pipeline(folder, bf16, device)),
         "diffusers, compiled": theirs(peers.best_pipeline(folder, bf16, device)),
+        # After diffusers': what torch compiles after frozen weights is slower (docs/speed.md).
+        "ours, compiled": ours(
+            Pipeline.from_pretrained(folder, dtype=bf16, device=device), compiled=True
+        ),
     }
     table = Table(f"images of {steps} steps, {batch} at once", variants, "ours", error=_far)
     table.images = batch
@@ -176,7 +177,7 @@ def _ours(unet: UNet) -> UNet:
     """A copy as the pipeline computes with it."""
     copy = UNet(unet.config).to(next(unet.parameters()).device, torch.bfloat16)
     copy.load_state_dict(unet.state_dict())
-    return copy.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return copy.eval().requires_grad_(False)
 
 
 def _call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
