@@ -41,7 +41,7 @@ def likely_meant(name: str, known: Collection[str]) -> str:
 def _found(name: str, known: Collection[str]) -> tuple[str, LevelSpacing | None] | None:
     samplers = {_key(ours): ours for ours in known}
     samplers |= {_key(theirs): ours for ours, theirs in SAMPLERS.items() if ours in known}
-    spacings = {_key(theirs): ours for ours, theirs in reversed(SCHEDULE_TYPES.items())}
+    spacings: dict[str, Any] = {_key(t): ours for ours, t in reversed(SCHEDULE_TYPES.items())}
     spacings |= {_key(theirs): ours for theirs, ours in OTHER_TYPES.items()}
     key = _key(name)
     for suffix in ("", *sorted(spacings, key=len, reverse=True)):
