@@ -259,6 +259,12 @@ def test_too_little_memory_draws_fewer_at_once(
     assert "not enough memory" in capsys.readouterr().err
     assert generate(model, tmp_path / "two", *whole, "--batch_size", "2") == 0
     assert calls == [3, 2, 2, 1]
+    calls.clear()
+    monkeypatch.setattr(drawing, "_at_once", lambda pipeline: 16)  # as on an accelerator
+    assert generate(model, tmp_path / "halved", *whole) == 0
+    assert calls == [5, 2, 2, 1]
+    assert "too little memory; drawing 2 at once" in capsys.readouterr().err
+    assert len(list((tmp_path / "halved").glob("*-*.png"))) == 5
     assert generate(model, tmp_path / "none", *whole, "--batch_size", "0") == 2
     assert "batch_size=0 must be at least 1" in capsys.readouterr().err
     assert generate(model, tmp_path / "none", "a", "--tokenizer", model) == 2
