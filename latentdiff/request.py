@@ -1,16 +1,13 @@
 """The options of one call of the pipeline, checked as far as is possible without a model."""
 
 import math
-import operator
 import random
-import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, Self
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -19,17 +16,22 @@ from latentdiff.formats.header import short_repr
 from latentdiff.guidance import Guidance
 from latentdiff.images import to_mask, to_rgb
 from latentdiff.levels import LevelSpacing
-from latentdiff.models.prompts import parse_weights
 from latentdiff.noise import each_generator
+from latentdiff.request_values import (
+    MOST_IMAGES,
+    check_mask,
+    check_texts,
+    for_each_image,
+    in_pixels,
+    whole,
+)
 from latentdiff.samplers import SAMPLERS, find_sampler
 from latentdiff.samplers.names import our_names
 
-MOST = {"steps": 1_000_000, "num_images": 100_000, "height": 65_536, "width": 65_536}
+MOST = {"steps": 1_000_000, "num_images": MOST_IMAGES, "height": 65_536, "width": 65_536}
 WITH_GUIDANCE = tuple(f"guidance_{f.name}" for f in fields(Guidance) if f.name != "scale")
 OTHER_NAMES = {"num_inference_steps": "steps", "num_images_per_prompt": "num_images"}
 MOST_PIXELS = 64_000_000
-WEIGHED = re.compile(r"\([^():\n]{1,80}:\s*\d*\.\d+\s*\)")  # such as (cat:1.3)
-LIGHTEST_KEPT = 127  # of a mask's 0 … 255
 
 
 @dataclass(frozen=True)
@@ -128,36 +130,23 @@ class Request:
         for name, most in MOST.items():
             value = getattr(self, name)
             if value is not None or name not in ("height", "width"):
-                self._set(name, _whole(name, value, 1, most))
-        sampler, spacing = our_names(self.sampler, self.level_spacing, SAMPLERS)
-        self._set("sampler", sampler)
-        self._set("level_spacing", spacing)
+                self._set(name, whole(name, value, 1, most))
+        if isinstance(self.sampler, str) and self.sampler not in SAMPLERS:
+            sampler, spacing = our_names(self.sampler, self.level_spacing, SAMPLERS)
+            self._set("sampler", sampler)
+            self._set("level_spacing", spacing)
         find_sampler(self.sampler)
+        prompts = None  # their number, once they are read
         for name in ("prompt", "negative_prompt"):
-            self._set(f"{name}s", self._for_each_image(name, str, "a text", str))
-            texts = list(dict.fromkeys(getattr(self, f"{name}s")))
-            if not self.prompt_weighting and (weighed := WEIGHED.search("\n".join(texts))):
-                warnings.warn(
-                    f"{name}: {weighed[0]!r} is read as it stands, with its brackets; "
-                    "prompt_weighting lets it weigh a word",
-                    stacklevel=2,
-                )
-            for text in texts:
-                try:
-                    text.encode()
-                    if self.prompt_weighting:
-                        parse_weights(text)
-                except UnicodeEncodeError as error:
-                    raise ValueError(
-                        f"{name}: {short_repr(text)} is not valid Unicode at character "
-                        f"{error.start + 1}, half of a pair or a byte of another encoding; write "
-                        "it in UTF-8"
-                    ) from error
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+            value = getattr(self, name)
+            texts = for_each_image(name, value, str, str, prompts, self.num_images)
+            check_texts(name, texts, weighting=self.prompt_weighting)
+            self._set(f"{name}s", texts)
+            prompts = len(texts) // self.num_images
         for name, plural, read in (("image", "images", to_rgb), ("mask_image", "masks", to_mask)):
-            absent = getattr(self, name) is None
-            values = () if absent else self._for_each_image(name, Image.Image, "a PIL image", read)
+            values, value = (), getattr(self, name)
+            if value is not None:
+                values = for_each_image(name, value, Image.Image, read, prompts, self.num_images)
             self._set(plural, values)
         self._check_image()
         self._check_seeds()
@@ -182,40 +171,6 @@ class Request:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
-    def _for_each_image(
-        self, name: str, kind: type, one: str, read: Callable[[Any], Any]
-    ) -> tuple[Any, ...]:
-        """The option of each image: it is one for all prompts, or one for each."""
-        value = getattr(self, name)
-        try:
-            values = [value] if isinstance(value, str | bytes | Image.Image) else list(value)
-        except TypeError:
-            values = [value]
-        if not values:
-            raise ValueError(f"{name} is an empty list; give at least {one}")
-        for item in values:
-            if not isinstance(item, kind):
-                raise ValueError(
-                    f"{name} holds {short_repr(item)}; it must be {one} or a list of them"
-                )
-        prompts = len(values) if name == "prompt" else len(self.prompts) // self.num_images
-        if prompts * self.num_images > MOST["num_images"]:
-            raise ValueError(
-                f"num_images={self.num_images} of {prompts} prompts are more than "
-                f"{MOST['num_images']:,} images, the most of one call"
-            )
-        if len(values) not in (1, prompts):
-            raise ValueError(
-                f"{name} lists {len(values)} for {prompts} prompts; give one, or one for each"
-            )
-        try:
-            values = [read(value) for value in values]
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        if len(values) == 1:
-            values *= prompts
-        return tuple(value for value in values for _ in range(self.num_images))
-
     def _check_image(self) -> None:
         if self.strength is None:
             self._set("strength", 1.0 if self.masks else 0.8 if self.images else 1.0)
@@ -234,13 +189,13 @@ class Request:
         sizes = sorted({image.size for image in self.images})
         if len(sizes) > 1 and None in (self.height, self.width):
             raise ValueError(
-                f"image lists images of {_pixels(sizes[0])} and of {_pixels(sizes[1])}, which are "
-                "drawn in one size; give height and width"
+                f"image lists images of {in_pixels(sizes[0])} and of {in_pixels(sizes[1])}, which "
+                "are drawn in one size; give height and width"
             )
         if self.masks and not self.images:
             raise ValueError("mask_image needs an image, of which it says what to keep")
         for mask, image in zip(self.masks, self.images, strict=False):  # images may have no masks
-            _check_mask(mask, image)
+            check_mask(mask, image)
 
     def _check_seeds(self) -> None:
         count, varied = len(self.prompts), self.variation_strength > 0
@@ -257,10 +212,10 @@ class Request:
             if given is None:
                 given = [random.SystemRandom().randrange(2**32) for _ in range(count)]
             if hasattr(given, "__index__") and getattr(given, "ndim", 0) == 0:
-                given = [_whole(name, given, 0, 2**64 - 1) + step * i for i in range(count)]
+                given = [whole(name, given, 0, 2**64 - 1) + step * i for i in range(count)]
             several = isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
             listed = given if several else [given]
-            seeds = tuple(_whole(name, seed, 0, 2**64 - 1) for seed in listed)
+            seeds = tuple(whole(name, seed, 0, 2**64 - 1) for seed in listed)
             if len(seeds) != count:
                 raise ValueError(
                     f"{name} lists {len(seeds)} seeds for {count} images; give one for each"
@@ -363,38 +318,3 @@ class Request:
         names = [f.name for f in fields(self) if f.init and f.name not in left_out]
         values = {name: alone.get(name, getattr(self, name)) for name in names}
         return {name: value for name, value in values.items() if value is not None}
-
-
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    """The integer that a value is, NumPy's and a tensor's too."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or not least <= number <= most:
-        high = "2**64 - 1" if most == 2**64 - 1 else f"{most:,}"
-        raise ValueError(
-            f"{name}={short_repr(value)} must be a whole number from {least} to {high}"
-        )
-    return number
-
-
-def _check_mask(mask: Image.Image, image: Image.Image) -> None:
-    """Raise ValueError for a mask of another shape than its image, and for one that keeps all."""
-    apart = abs(mask.width * image.height - mask.height * image.width)
-    # Of two sizes of one shape, the smaller one was rounded by up to half a pixel on each side.
-    if 2 * apart > max(sum(mask.size), sum(image.size)):
-        raise ValueError(
-            f"mask_image has {_pixels(mask.size)} pixels and its image {_pixels(image.size)}; give "
-            "a mask of the image's shape"
-        )
-    lightest = int(np.asarray(mask).max())
-    if lightest <= LIGHTEST_KEPT:
-        raise ValueError(
-            f"mask_image is white nowhere, so that nothing would be drawn: its lightest pixel is "
-            f"{lightest}, and white is 255"
-        )
-
-
-def _pixels(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"

@@ -230,7 +230,7 @@ def test_a_size_beyond_what_is_read_is_refused_before_it_is_allocated(pipeline: 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"sampler": "dpmpp2m"}, "dpmpp_2m"),
+        ({"sampler": "dpmp_2m"}, "did you mean dpmpp_2m"),
         ({"steps": 0}, "steps=0 must be"),
         ({"steps": 2.5}, r"steps=2\.5 must be"),
         ({"num_inference_steps": -1}, "steps=-1 must be"),

@@ -13,14 +13,14 @@ GUESSES = {"dpmpp": "dpmpp_2m", "dpmsolverpp": "dpmpp_2m", "dpmsolver": "dpmpp_2
 
 
 def our_names(
-    name: Any, spacing: LevelSpacing | None, known: Collection[str]
-) -> tuple[Any, LevelSpacing | None]:
+    name: str, spacing: LevelSpacing | None, known: Collection[str]
+) -> tuple[str, LevelSpacing | None]:
     """A1111's or ComfyUI's name of a sampler of `known`, and of its noise levels, as ours.
 
     "DPM++ 2M Karras" is dpmpp_2m with the level spacing karras. Another name is left as it is.
     Raises ValueError if `spacing` is another than the name says.
     """
-    if not isinstance(name, str) or name in known or (found := _found(name, known)) is None:
+    if (found := _found(name, known)) is None:
         return name, spacing
     ours, named = found
     if named is not None and spacing not in (None, named):
