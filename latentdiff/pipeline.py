@@ -68,6 +68,7 @@ class Pipeline(DiffusionModel):
         mask_image: Image.Image | Sequence[Image.Image] | None = None,
         variation_seed: int | Sequence[int] | None = None,
         variation_strength: float = 0.0,
+        cache_interval: int = 1,
         progress: bool = True,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEnd | None = None,
@@ -76,7 +77,7 @@ class Pipeline(DiffusionModel):
     ) -> PipelineOutput:
         """Draw `num_images` images of each prompt.
 
-        steps: denoising steps; more are finer and slower.
+        steps, cache_interval: more are finer and slower; above 1 only each so many-th is whole.
         guidance_scale: how closely to follow the prompt; 1 is off and halves the time.
         guidance_rescale, guidance_interval: less contrast; (low, high) of sigma / alpha.
         guidance_eta, guidance_norm_threshold, guidance_momentum: projected guidance.
@@ -146,6 +147,7 @@ class Pipeline(DiffusionModel):
             timesteps=levels.network_timesteps(),
             dtype=self.dtype,
             batching=self.batching,
+            cache_interval=request.cache_interval,
             with_v=sampler.takes_v,
         )
         if request.images or self.inpaints:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
+from latentdiff.feature_cache import FeatureCache
 from latentdiff.guidance import Evaluate, Guidance, guide
 from latentdiff.levels import Denoise, NoiseLevel
 from latentdiff.models.dit import DiT
@@ -35,18 +36,19 @@ def evaluations(
     *,
     timesteps: Sequence[float],
     dtype: torch.dtype,
+    cache_interval: int = 1,
 ) -> tuple[Evaluate, Evaluate]:
     """The network as `guidance.guide` asks for it: with the prompt alone, and both halves.
 
     The contexts are (B, L, D) each; `timesteps`, rising, are those of `NoiseLevels`. The network
-    computes in `dtype`; the output has x's.
+    computes in `dtype`; the output has x's. A `cache_interval` above 1 is that of a `FeatureCache`.
     """
     contexts = context if null_context is None else torch.cat([null_context, context])
     states = functools.cache(lambda rows: network.prepare_context(contexts[-rows:]))
+    cache = None if cache_interval == 1 else FeatureCache(network, timesteps, cache_interval)
     window: dict[float, Sequence[Tensor]] = {}
 
-    def times(timestep: Tensor) -> Sequence[Tensor]:
-        t = float(timestep)  # on the CPU, as all levels are: nothing waits for the device
+    def times(t: float) -> Sequence[Tensor]:
         if t not in window:
             window.clear()
             end = timesteps.index(t) + 1
@@ -58,17 +60,13 @@ def evaluations(
         return window[t]
 
     @torch.no_grad()
-    def conditional(x: Tensor, timestep: Tensor) -> Tensor:
-        rows = len(context)
-        shifts = [shift[-rows:] for shift in times(timestep)]
-        return network(x.to(dtype), shifts, states(rows)).to(x.dtype)
+    def evaluate(x: Tensor, timestep: Tensor, *, rows: int) -> Tensor:
+        t = float(timestep)  # on the CPU, as all levels are: nothing waits for the device
+        inputs = x.to(dtype), [shift[-rows:] for shift in times(t)], states(rows)
+        output = network(*inputs) if cache is None else cache(*inputs, timestep=t, rows=rows)
+        return repeated(output, rows).to(x.dtype)  # one that never reads the text has B rows
 
-    @torch.no_grad()
-    def halves(x: Tensor, timestep: Tensor) -> Tensor:
-        rows = len(contexts)
-        output = network(x.to(dtype), times(timestep), states(rows))
-        return repeated(output, rows).to(x.dtype)  # a network that never reads the text has B rows
-
+    conditional, halves = (functools.partial(evaluate, rows=len(c)) for c in (context, contexts))
     return conditional, halves
 
 
@@ -81,6 +79,7 @@ def denoiser_of_all(
     timesteps: Sequence[float],
     dtype: torch.dtype,
     batching: Batching,
+    cache_interval: int = 1,
     with_v: bool,
 ) -> Denoise:
     """The guided network for all images of a request.
@@ -98,7 +97,14 @@ def denoiser_of_all(
     @functools.cache
     def pair(rows: tuple[int, ...]) -> tuple[Evaluate, Evaluate]:
         context, *null = (torch.cat([states[i] for i in rows]) for states in contexts)
-        return evaluations(network, context, *null, timesteps=timesteps, dtype=dtype)
+        return evaluations(
+            network,
+            context,
+            *null,
+            timesteps=timesteps,
+            dtype=dtype,
+            cache_interval=cache_interval,
+        )
 
     if batching == "exact" and len(contexts[0]) > 1:
         of_rows = [tile for rows in of_rows for tile in tiles(rows)]

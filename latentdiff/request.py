@@ -28,7 +28,13 @@ from latentdiff.request_values import (
 from latentdiff.samplers import SAMPLERS, find_sampler
 from latentdiff.samplers.names import our_names
 
-MOST = {"steps": 1_000_000, "num_images": MOST_IMAGES, "height": 65_536, "width": 65_536}
+MOST = {
+    "steps": 1_000_000,
+    "num_images": MOST_IMAGES,
+    "cache_interval": 1000,
+    "height": 65_536,
+    "width": 65_536,
+}
 WITH_GUIDANCE = tuple(f"guidance_{f.name}" for f in fields(Guidance) if f.name != "scale")
 OTHER_NAMES = {"num_inference_steps": "steps", "num_images_per_prompt": "num_images"}
 MOST_PIXELS = 64_000_000
@@ -94,6 +100,9 @@ class Request:
     variation_strength: float = 0.0
     """0 … 1: how far the first noise goes from that of `seed` to that of `variation_seed`. Above 0
     a single `seed` is that of all images: only the variation seeds count up."""
+    cache_interval: int = 1
+    """Of how many timesteps one is evaluated whole, and the others from its deep features: faster,
+    and approximate (`latentdiff.feature_cache`); 1 is off."""
     progress: bool = field(default=True, repr=False)
     """Whether a bar shows the steps."""
 

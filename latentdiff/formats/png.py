@@ -72,6 +72,7 @@ class RequestRecord(TypedDict, total=False):
     strength: float
     variation_strength: float
     variation_seed: int
+    cache_interval: int
 
 
 class Record(TypedDict):

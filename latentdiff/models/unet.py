@@ -95,9 +95,15 @@ class UpBlock(nn.Module):
         skips: list[Tensor],
         times: Iterator[Tensor],
         contexts: Iterator[States],
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """(B, C, H, W), maps of the way down (takes the last ones off), … -> (B, C', H', W')."""
+        """(B, C, H, W), maps of the way down (takes the last ones off), … -> (B, C', H', W').
+
+        `kept` gets what each residual block reads from below.
+        """
         for i, block in enumerate(self.resnets):
+            if kept is not None:
+                kept.append(x)
             x = block(torch.cat([x, repeated(skips.pop(), len(x))], dim=1), next(times))
             if self.attentions:
                 x = self.attentions[i](x, next(contexts))
@@ -207,13 +213,16 @@ class UNet(nn.Module):
         x: Tensor,
         timestep: Tensor | Sequence[Tensor],
         context: Tensor | Sequence[tuple[KeysValues, ...]],
+        *,
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
         """(B, C, H, W), (B,), (B, L, D) -> (B, C, H, W); any H and W.
 
         `timestep` is on diffusers' scale: 0 … 999 for SD's weights (the least noise is 0). In a
         sampling run `prepare_times` and `prepare_context` give what takes the place of timestep and
         context. With contexts of 2B rows, as guidance has them, the result is that of [x, x], and
-        what does not depend on them is computed once.
+        what does not depend on them is computed once. `kept` gets what each residual block of the
+        last block reads from below (`latentdiff.feature_cache`).
         """
         if isinstance(timestep, Tensor):
             assert isinstance(context, Tensor), "the text may join the time"
@@ -228,8 +237,9 @@ class UNet(nn.Module):
             h = skips[-1]
         if self.mid_block is not None:
             h = self.mid_block(h, times, contexts)
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             h = block(h, skips, times, contexts)
+        h = self.up_blocks[-1](h, skips, times, contexts, kept)
         return self.conv_out(self.conv_norm_out(h))
 
     def prepare_context(self, context: Tensor) -> tuple[tuple[KeysValues, ...], ...]:
