@@ -62,7 +62,11 @@ def evaluations(
     @torch.no_grad()
     def evaluate(x: Tensor, timestep: Tensor, *, rows: int) -> Tensor:
         t = float(timestep)  # on the CPU, as all levels are: nothing waits for the device
-        inputs = x.to(dtype), [shift[-rows:] for shift in times(t)], states(rows)
+        latents = x.to(dtype)
+        if len(x) == 1 and dtype == torch.float32 and x.device.type == "cpu":
+            # oneDNN convolves one image by another algorithm than several (docs/decisions/0003).
+            latents = latents.expand(rows, -1, -1, -1)
+        inputs = latents, [shift[-rows:] for shift in times(t)], states(rows)
         output = network(*inputs) if cache is None else cache(*inputs, timestep=t, rows=rows)
         return repeated(output, rows).to(x.dtype)  # one that never reads the text has B rows
 

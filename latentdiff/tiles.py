@@ -8,7 +8,7 @@ processor (docs/decisions/0003), so it is not assumed but seen, at the first eva
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.guidance import Evaluate
 
@@ -21,15 +21,13 @@ def tiles(rows: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(rows[i : i + TILE]) for i in range(0, len(rows), TILE)]
 
 
-def likely_exact(network: nn.Module) -> bool:
+def likely_exact(dtype: torch.dtype, guidance_scale: float) -> bool:
     """Whether tiles will be exact, as far as is known before a run.
 
-    They are but for oneDNN's 1×1 convolution in float32 (docs/decisions/0003).
+    They are but for one image without guidance in float32, which oneDNN convolves by another
+    algorithm than several (docs/decisions/0003).
     """
-    return next(network.parameters()).dtype != torch.float32 or not any(
-        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-        for module in network.modules()
-    )
+    return dtype != torch.float32 or guidance_scale != 1
 
 
 def exact(make: Callable[[tuple[int, ...]], Evaluate], rows: tuple[int, ...]) -> Evaluate:

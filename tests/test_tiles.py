@@ -1,14 +1,17 @@
 """Batches on the CPU: each image has the bits that it has alone, whatever the kernels do."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import Recording, tiny_pipeline
+from support.tiny import CONTEXT_DIM, TOKENS, UNET, Recording, tiny_pipeline
 from torch import Tensor, nn
 
 from latentdiff.guidance import Evaluate
+from latentdiff.models.layers import Conv1x1
+from latentdiff.models.unet import UNet
 from latentdiff.tiles import TILE, exact, tiles
 
 
@@ -58,6 +61,36 @@ def test_what_would_differ_is_evaluated_one_by_one(
     calls.clear()
     assert evaluate(x, t).equal(expected)
     assert calls == later
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 256, 16), (320, 320, 24), (512, 192, 5)])
+@torch.no_grad()
+def test_a_1x1_convolution_of_an_image_has_the_bits_that_it_has_alone(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """And is the convolution that is differentiated, within rounding."""
+    wide, out, side = shape
+    conv, x = Conv1x1(wide, out, 1).to(dtype), torch.randn(9, wide, side, side).to(dtype)
+    together = conv(x)
+    for size in (1, 2, 4):
+        assert all(
+            conv(part).equal(together[i * size : (i + 1) * size])
+            for i, part in enumerate(x.split(size))
+        )
+    with torch.enable_grad():
+        torch.testing.assert_close(conv(x), together)
+
+
+@torch.no_grad()
+def test_no_other_prompt_changes_the_embedded_times_of_one() -> None:
+    unet = UNet(replace(UNET, addition_embed_type="text", addition_embed_type_num_heads=2))
+    contexts, times = torch.randn(7, TOKENS, CONTEXT_DIM), torch.tensor([1.0, 10.0, 100.0])
+    together = unet.prepare_times(times, contexts, dtype=torch.float32)
+    for i, context in enumerate(contexts.split(1)):
+        alone = unet.prepare_times(times, context, dtype=torch.float32)
+        for shifts, of_one in zip(together, alone, strict=True):
+            assert all(s[i : i + 1].equal(one) for s, one in zip(shifts, of_one, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -129,7 +129,7 @@ def _drawn(pipeline: Pipeline, request: Request, batch_size: int | None) -> Iter
     together, and an accelerator AT_ONCE, or, where its memory is too small, half as many and so on.
     """
     count = len(request.seeds)
-    at_once = batch_size or _at_once(pipeline)
+    at_once = batch_size or _at_once(pipeline, request)
     start = 0
     while start < count:
         part = request if count <= at_once else request.part(start, start + at_once)
@@ -148,11 +148,12 @@ def _drawn(pipeline: Pipeline, request: Request, batch_size: int | None) -> Iter
         start += len(images)
 
 
-def _at_once(pipeline: Pipeline) -> int:
+def _at_once(pipeline: Pipeline, request: Request) -> int:
     """The number of images that are drawn together if nobody says how many."""
     if pipeline.batching == "all":
         return AT_ONCE
-    return TILE if pipeline.batching == "exact" and likely_exact(pipeline.unet) else 1
+    exact = pipeline.batching == "exact" and likely_exact(pipeline.dtype, request.guidance_scale)
+    return TILE if exact else 1
 
 
 def _recorded_model(record: Record | None, again: Path | None) -> str:

@@ -91,6 +91,28 @@ class TextTimeEmbedding(nn.Module):
         return self.norm2(self.proj(self.pool(self.norm1(context))))
 
 
+class Conv1x1(nn.Conv2d):
+    """A convolution of kernel size 1: (B, C, H, W) -> (B, C', H, W).
+
+    In drawing on a CPU it is a product for each image. oneDNN's convolution adds up in an order
+    that depends on the size of the batch in float32, so that an image of a batch would not have the
+    bits that it has alone (docs/decisions/0003); the product is as fast. What traces or compiles it
+    has kernels of its own.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        traced = traced or torch.compiler.is_compiling()
+        if input.device.type != "cpu" or torch.is_grad_enabled() or traced:
+            return super().forward(input)
+        weight, x = self.weight.flatten(1).expand(len(input), -1, -1), input.flatten(2)
+        if self.bias is None:  # peft makes layers of this class
+            output = torch.bmm(weight, x)
+        else:
+            output = torch.baddbmm(self.bias[:, None], weight, x)
+        return output.unflatten(2, input.shape[2:])
+
+
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice, with a skip; the time embedding joins in between.
 
@@ -114,7 +136,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNorm(groups, out_channels, eps=eps, silu=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
-            None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            None if in_channels == out_channels else Conv1x1(in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -278,13 +300,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else Conv1x1(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads=heads, context_dim=context_dim) for _ in range(layers)
         )
-        self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_out = nn.Linear(channels, channels) if linear else Conv1x1(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | Sequence[KeysValues]) -> Tensor:
         blocks, height = self.transformer_blocks, x.shape[2]

@@ -258,12 +258,13 @@ class UNet(nn.Module):
         They are of each row of the context (B, L, D) where the text joins the time, else of all.
         `dtype` is that of x.
         """
-        time = self._embedded(timesteps, dtype)[:, None]  # (N, 1, E)
+        time = self._embedded(timesteps, dtype)  # (N, E)
+        times = [time]
         if self.class_embedding is not None or self.add_embedding is not None:
-            time = self._with_text(time.expand(-1, len(context), -1), context)  # (N, B, E)
-        rows = time.flatten(0, 1)
+            # Row by row, so that no other row changes the bits of one.
+            times = [self._with_text(time, row) for row in context.split(1)]
         shifts = [
-            module.time_shift(rows).unflatten(0, time.shape[:2])
+            torch.stack([module.time_shift(row) for row in times], dim=1)
             for module in self.modules()
             if isinstance(module, ResnetBlock)
         ]
