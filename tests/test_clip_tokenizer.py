@@ -14,6 +14,7 @@ from latentdiff.formats import hub
 from latentdiff.formats.clip_tokenizer import MERGES, VOCAB_SIZE, clip_tokenizer
 from latentdiff.formats.ldm.compatibility import is_clip_tokenizer
 from latentdiff.formats.single_file import read_single_file
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.single_file_networks import networks_from_single_file
 from latentdiff.models.text import TextEncoder
 
@@ -74,7 +75,7 @@ def test_a_single_file_without_a_tokenizer_is_read_without_a_hub(
         num_hidden_layers=1,
         max_position_embeddings=77,
     )
-    pipe.text_encoder = TextEncoder(CLIPTextModel(tower), clip_tokenizer(77))
+    pipe.text_encoder = TextEncoder(CLIPText(tower), clip_tokenizer(77))
     pipe.save_single_file(tmp_path / "model.safetensors")
     file = read_single_file(tmp_path / "model.safetensors")
     file.tokenizer = None

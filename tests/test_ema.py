@@ -11,11 +11,12 @@ import torch
 from support.runs import make_learner
 from support.tiny import tiny_pipeline
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel
 
 from latentdiff.cli import main
 from latentdiff.formats.weights import load_safetensors
 from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.text import TextEncoder
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.ema import LONGEST, power_decay, power_exponent
@@ -369,7 +370,7 @@ def test_both_copies_of_the_text_tower_get_the_weights_of_a_clip(tmp_path: Path)
     weights = {name: p.detach().clone() for name, p in clip.named_parameters()}
     save_snapshot(tmp_path / "ema", 5, {"0.05": {name: p + 1 for name, p in weights.items()}})
     # As train_clip saves its two towers.
-    tower = CLIPTextModel(clip.config.text_config)
+    tower = CLIPText(clip.config.text_config)
     tower.load_state_dict(
         {name: clip.state_dict()[f"text_model.{name}"] for name in tower.state_dict()}
     )

@@ -19,7 +19,13 @@ from diffusers import (
 )
 from support.interchange_table import DIFFUSERS, Measured
 from support.parity import no_warning_logged
-from support.tiny import CONTEXT_DIM, Recording, tiny_pipeline, tiny_text_encoder
+from support.tiny import (
+    CONTEXT_DIM,
+    Recording,
+    tiny_pipeline,
+    tiny_text_encoder,
+    transformers_tower,
+)
 from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
@@ -157,7 +163,7 @@ def test_we_open_a_folder_that_diffusers_wrote_and_draw_its_image(
             norm_num_groups=4,
             sample_size=16,
         ),
-        text_encoder=text_encoder.model,
+        text_encoder=transformers_tower(text_encoder),
         tokenizer=text_encoder.tokenizer,
         scheduler=PNDMScheduler(  # as in SD 1.x and 2.x
             beta_start=0.00085,

@@ -95,8 +95,9 @@ def theirs(tower: nn.Module, ids: Tensor, *, layers: int | None = None) -> dict[
 
 @torch.no_grad()
 def ours(encoder: TextEncoder, projection: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    found = encoder.model(input_ids=ids)
-    return {"states": found.last_hidden_state, "text features": found.pooler_output @ projection}
+    states = encoder.model(ids)
+    pooled = states[torch.arange(len(ids)), ids.argmax(dim=1)]  # at the end of each text
+    return {"states": states, "text features": pooled @ projection}
 
 
 def encoder_of(tower: nn.Module, name: str, folder: Path, **options: Any) -> TextEncoder:

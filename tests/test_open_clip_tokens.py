@@ -8,9 +8,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, basic_clean
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from latentdiff.formats.clip_tokenizer import clip_tokenizer
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.text import TextEncoder
 
 SIMPLE = SimpleTokenizer(context_length=16)
@@ -29,7 +30,7 @@ def encoder() -> TextEncoder:
         num_hidden_layers=1,
         max_position_embeddings=16,
     )
-    return TextEncoder(CLIPTextModel(tower), clip_tokenizer(16, pad_token="!"))
+    return TextEncoder(CLIPText(tower), clip_tokenizer(16, pad_token="!"))
 
 
 def test_tokens_and_padding_are_open_clips(encoder: TextEncoder) -> None:

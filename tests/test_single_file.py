@@ -14,7 +14,7 @@ from support.parity import no_warning_logged
 from support.strategies import unet_configs, vae_configs
 from support.tiny import CONTEXT_DIM, randomise, tiny_text_encoder
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import save_model_index, save_scheduler_config
@@ -23,6 +23,7 @@ from latentdiff.formats.ldm import compatibility
 from latentdiff.formats.ldm.modelspec import TOKENIZER_FILES
 from latentdiff.formats.single_file import SingleFile, read_single_file, write_single_file
 from latentdiff.formats.weights import load_json, load_safetensors
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
@@ -191,7 +192,7 @@ def test_a_text_tower_of_sd_2_is_written_as_open_clips_and_comes_back(
     sizes = {"hidden_size": CONTEXT_DIM, "intermediate_size": 32, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(text_encoder.tokenizer), "max_position_embeddings": 12}
     monkeypatch.setattr(compatibility, "SD2_TOWER", compatibility.SD2_TOWER | sizes)
-    tower = CLIPTextModel(CLIPTextConfig(**compatibility.SD2_TOWER, projection_dim=8))
+    tower = CLIPText(CLIPTextConfig(**compatibility.SD2_TOWER, projection_dim=8))
     text = TextEncoder(tower, text_encoder.tokenizer)
     save_folder(tmp_path / "model", SMALL_SD, SMALL_VAE, text, DIFFUSIONS[2])
     before = load_folder(tmp_path / "model")

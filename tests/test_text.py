@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from support.parity import no_warning_logged, same_weights
+from support.tiny import transformers_tower
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from latentdiff.formats.weights import load_safetensors, save_safetensors
-from latentdiff.models.text import TextEncoder
+from latentdiff.models.text import TextEncoder, empty_tower, fill_tower
 from latentdiff.tasks.clip.tokenizer import train_tokenizer
 
 TOKENS = 12
@@ -43,7 +44,8 @@ def new_encoder(*, attention_dropout: float = 0.0) -> TextEncoder:
         attention_dropout=attention_dropout,
         initializer_factor=10.0,
     )
-    return TextEncoder(CLIPTextModel(config), tokenizer)
+    tower = empty_tower(config.to_dict())
+    return TextEncoder(fill_tower(tower, CLIPTextModel(config).state_dict()), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +230,7 @@ def test_weights_may_be_a_variant_or_shards(encoder: TextEncoder, folder: Path) 
         TextEncoder.from_pretrained(folder)
     path.with_name("model.fp16.safetensors").unlink()
 
-    encoder.model.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    transformers_tower(encoder).save_pretrained(folder / "text_encoder", max_shard_size="20KB")
     assert (folder / "text_encoder/model.safetensors.index.json").is_file()
     assert same_weights(TextEncoder.from_pretrained(folder), encoder)
 

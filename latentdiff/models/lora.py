@@ -31,8 +31,7 @@ class LoRAs:
 
     def __init__(self, unet: UNet | DiT, text_encoder: nn.Module) -> None:
         self.unet = unet
-        # CLIPTextModel keeps its layers one module deeper in some releases of transformers.
-        self.text_encoder: nn.Module = getattr(text_encoder, "text_model", text_encoder)
+        self.text_encoder = text_encoder
         self._scales: dict[str, float] = {}
         self.revision = 0
         """How often they were changed: what was computed of another is of other weights."""

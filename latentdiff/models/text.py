@@ -1,4 +1,4 @@
-"""The frozen text encoder: transformers' CLIP text tower with its tokenizer.
+"""The frozen text encoder: CLIP's text tower with its tokenizer.
 
 Shapes: B prompts, L tokens (the tokenizer's `model_max_length`), D width.
 """
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from latentdiff.formats import open_clip
 from latentdiff.formats.clip_tokenizer import clip_tokenizer
@@ -24,6 +24,7 @@ from latentdiff.formats.weights import (
     save_safetensors,
     to_write,
 )
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.prompts import parse_weights, weigh
 from latentdiff.models.text_config import load_tokenizer, tower_config
 
@@ -31,7 +32,7 @@ from latentdiff.models.text_config import load_tokenizer, tower_config
 class TextEncoder(nn.Module):
     """Prompts -> last hidden states, which the UNet attends to; frozen, always in eval mode."""
 
-    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, model: CLIPText, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
@@ -157,7 +158,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def states(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> context (B, L, D)."""
-        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state
+        return self.model(ids.to(self.model.final_layer_norm.weight.device))
 
     @classmethod
     def from_pretrained(
@@ -191,7 +192,7 @@ class TextEncoder(nn.Module):
             folder / "text_encoder",
             "model",
             variant=variant,
-            expected=_without_prefix(model.state_dict()),
+            expected=model.state_dict(),
             optional=_is_ignored,
             rename=lambda name: name.removeprefix(TEXT_MODEL),
             dtype=dtype,
@@ -213,7 +214,7 @@ class TextEncoder(nn.Module):
         weights: a safetensors file, of the text tower or the whole CLIP, or a tag of open_clip's.
         layers: how many blocks to keep, from the first; SD 2.x keeps 23 of ViT-H-14's 24.
         Needs open_clip (`pip install latentdiff[train]`). Raises ValueError for a tower that
-        transformers' CLIPTextModel cannot express and for weights that are not this tower's.
+        a CLIPTextModel cannot express and for weights that are not this tower's.
         """
         model = empty_tower(open_clip.text_config(name, layers=layers))
         tensors = load_safetensors(
@@ -233,7 +234,7 @@ class TextEncoder(nn.Module):
         for `dtype`.
         """
         path = Path(folder) / "text_encoder" / "model.safetensors"
-        state = _without_prefix(self.model.state_dict())
+        state = self.model.state_dict()  # without the prefix that files have
         tensors = to_write({TEXT_MODEL + n: tensor for n, tensor in state.items()}, path, dtype)
         config = copy.deepcopy(self.model.config)
         config.architectures = ["CLIPTextModel"]
@@ -263,17 +264,17 @@ def chunk_slices(word_ends: Sequence[bool], *, size: int) -> list[slice]:
     return [*chunks, slice(start, len(word_ends))]
 
 
-def empty_tower(values: Mapping[str, Any]) -> CLIPTextModel:
+def empty_tower(values: Mapping[str, Any]) -> CLIPText:
     """A tower on the meta device, which takes no memory, for the configuration of a config.json.
 
     Raises ValueError as `tower_config` does.
     """
     config = tower_config(values)
     with torch.device("meta"):
-        return CLIPTextModel(config)
+        return CLIPText(config)
 
 
-def fill_tower(model: CLIPTextModel, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
+def fill_tower(model: CLIPText, tensors: Mapping[str, Tensor]) -> CLIPText:
     """Assign tensors to a tower, without a copy; names may begin with `text_model.`.
 
     Raises ValueError when one is missing or has another shape; tensors that the tower does not
@@ -282,20 +283,14 @@ def fill_tower(model: CLIPTextModel, tensors: Mapping[str, Tensor]) -> CLIPTextM
     bare_tensors = _without_prefix(tensors)
     state = {}
     for name, tensor in model.state_dict().items():
-        bare = name.removeprefix(TEXT_MODEL)
-        if bare not in bare_tensors or bare_tensors[bare].shape != tensor.shape:
-            shape = tuple(bare_tensors[bare].shape) if bare in bare_tensors else "missing"
-            raise ValueError(f"the text encoder's {bare} is {shape}, not {tuple(tensor.shape)}")
-        state[name] = bare_tensors[bare]
+        if name not in bare_tensors or bare_tensors[name].shape != tensor.shape:
+            shape = tuple(bare_tensors[name].shape) if name in bare_tensors else "missing"
+            raise ValueError(f"the text encoder's {name} is {shape}, not {tuple(tensor.shape)}")
+        state[name] = bare_tensors[name]
     model.load_state_dict(state, assign=True)
-    for module in model.modules():
-        if isinstance(getattr(module, "position_ids", None), Tensor):  # never in a state
-            module.position_ids = torch.arange(model.config.max_position_embeddings)[None]
     return model
 
 
-# The modules of transformers have the prefix in some releases and not in others, and those that
-# do not have it write files that other tools cannot read.
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(TEXT_MODEL): tensor for name, tensor in tensors.items()}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
-from transformers.activations import ACT2FN
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from latentdiff.formats.header import short_repr
+from latentdiff.models.clip_text import ACTIVATIONS
 
 # Far above every published tower; under these even an absurd one is built, empty, in a second.
 _MAX_SIZES = {
@@ -140,8 +140,8 @@ def _checked_keys(
         if not (type(value) in (int, float) and 0 <= value <= 1000):  # nor is NaN
             raise _refused(key, value, "a number from 0 to 1000", of=of)
     activation = values.get("hidden_act", "gelu")
-    if not (isinstance(activation, str) and activation in ACT2FN):
-        raise _refused("hidden_act", activation, "the name of an activation, as quick_gelu", of=of)
+    if not (isinstance(activation, str) and activation in ACTIVATIONS):
+        raise _refused("hidden_act", activation, "one of " + ", ".join(ACTIVATIONS), of=of)
     keys = (*sizes, *_NUMBERS, "hidden_act")
     known = {key: values[key] for key in keys if key in values}
     known |= {key: float(known[key]) for key in _NUMBERS if key in known}  # transformers asks

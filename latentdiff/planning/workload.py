@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import load_json
 from latentdiff.guidance import guided_denoiser
 from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.text_config import tower_config
 from latentdiff.models.unet import UNet, UNetConfig
@@ -123,7 +124,7 @@ def _denoiser(
 
     def tower() -> nn.Module:
         with _default_dtype(frozen_dtype):
-            return CLIPTextModel(text)
+            return CLIPText(text)
 
     def network() -> nn.Module:
         with _default_dtype(frozen_dtype):
@@ -153,7 +154,7 @@ def _denoiser(
         context = torch.zeros(B, text.max_position_embeddings or 77, dtype=torch.long)
         if not trains_text:
             with torch.no_grad():
-                context = frozen[0](input_ids=context).last_hidden_state
+                context = frozen[0](context)
         t = torch.rand(B) * diffusion.num_timesteps
         noise = torch.randn(B, C, side, side)
         if distils:

@@ -66,7 +66,8 @@ def outputs(unet: nn.Module, text_encoder: nn.Module) -> Tensor:
     unet.double().eval()
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     text_encoder.double().eval()
-    context = text_encoder(input_ids=torch.arange(24).reshape(2, 12)).last_hidden_state
+    states = text_encoder(torch.arange(24).reshape(2, 12))
+    context = getattr(states, "last_hidden_state", states)  # transformers' has a class for it
     noise = unet(x, torch.tensor([3, 700]), context)
     noise = noise if isinstance(noise, Tensor) else noise.sample
     return torch.cat([context.flatten(), noise.flatten()])

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.diffusion import Diffusion
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.text import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
@@ -57,7 +58,16 @@ def tiny_text_encoder(folder: Path) -> TextEncoder:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return TextEncoder(CLIPTextModel(config), tokenizer)
+    return TextEncoder(CLIPText(config), tokenizer)
+
+
+def transformers_tower(encoder: TextEncoder) -> CLIPTextModel:
+    """transformers' tower with the weights of ours, whose names begin with `text_model.` or not."""
+    theirs = CLIPTextModel(encoder.model.config)
+    ours = encoder.model.state_dict()
+    names = theirs.state_dict().keys()
+    theirs.load_state_dict({name: ours[name.removeprefix("text_model.")] for name in names})
+    return theirs.eval()
 
 
 def tiny_pipeline(

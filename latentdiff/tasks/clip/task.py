@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPImageProcessor, CLIPTextConfig
 
 from latentdiff.data.caption_table import CaptionTable, CaptionTokens
 from latentdiff.data.opening import ImageDataset
 from latentdiff.data.summary import images_summary
+from latentdiff.formats.ldm.keys import TEXT_MODEL
 from latentdiff.images import image_grid, to_floats, to_pil
+from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.fingerprint import fingerprint
 from latentdiff.models.text import TextEncoder, save_tokenizer
 from latentdiff.tasks.clip.augmentation import augment, draws
@@ -169,10 +171,9 @@ class CLIPTask:
         A CLIPModel has no `logit_bias`: it goes into `clip/config.json`, where `init` finds it.
         """
         assert isinstance(self.ema.config.text_config, CLIPTextConfig)
-        tower = CLIPTextModel(self.ema.config.text_config)
-        names = tower.state_dict().keys()
-        weights = {n.removeprefix("text_model."): v for n, v in self.ema.state_dict().items()}
-        tower.load_state_dict({name: weights[name.removeprefix("text_model.")] for name in names})
+        tower = CLIPText(self.ema.config.text_config)
+        weights = self.ema.state_dict()
+        tower.load_state_dict({name: weights[TEXT_MODEL + name] for name in tower.state_dict()})
         TextEncoder(tower, self.tokenizer).save_pretrained(folder)
         state = self.ema.state_dict()
         if (bias := state.pop("logit_bias", None)) is not None:

@@ -48,7 +48,7 @@ class UNetWithText(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
         """(B, C, H, W), (B,) and token ids (B, L) -> (B, C, H, W)."""
-        return self.unet(x, timestep, self.text_encoder(input_ids=ids).last_hidden_state)
+        return self.unet(x, timestep, self.text_encoder(ids))
 
 
 def lora_network(
@@ -76,7 +76,7 @@ def lora_network(
     add_known_lora(unet, of_unet, config)
     if not of_text:
         return unet.train()
-    add_known_lora(_inner(tower), of_text, config)
+    add_known_lora(tower, of_text, config)
     return UNetWithText(unet, tower).train()
 
 
@@ -89,7 +89,7 @@ def with_lora(
         add_lora(unet, config, unet_pattern(config), seed=seed)
     if not config.text_encoder:
         return unet.train()
-    add_lora(_inner(tower), config, TEXT_LAYERS, seed=seed + 1)
+    add_lora(tower, config, TEXT_LAYERS, seed=seed + 1)
     return UNetWithText(unet, tower).train()
 
 
@@ -104,7 +104,7 @@ def read_weights(
     try:
         file = read_lora(path, layers_per_block=unet.config.layers_per_block)
         check_layers(path, "UNet", unet, file.unet)
-        check_layers(path, "text encoder", _inner(tower), file.text_encoder)
+        check_layers(path, "text encoder", tower, file.text_encoder)
     except ValueError as error:
         raise ValueError(f"lora.weights: {error}") from error
     return _plain(path, file.unet), _plain(path, file.text_encoder)
@@ -120,11 +120,6 @@ def _plain(path: Path, layers: Mapping[str, AdapterLayer]) -> dict[str, LoRALaye
             )
         found[name] = layer
     return found
-
-
-def _inner(tower: nn.Module) -> nn.Module:
-    """The module by whose names a file has the text tower's layers."""
-    return getattr(tower, "text_model", tower)
 
 
 def drawing_networks(network: Any, text_encoder: TextEncoder) -> tuple[UNet, TextEncoder]:
@@ -143,7 +138,7 @@ def save_lora(
     unet = network
     if isinstance(network, UNetWithText):
         unet, tower = network.unet, network.text_encoder
-        text = trained_lora(_inner(tower))
+        text = trained_lora(tower)
     folder.mkdir(parents=True, exist_ok=True)
     write_lora(
         LoRAFile(trained_lora(unet), text), folder / LORA, names=config.names, metadata=metadata
