@@ -47,7 +47,9 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
     size = (reference.vae.config.latent_channels, *(reference.unet.config.sample_size,) * 2)
     noise = torch.cat([_noise(seed, size) for seed in range(batch)])
 
-    def ours(pipe: Pipeline, *, compiled: bool = False) -> Variant:
+    def ours(pipe: Pipeline, *, compiled: bool = False, batched: bool = False) -> Variant:
+        pipe.batched = batched  # as the others are; else these images are drawn one by one
+
         def call() -> np.ndarray:
             if compiled and pipe.compiled is None:
                 pipe.compile(num_images=batch, guidance_scale=GUIDANCE)
@@ -78,6 +80,7 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
         return Variant(call)
 
     bf16 = torch.bfloat16
+    together = "" if batch == 1 else ", batched"
     variants = {
         "ours, float32": replace(ours(reference), reference=True),
         "ours": ours(Pipeline.from_pretrained(folder, dtype=bf16, device=device)),
@@ -85,8 +88,8 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
         "diffusers, bf16": theirs(peers.pipeline(folder, bf16, device)),
         "diffusers, compiled": theirs(peers.best_pipeline(folder, bf16, device)),
         # After diffusers': what torch compiles after frozen weights is slower (docs/speed.md).
-        "ours, compiled": ours(
-            Pipeline.from_pretrained(folder, dtype=bf16, device=device), compiled=True
+        f"ours, compiled{together}": ours(
+            Pipeline.from_pretrained(folder, dtype=bf16, device=device), compiled=True, batched=True
         ),
     }
     table = Table(f"images of {steps} steps, {batch} at once", variants, "ours", error=_far)
@@ -95,7 +98,7 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
         return table
     if peers.installed("openvino"):
         in_openvino = Pipeline.from_pretrained(folder, dtype=bf16, engine="openvino")
-        variants["ours, OpenVINO"] = ours(in_openvino)
+        variants[f"ours, OpenVINO{together}"] = ours(in_openvino, batched=True)
         variants["diffusers, OpenVINO"] = theirs(
             peers.openvino_pipeline(folder, batch=batch, precision="bf16")
         )

@@ -51,6 +51,8 @@ def image_record(
         "packages": _packages(pipeline.engine),
         "loras": list(loras),
     }
+    if pipeline.batched and pipeline.device.type == "cpu" and len(request.seeds) > 1:
+        record["batched"] = True
     if pipeline.vae.tiling is not None:
         record["vae_tiling"] = pipeline.vae.tiling
     return {**record, **files}  # pyright: ignore[reportReturnType]
@@ -129,6 +131,8 @@ def warn_of_changes(record: Record, pipeline: Pipeline, model_sha256: str) -> No
     if record.get("compiled", False) != (pipeline.compiled is not None):
         current["compiled"] = pipeline.compiled is not None
         recorded["compiled"] = not current["compiled"]
+    if record.get("batched"):
+        current["batched"], recorded["batched"] = False, True  # whatever was beside it
     if dtype == record["dtype"]:  # in another the weights are others too, by their rounding
         current["model"], recorded["model"] = model_sha256, record["model_sha256"]
     changed = [

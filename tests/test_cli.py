@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +85,8 @@ def test_an_interrupted_batch_keeps_the_images_that_are_drawn(
     options = ("--variation_strength", "0.2", "--variation_seed", "5")
     if how == "one by one":
         options = (*options, "--guidance_scale", "1")
+    if how == "all at once":  # as on an accelerator
+        options = (*options, "--batched")
     monkeypatch.setattr(drawing, "TILE", 2)
     monkeypatch.setattr(drawing, "AT_ONCE", 2)
     assert generate(model, tmp_path / "whole", *whole, *options) == 0
@@ -98,15 +99,6 @@ def test_an_interrupted_batch_keeps_the_images_that_are_drawn(
         return draw(self, request)
 
     monkeypatch.setattr(Pipeline, "draw", interrupted)
-    if how == "all at once":  # as on an accelerator
-        load = drawing.load_pipeline
-
-        def batched(*args: Any, **options: Any) -> Pipeline:
-            pipeline = load(*args, **options)
-            pipeline.batched = True
-            return pipeline
-
-        monkeypatch.setattr(drawing, "load_pipeline", batched)
     capsys.readouterr()
     assert generate(model, tmp_path / "part", *whole, *options) == 130
     assert calls[0] == at_once
@@ -117,6 +109,18 @@ def test_an_interrupted_batch_keeps_the_images_that_are_drawn(
         expected, found = (Image.open(tmp_path / folder / name) for folder in ("whole", "part"))
         assert np.array_equal(np.asarray(expected), np.asarray(found))
         assert expected.info["latentdiff"] == found.info["latentdiff"]
+
+
+def test_an_image_remembers_that_it_was_denoised_with_others(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("a cat", "--seed", "3", "--steps", "2", "--batched")
+    assert generate(model, tmp_path / "alone", *options) == 0
+    assert generate(model, tmp_path / "two", *options, "--num_images", "2") == 0
+    assert generate(model, tmp_path / "again", "--from", str(tmp_path / "alone/0000-3.png")) == 0
+    assert "differently" not in capsys.readouterr().err
+    assert generate(model, tmp_path / "again", "--from", str(tmp_path / "two/0000-3.png")) == 0
+    assert "drawn with batched True (here False)" in capsys.readouterr().err
 
 
 def test_a_size_of_tiles_is_remembered_and_no_tile_is_refused(

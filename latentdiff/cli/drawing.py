@@ -64,6 +64,7 @@ def draw(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         engine=engine,
     )
+    pipeline.batched = arguments.batched
     pipeline.vae.tiling = user_options.get("vae_tiling", (record or {}).get("vae_tiling"))
     records = record is not None or not arguments.no_metadata
     digest = pipeline.fingerprint() if records else ""

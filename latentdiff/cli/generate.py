@@ -102,6 +102,12 @@ def _add_editing(parser: argparse.ArgumentParser) -> None:
 def _add_costs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("cost: time and memory").add_argument
     add("--compile", action="store_true", default=False, help="a minute or more first, then faster")
+    add(
+        "--batched",
+        action="store_true",
+        default=False,
+        help="a CPU denoises all at once, though their last bits then depend on it",
+    )
     add("--cache_interval", type=int, help="2 to 5: evaluate whole at each so many-th step only")
     add(
         "--vae_tiling", type=int, metavar="PIXELS", help="decode large images in tiles of this side"

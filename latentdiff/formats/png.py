@@ -89,6 +89,8 @@ class Record(TypedDict):
     """What computed the networks; not in records before there were engines: torch."""
     compiled: NotRequired[bool]
     """Whether torch had compiled them; not in records before it could: no."""
+    batched: NotRequired[bool]
+    """Whether a CPU denoised it at once with others, though that changes its last bits."""
     vae_tiling: NotRequired[int]
     """The side of the tiles that the VAE decoded, if it did."""
     packages: dict[str, str]
