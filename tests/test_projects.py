@@ -1,6 +1,7 @@
 """Projects: what is chosen for own images, and from nothing to an image in two commands."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,29 @@ def test_what_new_and_train_refuse_is_not_each_others_advice(
     (project / "clip.yaml").unlink()
     with pytest.raises(ValueError, match=r"mine has no clip\.yaml; `latentdiff new` of another"):
         check_project(project)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("output_dir: [vae", r"vae\.yaml is not YAML: .* line 1"),
+        ("output_dir: vae\noutput_dir: vae", r"vae\.yaml: the key 'output_dir' is there twice"),
+        ("max_steps: 2", r"vae\.yaml must be a mapping with output_dir"),
+        ("output_dir: vae", r"vae\.yaml: max_steps=None must be a whole number"),
+        ("output_dir: vae\nmax_steps: 1e3", r"vae\.yaml: max_steps=1000\.0 must be a whole number"),
+    ],
+)
+def test_a_configuration_that_was_edited_wrongly_is_named(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bracket too many, or a line too few, ended in a traceback."""
+    for name in MODULES:
+        (tmp_path / f"{name}.yaml").write_text(f"output_dir: {name}\nmax_steps: 1\n")
+    (tmp_path / "vae.yaml").write_text(text)
+    assert run("train", str(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert re.search(sentence, said), said
+    assert said.count("\n") == 1
 
 
 def test_captions_of_images_that_are_left_out_are_neither_counted_nor_drawn(

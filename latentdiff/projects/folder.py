@@ -4,6 +4,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from latentdiff.formats.yaml_text import parse_yaml
 
 MODULES = ("vae", "clip", "cache", "unet")
@@ -59,10 +61,15 @@ def read_module(project: Path, name: str) -> dict[str, Any]:
     path = project / f"{name}.yaml"
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("output_dir"), str):
         raise ValueError(f"{path} must be a mapping with output_dir, the folder of its results")
+    steps = values.get("max_steps")
+    if name != "cache" and (type(steps) is not int or steps < 1):
+        raise ValueError(f"{path}: max_steps={steps} must be a whole number of at least 1")
     return values
 
 
