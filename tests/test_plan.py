@@ -27,7 +27,7 @@ from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.planning.devices import DEVICES
 from latentdiff.planning.footprint import Execution, Workload, footprint, nbytes
 from latentdiff.planning.plan import make_plan
-from latentdiff.planning.settings import read_settings
+from latentdiff.planning.settings import num_cached, read_settings
 from latentdiff.planning.workload import cache_bytes_per_image, make_workload
 
 ROOT = Path(__file__).parents[1]
@@ -349,6 +349,8 @@ def test_a_cache_says_its_size_crops_and_flips(tmp_path: Path) -> None:
     expected = {"batch_size": 4, "image_size": 32, "crops": 2, "flip": True}
     settings = read_settings(path, {})
     assert {key: settings[key] for key in expected} == expected
+    assert num_cached(settings) == 4
+    assert num_cached({"cache": "of a project that is not trained"}) is None
 
 
 def test_a_projects_parts_are_found_from_another_folder(

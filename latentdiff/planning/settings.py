@@ -38,7 +38,7 @@ REQUIRED = {
     "vae": ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention"),
     "clip": tuple(field.name for field in fields(CLIPSize)),
 }
-FOLDERS = {"vae", "text_encoder", "cache", "init", "teacher"}
+FOLDERS = ("vae", "text_encoder", "cache", "init", "teacher")
 SCRIPTS = (TrainUNet, TrainVAE, TrainCLIP, Distill)
 RENAMED = {old: new for script in SCRIPTS for old, new in former_names(script).items()}
 
@@ -53,7 +53,8 @@ def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, 
     given = {key: value for key, value in overrides.items() if value is not None}
     settings = {} if path is None else _read_yaml(path)
     if path is not None:
-        settings |= _from_here({name: settings.get(name) for name in FOLDERS - given.keys()}, path)
+        folders = {name: settings.get(name) for name in FOLDERS if name not in given}
+        settings |= _from_here(folders, path)
     settings = with_options(settings, given)
     settings = {key: expanded(value) for key, value in settings.items()}
     return _of_cache(settings) | settings | _of_teacher(settings)
@@ -102,6 +103,13 @@ def with_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dic
         else:
             changed[name] = value
     return changed
+
+
+def num_cached(settings: Mapping[str, Any]) -> int | None:
+    """The number of images in the latent cache; None if there is none yet."""
+    if settings.get("cache") is None or not Path(settings["cache"]).is_dir():
+        return None
+    return len(LatentCache(Path(settings["cache"])))
 
 
 def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
