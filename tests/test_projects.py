@@ -113,7 +113,11 @@ def test_own_images_take_two_commands(
     Pipeline.from_pretrained(project / "unet" / "model")
     assert run("train", str(project)) == 0  # all is done, and said
     said = capfd.readouterr()
-    assert said.out.splitlines()[:4] == [f"{name}: done" for name in MODULES]
+    *lines, last = said.out.splitlines()
+    assert lines == [f"cd {project}", *(f"{name}: done" for name in MODULES)]
+    assert (
+        last == f'to draw: latentdiff generate "a prompt" --model {project}/unet/model --out images'
+    )
     assert len(list((project / "images").iterdir())) == 9
 
 

@@ -27,6 +27,7 @@ def train_project(project: Path, module: str | None = None) -> int:
     check_project(project)
     settings = {name: read_module(project, name) for name in MODULES}
     ran = False
+    print(f"cd {project}", flush=True)  # the paths that are printed below are from there
     with contextlib.chdir(project):
         for name in MODULES if module is None else [module]:
             if module is None and is_done(name, settings[name]):
@@ -37,9 +38,13 @@ def train_project(project: Path, module: str | None = None) -> int:
             print(f"{name}: accelerate launch --quiet -m {script} --config {name}.yaml", flush=True)
             if code := launch(script, ["--config", f"{name}.yaml"]):
                 return code
-        if module not in (None, "unet") or not (ran or not Path(IMAGES).is_dir()):
+        if module not in (None, "unet"):
             return 0
-        return _draw(Path(settings["unet"]["output_dir"]) / "model")
+        model = Path(settings["unet"]["output_dir"]) / "model"
+        if (ran or not Path(IMAGES).is_dir()) and (code := _draw(model)):
+            return code
+    print(f'to draw: latentdiff generate "a prompt" --model {project / model} --out images')
+    return 0
 
 
 def is_done(name: str, settings: dict[str, Any]) -> bool:
