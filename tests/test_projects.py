@@ -23,7 +23,7 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.shapes import build_shapes
 from latentdiff.pipeline import Pipeline
 from latentdiff.projects import measure as measuring
-from latentdiff.projects.folder import MODULES, check_free, check_project
+from latentdiff.projects.folder import MODULES, check_free, check_project, read_prompts
 from latentdiff.projects.look import Look, find_columns, look_at, script
 from latentdiff.projects.measure import measure
 from latentdiff.projects.new import describe, in_words
@@ -236,6 +236,22 @@ def test_a_configuration_that_was_edited_wrongly_is_named(
     said = capsys.readouterr().err
     assert re.search(sentence, said), said
     assert said.count("\n") == 1
+
+
+def test_prompts_are_read_before_hours_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the file a trained project ended in "[Errno 2] No such file or directory"."""
+    assert read_prompts(tmp_path) == []
+    for name in MODULES:
+        (tmp_path / f"{name}.yaml").write_text(f"output_dir: {name}\nmax_steps: 1\n")
+    (tmp_path / "prompts.txt").write_text("a cat\n\n猫\n", encoding="utf-8")
+    assert read_prompts(tmp_path) == ["a cat", "猫"]
+    (tmp_path / "prompts.txt").write_bytes("für".encode("latin-1"))
+    assert run("train", str(tmp_path)) == 2
+    said = capsys.readouterr()
+    assert "prompts.txt is not UTF-8 text; save it as such" in said.err
+    assert "accelerate" not in said.out
 
 
 def test_captions_of_images_that_are_left_out_are_neither_counted_nor_drawn(

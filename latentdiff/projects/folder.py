@@ -73,6 +73,18 @@ def read_module(project: Path, name: str) -> dict[str, Any]:
     return values
 
 
+def read_prompts(project: Path) -> list[str]:
+    """What is drawn in the end; nothing without the file. Raises ValueError if it is no UTF-8."""
+    path = project / PROMPTS
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text; save it as such") from error
+    return [line for line in lines if line.strip()]
+
+
 def _near(project: Path) -> Path | None:
     """The project beside this one whose name is most like it."""
     if project.exists() or not project.parent.is_dir():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentdiff.projects.folder import MODULES, PROMPTS, check_project, read_module
+from latentdiff.projects.folder import MODULES, PROMPTS, check_project, read_module, read_prompts
 from latentdiff.training.checkpoint_files import checkpoints
 from latentdiff.training.launch import launch
 
@@ -26,6 +26,7 @@ def train_project(project: Path, module: str | None = None) -> int:
     """
     check_project(project)
     settings = {name: read_module(project, name) for name in MODULES}
+    read_prompts(project)  # it is needed in the end, too late to learn that it cannot be read
     ran = False
     print(f"cd {project}", flush=True)  # the paths that are printed below are from there
     with contextlib.chdir(project):
@@ -58,9 +59,8 @@ def is_done(name: str, settings: dict[str, Any]) -> bool:
 
 def _draw(model: Path) -> int:
     """Draw the project's prompts, as its owner would."""
-    lines = Path(PROMPTS).read_text(encoding="utf-8").splitlines()
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
+    if not (prompts := read_prompts(Path())):
+        print(f"nothing is drawn, since {PROMPTS} has no prompts", flush=True)
         return 0
     options = ["--model", str(model), "--out", IMAGES, "--seed", "0"]
     print(f"drawing the prompts of {PROMPTS} into {IMAGES}/", flush=True)
