@@ -58,7 +58,7 @@ def test_a_card_has_what_was_trained_on_and_no_path(tmp_path: Path) -> None:
     [
         (LORA, {"init": "some/model"}, "lora", "--model some/model --lora"),
         ("clip/config.json", {}, "clip", "--text_encoder"),
-        ("config.json", {}, "autoencoder", "cache_latents.py --vae"),
+        ("config.json", {}, "autoencoder", "latentdiff.scripts.cache_latents --vae"),
         ("model_index.json", {"teacher": "some/model"}, "consistency-distillation", "few steps"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_run_that_is_too_short_for_its_learning_rate_says_so() -> None:
     assert said is not None
     assert "warmup_steps=100 and cooldown_steps=300 are longer than max_steps=20: " in said
     best = max(config.learning_rate_at(step, max_steps=20) for step in range(20)) / 0.1
-    assert f"gets to {100 * best:.2g} % of learning_rate=0.1" in said
+    assert f"gets to {100 * best:.2g} % of learning_rate=0.1; lower them" in said
 
 
 @pytest.mark.parametrize(

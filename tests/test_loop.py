@@ -220,7 +220,7 @@ def test_control_c_saves_and_what_is_kept_is_said(
     signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     said = capfd.readouterr()
-    assert "stopped by a signal after step 6; the same command goes on there" in said.out
+    assert "stopped by Control-C after step 6; the same command goes on there" in said.out
     assert "Control-C once more stops at once" in said.err
     with pytest.raises(KeyboardInterrupt, match="goes on from step 6, which is saved"):
         run(tmp_path / "resumed", until=6)

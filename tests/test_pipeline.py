@@ -307,6 +307,10 @@ def test_a_folder_in_a_pipeline_or_around_it_names_the_pipeline(
     for given, what in (("model/unet", "one component"), (".", "a run")):
         with pytest.raises(ValueError, match=f"{what}; the pipeline is {tmp_path / 'model'}$"):
             Pipeline.from_pretrained(tmp_path / given)
+    model = tmp_path / "mine" / "unet" / "model"
+    shutil.copytree(folder, model)
+    with pytest.raises(ValueError, match=f"a project; the pipeline is {model}$"):
+        Pipeline.from_pretrained(tmp_path / "mine")
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.planning.devices import DEVICES
 from latentdiff.planning.footprint import Execution, Workload, footprint, nbytes
 from latentdiff.planning.plan import make_plan
-from latentdiff.planning.settings import read_settings
+from latentdiff.planning.settings import num_cached, read_settings
 from latentdiff.planning.workload import cache_bytes_per_image, make_workload
 
 ROOT = Path(__file__).parents[1]
@@ -324,6 +324,7 @@ def test_a_former_option_is_refused_with_its_new_name(
         ({"vae": {"layers_per_block": 1}}, "vae.block_out_channels is missing"),
         ({"vae": {**vae(16, 1, 8)["vae"], "width": 3}}, "vae.width is unknown"),
         ({"vae": "emoji"}, "one of unet, dit, vae and clip"),
+        ({"vae": "emoji", "batch_size": None}, "one of unet, dit, vae and clip"),  # a cache's
         ({"disc_weight": 0.5}, "disc_weight=0.5 must be 0 for a plan"),
         ({"perceptual_weight": 1.0}, "perceptual_weight=1.0 must be 0 for a plan"),
         ({"init": "emoji"}, "init='emoji' must be left out for a plan"),
@@ -348,6 +349,27 @@ def test_a_cache_says_its_size_crops_and_flips(tmp_path: Path) -> None:
     expected = {"batch_size": 4, "image_size": 32, "crops": 2, "flip": True}
     settings = read_settings(path, {})
     assert {key: settings[key] for key in expected} == expected
+    assert num_cached(settings) == 4
+    assert num_cached({"cache": "of a project that is not trained"}) is None
+
+
+def test_a_projects_parts_are_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configurations name each other's folders; from beside it they were asked of the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    path = Path("mine/unet.yaml")
+    path.write_text("vae: vae/model\ntext_encoder: own/name\n")
+    assert read_settings(path, {}) == {"vae": "vae/model", "text_encoder": "own/name"}
+    (tmp_path / "mine" / "vae.yaml").write_text("output_dir: vae")
+    with pytest.raises(ValueError, match=r"vae=vae/model in mine/unet.yaml is not trained yet; .*"):
+        read_settings(path, {})
+    assert read_settings(path, {"vae": "emoji"})["vae"] == "emoji"
+    (tmp_path / "mine" / "vae" / "model").mkdir(parents=True)
+    assert read_settings(path, {})["vae"] == "mine/vae/model"
+    monkeypatch.chdir(tmp_path / "mine")
+    assert read_settings(Path("unet.yaml"), {})["vae"] == "vae/model"
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:

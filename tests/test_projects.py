@@ -1,6 +1,7 @@
 """Projects: what is chosen for own images, and from nothing to an image in two commands."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,10 +23,11 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.shapes import build_shapes
 from latentdiff.pipeline import Pipeline
 from latentdiff.projects import measure as measuring
+from latentdiff.projects.folder import MODULES, check_free, check_project, read_prompts
 from latentdiff.projects.look import Look, find_columns, look_at, script
 from latentdiff.projects.measure import measure
-from latentdiff.projects.new import in_words
-from latentdiff.projects.rules import EPOCHS, MODULES, STEPS, configurations
+from latentdiff.projects.new import describe, in_words
+from latentdiff.projects.rules import EPOCHS, STEPS, configurations
 from latentdiff.tasks.clip.config import TrainCLIP
 from latentdiff.tasks.denoiser.config import TrainUNet
 from latentdiff.tasks.vae.config import TrainVAE
@@ -111,7 +113,11 @@ def test_own_images_take_two_commands(
     Pipeline.from_pretrained(project / "unet" / "model")
     assert run("train", str(project)) == 0  # all is done, and said
     said = capfd.readouterr()
-    assert said.out.splitlines()[:4] == [f"{name}: done" for name in MODULES]
+    *lines, last = said.out.splitlines()
+    assert lines == [f"cd {project}", *(f"{name}: done" for name in MODULES)]
+    assert (
+        last == f'to draw: latentdiff generate "a prompt" --model {project}/unet/model --out images'
+    )
     assert len(list((project / "images").iterdir())) == 9
 
 
@@ -142,7 +148,7 @@ def test_control_c_stops_a_project_with_a_checkpoint_and_one_sentence(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "stopped by a signal after step" in said
+    assert "stopped by Control-C after step" in said
     assert "Traceback" not in said
     assert len(list((project / "vae" / "checkpoints").glob("step-*"))) == 1
 
@@ -177,6 +183,92 @@ def test_a_project_names_its_data_once_and_its_parts_by_each_other(
     assert "1 cannot be decoded" in readme
     assert run("new", str(project), "--data", str(images)) == 2
     assert "exists; choose another name" in capsys.readouterr().err
+
+
+def test_what_new_and_train_refuse_is_not_each_others_advice(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`new` of a folder of images said to train it, and `train` of it said to make it by `new`."""
+    monkeypatch.chdir(tmp_path)
+    own, project = Path("mypics"), Path("mine")
+    with pytest.raises(ValueError, match="mypics exists and is no project; choose another name"):
+        check_free(own)
+    with pytest.raises(ValueError, match=r"mypics is no project: .* new PROJECT --data mypics`"):
+        check_project(own)
+    with pytest.raises(ValueError, match=r"mine is no project: .* new mine --data FOLDER` makes"):
+        check_project(project)
+    check_free(project)
+    project.mkdir()
+    check_free(project)
+    for name in MODULES:
+        (project / f"{name}.yaml").write_text(f"output_dir: {name}\n")
+    check_project(project)
+    with pytest.raises(ValueError, match="or go on with it: latentdiff train mine"):
+        check_free(project)
+    with pytest.raises(ValueError, match=r"min is no project: .*; did you mean 'mine'\?"):
+        check_project(Path("min"))
+    (project / "vae").mkdir()
+    with pytest.raises(ValueError, match="it is a part of one: latentdiff train mine vae"):
+        check_project(project / "vae")
+    (project / "clip.yaml").unlink()
+    with pytest.raises(ValueError, match=r"mine has no clip\.yaml; `latentdiff new` of another"):
+        check_project(project)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("output_dir: [vae", r"vae\.yaml is not YAML: .* line 1"),
+        ("output_dir: vae\noutput_dir: vae", r"vae\.yaml: the key 'output_dir' is there twice"),
+        ("max_steps: 2", r"vae\.yaml must be a mapping with output_dir"),
+        ("output_dir: vae", r"vae\.yaml: max_steps=None must be a whole number"),
+        ("output_dir: vae\nmax_steps: 1e3", r"vae\.yaml: max_steps=1000\.0 must be a whole number"),
+    ],
+)
+def test_a_configuration_that_was_edited_wrongly_is_named(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bracket too many, or a line too few, ended in a traceback."""
+    for name in MODULES:
+        (tmp_path / f"{name}.yaml").write_text(f"output_dir: {name}\nmax_steps: 1\n")
+    (tmp_path / "vae.yaml").write_text(text)
+    assert run("train", str(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert re.search(sentence, said), said
+    assert said.count("\n") == 1
+
+
+def test_prompts_are_read_before_hours_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the file a trained project ended in "[Errno 2] No such file or directory"."""
+    assert read_prompts(tmp_path) == []
+    for name in MODULES:
+        (tmp_path / f"{name}.yaml").write_text(f"output_dir: {name}\nmax_steps: 1\n")
+    (tmp_path / "prompts.txt").write_text("a cat\n\n猫\n", encoding="utf-8")
+    assert read_prompts(tmp_path) == ["a cat", "猫"]
+    (tmp_path / "prompts.txt").write_bytes("für".encode("latin-1"))
+    assert run("train", str(tmp_path)) == 2
+    said = capsys.readouterr()
+    assert "prompts.txt is not UTF-8 text; save it as such" in said.err
+    assert "accelerate" not in said.out
+
+
+def test_captions_of_images_that_are_left_out_are_neither_counted_nor_drawn(
+    images: Path, tmp_path: Path
+) -> None:
+    """119 images had 122 captions, and a prompt was of an image that no model had seen."""
+    (images / "metadata.jsonl").unlink()
+    for i, path in enumerate(sorted(images.glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"number {i}")
+    first = min(images.glob("*.png"))
+    first.write_bytes(first.read_bytes()[:100])
+    found = look_at(str(images), tmp_path / "check", gpu=False)
+    assert found.writing == {"LATIN": found.num_images}
+    assert "number 0" not in found.prompts
+    assert describe(found)[0].startswith(
+        f"{found.num_images} images, whose shorter sides are 64 pixels; they are trained on at 64"
+    )
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -196,3 +196,4 @@ def test_captions_that_are_cut_are_counted(tokenizer: CLIPTokenizer) -> None:
     full = "red " * (LENGTH - 2)
     assert cut_captions([full], tokenizer) == "" != cut_captions([full + "cat"], tokenizer)
     assert len(some_captions([[str(i)] for i in range(5000)])) == MAX_READ
+    assert some_captions([["a"], ["b"], ["c"]], without={1}) == ["a", "c"]

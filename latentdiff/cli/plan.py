@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from latentdiff.planning.plan import Plan
 
 GIB = 2**30
+MANY = 1_000_000  # images of a data set that is not there yet
 COUNTS = (
     *("batch_size", "gradient_accumulation_steps", "image_size", "max_steps", "crops"),
     "snapshot_every",
@@ -35,7 +36,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--device_memory", type=float, metavar="GIB", help="of each process; default: the GPU's")
     add("--processes", type=int, default=1, help="of the full run, one per GPU; default: 1")
     add("--efficiency", type=float, default=0.4, help="fraction of the peak FLOP/s; default: 0.4")
-    add("--images", type=int, default=1_000_000, metavar="N", help="in the data set, for the cache")
+    add("--images", type=int, metavar="N", help=f"in the data; default: the cache's, or {MANY:,}")
     for former, name in FORMER_NAMES.items():
         add(f"--{former}", type=_renamed(name), help=argparse.SUPPRESS)
     overrides = parser.add_argument_group("in place of what the configuration says")
@@ -82,7 +83,7 @@ def _renamed(name: str) -> Callable[[str], str]:
 def _plan(arguments: argparse.Namespace) -> None:
     from latentdiff.planning.devices import DEVICES, measure_cpu
     from latentdiff.planning.plan import find_fitting_options, make_plan
-    from latentdiff.planning.settings import read_settings
+    from latentdiff.planning.settings import num_cached, read_settings
 
     _check_numbers(arguments)
     if arguments.config is None and arguments.init is None:
@@ -94,8 +95,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"device={name!r} must be one of cpu, {', '.join(DEVICES)}")
     device = measure_cpu() if name == "cpu" else DEVICES[name]
     memory = None if arguments.device_memory is None else arguments.device_memory * GIB
+    images = arguments.images or num_cached(settings) or MANY
     run: dict[str, Any] = {"device": device, "gpu": name != "cpu"}
-    run |= {"processes": arguments.processes, "images": arguments.images}
+    run |= {"processes": arguments.processes, "images": images}
     plan = make_plan(settings, memory=memory, efficiency=arguments.efficiency, **run)
     fitting = find_fitting_options(settings, plan, **run)
     execution = plan.footprint.execution
@@ -110,7 +112,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         *_arithmetic(plan),
         *_memory(plan, fitting, cpu=name == "cpu"),
         ("images per second", speed),
-        *_time_and_disk(plan, settings, images=arguments.images),
+        *_time_and_disk(plan, settings, images=images),
     ):
         print(f"{title:<38}{value}".rstrip())
 
@@ -121,7 +123,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ValueError(f"device_memory={memory} must be a number of GiB above 0")
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency={efficiency} must be above 0 and at most 1, the peak")
-    if images < 1:
+    if images is not None and images < 1:
         raise ValueError(f"images={images} must be at least 1")
 
 

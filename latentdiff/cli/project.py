@@ -38,6 +38,10 @@ def _names(text: str) -> list[str]:
 
 
 def _new(arguments: argparse.Namespace) -> None:
+    from latentdiff.projects.folder import check_free
+
+    check_free(arguments.project)  # before what takes seconds to import
+
     import torch
 
     from latentdiff.projects.new import describe, new_project
@@ -57,6 +61,10 @@ def _new(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from latentdiff.projects.folder import check_project
+
+    check_project(arguments.project)  # before what takes seconds to import
+
     from latentdiff.projects.run import train_project
 
     if code := train_project(arguments.project, arguments.module):

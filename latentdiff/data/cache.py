@@ -214,7 +214,7 @@ def read_cache_header(folder: Path) -> dict[str, Any]:
     if not (folder / "header.json").is_file():
         raise ValueError(
             f"{folder} holds no finished latent cache (header.json is missing); "
-            "make one with train/cache_latents.py"
+            "make one with `accelerate launch -m latentdiff.scripts.cache_latents`"
         )
     header = load_json(folder / "header.json")
     if header.get("format") != FORMAT:

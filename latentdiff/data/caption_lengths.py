@@ -1,6 +1,6 @@
 """Says how many captions a tokenizer cuts: training reads no more of one than a prompt holds."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
@@ -11,12 +11,20 @@ MAX_READ = 2000  # evenly spaced rows whose captions are read, or captions of a 
 SHOWN = 60  # characters of the longest
 
 
-def some_captions(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the captions of up to MAX_READ evenly spaced rows, each once."""
+def some_captions(
+    rows: Sequence[Sequence[str]], *, without: Collection[int] = frozenset()
+) -> list[str]:
+    """Return the captions of up to MAX_READ evenly spaced rows, each once, but of none `without`.
+
+    `without` must be quick to look a row up in.
+    """
+    chosen = (
+        [row for row in range(len(rows)) if row not in without] if without else range(len(rows))
+    )
     texts = dict[str, None]()
-    for i in range(min(len(rows), MAX_READ)):
+    for i in range(min(len(chosen), MAX_READ)):
         with suppress(BadSample):  # training reports weights that do not fit
-            texts |= dict.fromkeys(rows[i * len(rows) // min(len(rows), MAX_READ)])
+            texts |= dict.fromkeys(rows[chosen[i * len(chosen) // min(len(chosen), MAX_READ)]])
     return list(texts)
 
 

@@ -141,7 +141,7 @@ def _checked(
             return error
         return _Good(image.size, notes, _number(data))
 
-    rows = iter(tqdm(range(len(index.rows)), desc=config.split, unit="image"))
+    rows = iter(tqdm(range(len(index.rows)), desc=f"checking {config.split}", unit="image"))
     with ThreadPoolExecutor(max(1, config.num_workers)) as threads:
         while batch := list(islice(rows, AT_ONCE)):
             yield from zip(batch, threads.map(check, batch), strict=True)

@@ -131,7 +131,11 @@ def check_pipeline_folder(folder: Path, *, variant: str | None = None) -> dict[s
         raise ValueError(missing_weights_message(folder / name, stems[name], variant, files[name]))
     missing += [f"{name}/{stems[name]}.safetensors" for name in without]
     if "model_index.json" in missing:
-        for near, what in ((folder / "model", "a run"), (folder.parent, "one component")):
+        for near, what in (
+            (folder / "model", "a run"),
+            (folder / "unet" / "model", "a project"),
+            (folder.parent, "one component"),
+        ):
             if (near / "model_index.json").is_file():
                 raise ValueError(f"{folder} is the folder of {what}; the pipeline is {near}")
         for near in (folder, folder / "model"):

@@ -32,12 +32,14 @@ latentdiff generate "a prompt" --model BASE --lora "THIS FOLDER"
 
 In diffusers: `pipeline.load_lora_weights("THIS FOLDER")`.
 """,
-    "clip": """`train_unet.py --text_encoder "THIS FOLDER"` trains beside its text tower; \
+    "clip": """`accelerate launch -m latentdiff.scripts.train_unet --text_encoder "THIS FOLDER"`
+trains beside its text tower; \
 `transformers.CLIPModel.from_pretrained("THIS FOLDER", subfolder="clip")` has both towers.
 """,
-    "vae": """`cache_latents.py --vae "THIS FOLDER"` and `train_unet.py --vae "THIS FOLDER"`
-train on its latents; `diffusers.AutoencoderKL.from_pretrained("THIS FOLDER")` reads it, unless its
-encoder is `downsample`.
+    "vae": """`accelerate launch -m latentdiff.scripts.cache_latents --vae "THIS FOLDER"` makes
+latents of images, and `train_unet` in its place trains on them;
+`diffusers.AutoencoderKL.from_pretrained("THIS FOLDER")` reads it, unless its encoder is
+`downsample`.
 """,
 }
 

@@ -81,6 +81,7 @@ def make_plan(
     for name, value in (("processes", processes), ("efficiency", efficiency), ("memory", memory)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value} must be positive")
+    kind, _ = network_config(settings)
     micro_batch_size = _micro_batch_size(settings, processes)
     execution = _execution(settings, device=device, gpu=gpu, processes=processes)
     num_lengths = len(settings.get("ema_lengths") or ())
@@ -97,7 +98,7 @@ def make_plan(
     training_flop = measured.step_flop / micro_batch_size
     flops = processes * efficiency * device.flops[execution.precision]
     return Plan(
-        kind=network_config(settings)[0],
+        kind=kind,
         micro_batch_size=micro_batch_size,
         footprint=measured,
         resident=resident,

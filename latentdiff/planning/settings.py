@@ -38,6 +38,7 @@ REQUIRED = {
     "vae": ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention"),
     "clip": tuple(field.name for field in fields(CLIPSize)),
 }
+FOLDERS = ("vae", "text_encoder", "cache", "init", "teacher")
 SCRIPTS = (TrainUNet, TrainVAE, TrainCLIP, Distill)
 RENAMED = {old: new for script in SCRIPTS for old, new in former_names(script).items()}
 
@@ -45,10 +46,15 @@ RENAMED = {old: new for script in SCRIPTS for old, new in former_names(script).i
 def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a configuration file, with what is not None of `overrides` in their place.
 
-    Raises ValueError for a file that is no configuration, or has the former name of an option.
+    Folders that are not here but beside the file, such as those of a project, are found there.
+    Raises ValueError for a file that is no configuration, or has the former name of an option, and
+    for a project's part of which another one must be trained first.
     """
-    settings = {} if path is None else _read_yaml(path)
     given = {key: value for key, value in overrides.items() if value is not None}
+    settings = {} if path is None else _read_yaml(path)
+    if path is not None:
+        folders = {name: settings.get(name) for name in FOLDERS if name not in given}
+        settings |= _from_here(folders, path)
     settings = with_options(settings, given)
     settings = {key: expanded(value) for key, value in settings.items()}
     return _of_cache(settings) | settings | _of_teacher(settings)
@@ -69,6 +75,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _from_here(folders: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Those that are only beside the file, named from the current folder."""
+    found = dict[str, str]()
+    for name, value in folders.items():
+        if not isinstance(value, str) or Path(value).exists():
+            continue
+        beside = path.parent / value
+        part = path.parent / Path(value).parts[0] if Path(value).parts else beside
+        if beside.exists():
+            found[name] = str(beside)
+        elif name != "cache" and part.with_suffix(".yaml").is_file():
+            raise ValueError(
+                f"{name}={value} in {path} is not trained yet; train it first, by "
+                f"{part.with_suffix('.yaml')}"
+            )
+    return found
+
+
 def with_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with options of a script's command line, such as `lora.rank`, in their place."""
     changed = dict(settings)
@@ -79,6 +103,13 @@ def with_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dic
         else:
             changed[name] = value
     return changed
+
+
+def num_cached(settings: Mapping[str, Any]) -> int | None:
+    """The number of images in the latent cache; None if there is none yet."""
+    if settings.get("cache") is None or not Path(settings["cache"]).is_dir():
+        return None
+    return len(LatentCache(Path(settings["cache"])))
 
 
 def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from latentdiff.data.bad_samples import advice, breakdown
+from latentdiff.data.bad_samples import (
+    BAD_SAMPLES,
+    ListedBadSamples,
+    advice,
+    breakdown,
+    read_bad_samples,
+)
 from latentdiff.data.caption_lengths import some_captions
 from latentdiff.data.check import Summary, check_data
 from latentdiff.data.config import DataConfig
@@ -85,7 +91,7 @@ def look_at(
             f"data={data!r} has {num_images} images of {image_size} pixels, and at least 4 are "
             f"needed: {breakdown(summary.reasons)}; choose a smaller --image_size"
         )
-    texts = _texts(config)
+    texts = _texts(replace(config, bad_samples=out / BAD_SAMPLES))
     count = min(NUM_PROMPTS, len(texts))
     return Look(
         config=config,
@@ -128,7 +134,11 @@ def _num_tokens(text: str) -> int:
 
 
 def _texts(config: DataConfig) -> list[str]:
-    return some_captions(index_captions(open_captioned(config), config))
+    """Captions of the images that are not in the list of bad samples."""
+    index, listed = open_captioned(config), ListedBadSamples(read_bad_samples(config))
+    names = index.names() if listed.reasons else ()
+    bad = {row for row, name in enumerate(names) if listed.reason(name) is not None}
+    return some_captions(index_captions(index, config), without=bad)
 
 
 def _most(words: Iterable[str]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from tqdm.auto import tqdm
 
 from latentdiff.models.vae import VAE
 from latentdiff.planning.workload import make_workload
@@ -36,7 +37,7 @@ def measure(project: Path, num_images: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         places = {"vae": f"{folder}/vae", "text_encoder": f"{folder}/clip"}
         image_size = 0
-        for module, make in CONFIGS.items():
+        for module, make in tqdm(CONFIGS.items(), desc="measuring steps", unit="network"):
             config, text = parse_config(make, ["--config", str(project / f"{module}.yaml")])
             settings: dict[str, Any] = yaml.safe_load(text)
             if module == "unet":

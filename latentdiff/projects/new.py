@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from latentdiff.data.bad_samples import BAD_SAMPLES, breakdown
+from latentdiff.projects.folder import MODULES, PROMPTS, check_free
 from latentdiff.projects.look import Look, look_at
 from latentdiff.projects.measure import measure
-from latentdiff.projects.rules import COMMENT, MODULES, configurations
+from latentdiff.projects.rules import COMMENT, configurations
 
-PROMPTS = "prompts.txt"
 README = """# {name}
 
 A text-to-image model of the images in `{data}`, made by latentdiff.
@@ -35,12 +35,19 @@ into `images/`. Stopped by Control-C, or by anything else? The same command goes
 
 {times}
 
-Each part is a configuration, which you may edit before it has begun, and a folder of that name:
-`report.html` in it has curves and previews, and is drawn anew at each checkpoint. Longer is often
-better: raise `max_steps` and `cooldown_steps` and run the same command. To begin a part anew delete
-its folder, and `cache/` and `unet/` with that of the VAE, `unet/` with that of CLIP. By hand a part
-is `cd {path} && accelerate launch -m latentdiff.scripts.SCRIPT --config PART.yaml`, where SCRIPT is
-train_vae, train_clip, cache_latents or train_unet.
+Each part is a configuration, `PART.yaml`, and a folder of that name: `report.html` in it has curves
+and previews, and is drawn anew at each checkpoint.
+
+- Longer is often better: raise `max_steps` and `cooldown_steps`, two fifths of it, at any time, and
+  run the same command.
+- To be done sooner, lower both, and `warmup_steps` before the part has begun, to a tenth of
+  `max_steps` at most; the model is the worse for it. `checkpoint_every` and `preview_every` may be
+  a tenth of `max_steps` again.
+- All other options are edited before the part has begun. To begin it anew delete its folder, and
+  `cache/` and `unet/` with that of the VAE, `unet/` with that of CLIP.
+
+By hand a part is `cd {path} && accelerate launch --quiet -m latentdiff.scripts.SCRIPT --config
+PART.yaml`, where SCRIPT is train_vae, train_clip, cache_latents or train_unet.
 
 ## The images
 
@@ -65,8 +72,7 @@ def new_project(
     `measured` takes a few steps of each network, to tell what the training takes. Raises ValueError
     as `look_at` does; nothing is left then.
     """
-    if project.exists() and (not project.is_dir() or any(project.iterdir())):
-        raise ValueError(f"{project} exists; choose another name, or `latentdiff train` it")
+    check_free(project)
     where = str(Path(data).resolve()) if Path(data).exists() else data
     made = not project.exists()
     project.mkdir(parents=True, exist_ok=True)
@@ -101,9 +107,8 @@ def describe(look: Look) -> list[str]:
     side, summary = look.summary.shorter_side, look.summary
     size, limit = look.config.image_size, look.config.upscale_limit
     sentences = [
-        f"{look.num_images} images, whose shorter sides are {side['min']:g} to {side['max']:g} "
-        f"pixels, {side['median']:g} in the middle; they are trained on at {size} x {size}, the "
-        "middle of each"
+        f"{look.num_images} images, whose shorter sides are {_range(side)} pixels; they are "
+        f"trained on at {size} x {size}, the middle of each"
         + (f", the smallest enlarged up to {limit:.2g} times." if limit > 1 else "."),
         f"Captions: {', '.join(look.config.caption_columns)}; written in "
         f"{', '.join(f'{word} ({count})' for word, count in look.writing.items())}, of those that "
@@ -125,6 +130,12 @@ def describe(look: Look) -> list[str]:
             f"{json.dumps(summary.extra_files['first'][0], ensure_ascii=False)}."
         )
     return sentences
+
+
+def _range(side: Mapping[str, float]) -> str:
+    if side["min"] == side["max"]:
+        return f"{side['min']:g}"
+    return f"{side['min']:g} to {side['max']:g}, half of them {side['median']:g} or less,"
 
 
 def in_words(seconds: float) -> str:
@@ -153,7 +164,9 @@ def _readme(
         f"Together about {in_words(sum(seconds.values()))} on this machine: its time for a few "
         "steps of each network, times their number. Reading, previews and saving come to that."
         if seconds
-        else "What it takes was not measured (--no-measure); `latentdiff plan` estimates it."
+        else "What it takes was not measured (--no-measure); `latentdiff plan --config "
+        f"{project}/vae.yaml` estimates it, and so for the other parts, the UNet's once "
+        "those before it are done."
     )
     return README.format(
         name=project.name,

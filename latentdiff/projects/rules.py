@@ -8,8 +8,6 @@ from typing import Any
 
 from latentdiff.projects.look import Look
 
-MODULES = ("vae", "clip", "cache", "unet")
-"""In the order in which they run; each is a file NAME.yaml and a folder NAME of the project."""
 EPOCHS = {"vae": 20, "clip": 40, "unet": 250}
 """How often each image is seen, within the bounds of STEPS."""
 STEPS = {"vae": (2000, 6000), "clip": (200, 3000), "unet": (3000, 40_000)}

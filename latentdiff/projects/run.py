@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentdiff.formats.yaml_text import parse_yaml
-from latentdiff.projects.new import PROMPTS
-from latentdiff.projects.rules import MODULES
+from latentdiff.projects.folder import MODULES, PROMPTS, check_project, read_module, read_prompts
 from latentdiff.training.checkpoint_files import checkpoints
 from latentdiff.training.launch import launch
 
@@ -26,8 +24,11 @@ def train_project(project: Path, module: str | None = None) -> int:
 
     Raises ValueError for a folder that is no project.
     """
+    check_project(project)
     settings = {name: read_module(project, name) for name in MODULES}
+    read_prompts(project)  # it is needed in the end, too late to learn that it cannot be read
     ran = False
+    print(f"cd {project}", flush=True)  # the paths that are printed below are from there
     with contextlib.chdir(project):
         for name in MODULES if module is None else [module]:
             if module is None and is_done(name, settings[name]):
@@ -35,29 +36,16 @@ def train_project(project: Path, module: str | None = None) -> int:
                 continue
             ran = True
             script = f"latentdiff.scripts.{SCRIPTS[name]}"
-            print(f"{name}: accelerate launch -m {script} --config {name}.yaml", flush=True)
+            print(f"{name}: accelerate launch --quiet -m {script} --config {name}.yaml", flush=True)
             if code := launch(script, ["--config", f"{name}.yaml"]):
                 return code
-        if module not in (None, "unet") or not (ran or not Path(IMAGES).is_dir()):
+        if module not in (None, "unet"):
             return 0
-        return _draw(Path(settings["unet"]["output_dir"]) / "model")
-
-
-def read_module(project: Path, name: str) -> dict[str, Any]:
-    """The configuration of a module. Raises ValueError where there is none."""
-    path = project / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"{project} is no project: it has no {path.name}; `latentdiff new {project} --data "
-            "FOLDER` makes one"
-        )
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("output_dir"), str):
-        raise ValueError(f"{path} must be a mapping with output_dir, the folder of its results")
-    return values
+        model = Path(settings["unet"]["output_dir"]) / "model"
+        if (ran or not Path(IMAGES).is_dir()) and (code := _draw(model)):
+            return code
+    print(f'to draw: latentdiff generate "a prompt" --model {project / model} --out images')
+    return 0
 
 
 def is_done(name: str, settings: dict[str, Any]) -> bool:
@@ -71,9 +59,8 @@ def is_done(name: str, settings: dict[str, Any]) -> bool:
 
 def _draw(model: Path) -> int:
     """Draw the project's prompts, as its owner would."""
-    lines = Path(PROMPTS).read_text(encoding="utf-8").splitlines()
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
+    if not (prompts := read_prompts(Path())):
+        print(f"nothing is drawn, since {PROMPTS} has no prompts", flush=True)
         return 0
     options = ["--model", str(model), "--out", IMAGES, "--seed", "0"]
     print(f"drawing the prompts of {PROMPTS} into {IMAGES}/", flush=True)

@@ -39,13 +39,15 @@ def main() -> None:
         check_batch(loop.batch_size, len(dataset) - num_val)  # a stream tells when it ends
         if config.val_fraction > 0 and not num_val:
             fraction = f"val_fraction={config.val_fraction} of {len(dataset)} images"
-            run.accelerator.print(f"no retrieval is reported: {fraction} are fewer than two")
+            run.accelerator.print(
+                f"retrieval is not measured, since {fraction} are fewer than two to hold out"
+            )
         if num_val:
             val = chosen
             dataset.validation = frozenset(val.tolist())
             pool = processes.on_all(lambda: validation_pool(dataset, seed=loop.seed))
     elif config.val_fraction > 0:
-        run.accelerator.print("a stream has no validation split: no retrieval is reported")
+        run.accelerator.print("retrieval is not measured, since a stream has no images to hold out")
     resident = hold_in_memory(dataset, run) if config.compute.in_memory else None
     table = None if resident is None else resident.captions
     task = CLIPTask(config, run, dataset=dataset, pool=pool, num_val=num_val, captions=table)

@@ -109,8 +109,7 @@ def split_in_words(
     )
     if wanted:
         sentence += (
-            f"; whether the network learns by heart takes {LEAST_EXAMPLES} images to be said: "
-            f"{advice}"
+            f"; to say whether the network learns by heart needs {LEAST_EXAMPLES} of them: {advice}"
         )
     return sentence
 

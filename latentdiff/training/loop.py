@@ -22,7 +22,7 @@ from latentdiff.training.logging.plots import plot_log
 from latentdiff.training.logging.report import write_data, write_report
 from latentdiff.training.logging.trackers import finishing, start_trackers, track_image
 from latentdiff.training.nonfinite import first_nonfinite_module
-from latentdiff.training.processes import StopSignals
+from latentdiff.training.processes import STOPPED, StopSignals
 from latentdiff.training.randomness import MicroBatch, micro_batches
 from latentdiff.training.run import Run
 from latentdiff.training.validation import VAL_ERRORS
@@ -119,7 +119,8 @@ def fit(task: Task, loader: Callable[[int], Iterator[Any]], run: Run) -> None:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     if stopped and done < config.max_steps:
-        accelerator.print(f"stopped by a signal after step {done}; the same command goes on there")
+        by = "Control-C" if stopped == STOPPED["SIGINT"] else "a signal"
+        accelerator.print(f"stopped by {by} after step {done}; the same command goes on there")
     else:
         accelerator.print(f"the model is in {run.folder.path / 'model'}")
     if stopped:

@@ -51,7 +51,8 @@ class OptimizerConfig:
         return (
             f"warmup_steps={self.warmup_steps} and cooldown_steps={self.cooldown_steps} are longer "
             f"than max_steps={max_steps}: the learning rate gets to "
-            f"{100 * max(rates) / self.learning_rate:.2g} % of learning_rate={self.learning_rate}"
+            f"{100 * max(rates) / self.learning_rate:.2g} % of learning_rate={self.learning_rate}; "
+            "lower them, or raise max_steps"
         )
 
     def learning_rate_at(self, step: int, *, max_steps: int, muon: bool = False) -> float:

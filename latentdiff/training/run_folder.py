@@ -98,7 +98,8 @@ class RunFolder:
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with another configuration: {'; '.join(changed)}; "
-                "go back to that one or choose another output_dir"
+                f"go back to that one, delete {self.path} to begin anew, or choose another "
+                "output_dir"
             )
 
 

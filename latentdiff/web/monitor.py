@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.training.logging.plots import plot_log
 
 LOG = "log.jsonl"
@@ -57,7 +60,19 @@ def _content(run: Path, _: int) -> tuple[str, str]:
         newest |= record
     rows = "".join(_row(name, value) for name, value in newest.items() if name != "step")
     parts.append(f"<h3>Newest numbers</h3><table>{rows}</table>")
-    return f"Step {records[-1]['step']:,}", "".join(parts)
+    last = _max_steps(run)
+    of = f" of {last:,}" if last is not None else ""
+    return f"Step {records[-1]['step']:,}{of}", "".join(parts)
+
+
+def _max_steps(run: Path) -> int | None:
+    """How many steps the run's config.yaml says; None where there is no such file or number."""
+    try:
+        settings = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    steps = settings.get("max_steps") if isinstance(settings, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def _plot(name: str, lines: list[str]) -> str:

@@ -55,7 +55,7 @@ def join_class_images(
     if "options" not in cache.header:
         raise ValueError(
             f"cache={cache.folder} is of an older version and does not tell how its images were "
-            "cropped, as class images must be: run cache_latents.py anew"
+            "cropped, as class images must be: run latentdiff.scripts.cache_latents anew"
         )
     folder = prior.class_data
     if folder is None:

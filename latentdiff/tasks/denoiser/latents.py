@@ -86,8 +86,8 @@ def _say_changes(cache: LatentCache) -> None:
     if (data := changed_data(cache)) is not None:
         print(
             f"data={data} has changed since {cache.folder} was made of it, and this run trains on "
-            "the cache as it is: cache_latents.py, run again, reads the captions anew and encodes "
-            "nothing"
+            "the cache as it is: latentdiff.scripts.cache_latents, run again (of a project, "
+            "`latentdiff train PROJECT cache`), reads the captions anew and encodes nothing"
         )
 
 
@@ -96,7 +96,7 @@ def _check_masks(cache: LatentCache, *, inpainting: bool) -> None:
     if inpainting and not masks:
         raise ValueError(
             f"{cache.folder} has no masked images, which inpainting=true needs; make a cache with "
-            "cache_latents.py --masks 4"
+            "latentdiff.scripts.cache_latents --masks 4"
         )
     if masks and not inpainting:
         raise ValueError(
