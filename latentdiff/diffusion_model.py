@@ -124,6 +124,8 @@ class DiffusionModel:
         ValueError if there is no such model, or not all of it, and for an option that is not its.
         """
         refuse_unknown(unknown, ("revision", "variant", *COMMON), loading=True)
+        if not str(name) or not isinstance(name, str | Path):
+            raise ValueError(f'model={name!r} must be a name or a path, such as "emoji"')
         dtype, device = one_dtype(dtype, torch_dtype), default_device(device, engine)
         if Path(name).is_file():
             loading.check_single_file(name, revision=revision, variant=variant)

@@ -20,6 +20,10 @@ from latentdiff.levels import Denoise, NoiseLevel
 Evaluate = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W), timestep () or (B,) -> output
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Guidance:
     """How a sample is guided; the defaults beyond `scale` are plain classifier-free guidance.
@@ -47,14 +51,14 @@ class Guidance:
     def __post_init__(self) -> None:
         for name in ("scale", "rescale", "eta", "norm_threshold", "momentum"):
             value = getattr(self, name)
-            if not isinstance(value, Real) and not (name == "norm_threshold" and value is None):
+            if not _is_number(value) and not (name == "norm_threshold" and value is None):
                 raise ValueError(f"guidance_{name}={short_repr(value)} must be a number")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"guidance_scale={self.scale} must be a finite number >= 0")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale} must be from 0 to 1")
         interval = (0.0, 1.0) if self.interval is None else self.interval
-        numbers = isinstance(interval, Sequence) and all(isinstance(x, Real) for x in interval)
+        numbers = isinstance(interval, Sequence) and all(map(_is_number, interval))
         if not numbers or len(interval) != 2 or not 0 <= interval[0] <= interval[1] < math.inf:
             raise ValueError(
                 f"guidance_interval={short_repr(interval)} must be two finite numbers, "

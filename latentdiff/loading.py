@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latentdiff.device import Target
+from latentdiff.device import Target, find_device
 from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import (
     check_pipeline_folder,
@@ -112,14 +112,16 @@ def load_single_file(
 def move(networks: Sequence[nn.Module], targets: Sequence[Target]) -> None:
     """Move networks to devices and dtypes.
 
-    Raises ValueError, before the first is moved, for weights that are too large for a dtype.
+    Raises ValueError, before the first is moved, for weights that are too large for a dtype, and
+    for a device that cannot be used.
     """
     for dtype in [target for target in targets if isinstance(target, torch.dtype)]:
         for network in networks:
             for name, tensor in network.state_dict().items():
                 check_numbers(name, tensor, dtype)
+    found = [find_device(one) if isinstance(one, str | int) else one for one in targets]
     for network in networks:
-        for target in targets:
+        for target in found:
             network.to(target)
 
 

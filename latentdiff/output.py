@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.formats.header import short_repr
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
@@ -33,16 +34,21 @@ class PipelineOutput:
     seeds: list[int]
 
 
-def check_output(output_type: str, tensors: Sequence[str]) -> None:
-    """Raise ValueError for an output type, or a callback's tensors, that there are not."""
+def check_output(output_type: str, callback: Any, tensors: Sequence[str]) -> None:
+    """Raise ValueError for an output type, a callback or its tensors that cannot be."""
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"callback_on_step_end={short_repr(callback)} must be a function of (pipe, step, "
+            "timestep, callback_kwargs)"
+        )
     if output_type not in get_args(OutputType):
         raise ValueError(
             f"output_type={output_type!r} must be one of {', '.join(get_args(OutputType))}"
         )
-    if list(tensors) != ["latents"]:
+    if isinstance(tensors, str) or list(tensors) != ["latents"]:
         raise ValueError(
-            f"callback_on_step_end_tensor_inputs={list(tensors)!r} must be ['latents']: the other "
-            "tensors of a step are not handed out here"
+            f"callback_on_step_end_tensor_inputs={short_repr(tensors)} must be ['latents']: the "
+            "other tensors of a step are not handed out here"
         )
 
 
@@ -71,6 +77,11 @@ def told(
     for i, latents in enumerate(steps):
         version = latents._version  # in-place operations count it up
         returned = callback(pipe, i, timesteps[i], {"latents": latents}) or {}
+        if not isinstance(returned, dict):
+            raise ValueError(
+                f"callback_on_step_end returned {short_repr(returned)}; return the callback_kwargs "
+                "as they came, or nothing"
+            )
         if returned.get("latents", latents) is not latents or latents._version != version:
             raise ValueError(
                 "callback_on_step_end changed the latents, which has no effect here: they are an "

@@ -98,8 +98,8 @@ class Pipeline(DiffusionModel):
             refuse_unknown(unknown, OPTIONS)
         options = {name: value for name, value in locals().items() if name in OPTIONS}
         request = Request.of(self.diffusion, **options)
-        if (output_type, callback_on_step_end_tensor_inputs) != ("pil", ("latents",)):
-            output.check_output(output_type, callback_on_step_end_tensor_inputs)
+        tensors = callback_on_step_end_tensor_inputs
+        output.check_output(output_type, callback_on_step_end, tensors)
         return self.draw(request, output_type=output_type, callback=callback_on_step_end)
 
     def draw(

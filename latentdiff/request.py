@@ -24,6 +24,7 @@ from latentdiff.request_values import (
     for_each_image,
     in_pixels,
     whole,
+    yes_or_no,
 )
 from latentdiff.samplers import SAMPLERS, find_sampler
 from latentdiff.samplers.names import our_names
@@ -140,6 +141,8 @@ class Request:
             value = getattr(self, name)
             if value is not None or name not in ("height", "width"):
                 self._set(name, whole(name, value, 1, most))
+        for name in ("prompt_weighting", "progress"):
+            yes_or_no(name, getattr(self, name))
         if isinstance(self.sampler, str) and self.sampler not in SAMPLERS:
             sampler, spacing = our_names(self.sampler, self.level_spacing, SAMPLERS)
             self._set("sampler", sampler)

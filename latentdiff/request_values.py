@@ -88,7 +88,7 @@ def check_texts(name: str, texts: Iterable[str], *, weighting: bool) -> None:
 def whole(name: str, value: Any, least: int, most: int) -> int:
     """The integer that a value is, NumPy's and a tensor's too."""
     try:
-        number = operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or not least <= number <= most:
@@ -97,6 +97,12 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
             f"{name}={short_repr(value)} must be a whole number from {least} to {high}"
         )
     return number
+
+
+def yes_or_no(name: str, value: Any) -> None:
+    """Raise ValueError for what is neither True nor False, such as "no", which counts as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={short_repr(value)} must be True or False")
 
 
 def check_mask(mask: Image.Image, image: Image.Image) -> None:

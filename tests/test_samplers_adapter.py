@@ -236,7 +236,13 @@ def test_zero_terminal_snr_is_passed_on(name):
 @pytest.mark.parametrize(
     ("name", "diffusion", "steps", "spacing", "message"),
     [
-        ("DDIMScheduler", ("flow", "sample"), 5, None, "for beta schedules, not schedule=flow"),
+        (
+            "DDIMScheduler",
+            ("flow", "sample"),
+            5,
+            None,
+            "for beta schedules, and this model is",
+        ),
         ("FlowMatchLCMScheduler", ("linear", "sample"), 5, None, "for schedule=flow, not linear"),
         ("PNDMScheduler", None, 5, None, "cannot do with rescale_betas_zero_snr=True"),
         ("DDIMScheduler", ("linear", "sample"), 5, "karras", "level_spacing=karras does not fit"),

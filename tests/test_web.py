@@ -101,12 +101,19 @@ def test_a_random_seed_is_told(app: Any, pipeline: Pipeline) -> None:
 def test_models_are_listed_by_name(app: Any) -> None:
     assert [m["id"] for m in ask(app, "GET", "/v1/models").json()["data"]] == ["tiny"]
     assert draw(app, model="tiny").status_code == 200
+    assert ask(app, "GET", "/v1/models/other").status_code == 404
+
+
+def test_features_are_cached_where_a_client_asks(app: Any, pipeline: Pipeline) -> None:
+    drawn = image_of(draw(app, seed=7, cache_interval=3).json()["data"][0])
+    wanted = pipeline("a cat", steps=3, seed=7, cache_interval=3, progress=False).images[0]
+    assert drawn.tobytes() == wanted.tobytes()
 
 
 def test_what_cannot_be_drawn_is_refused_as_by_openai(app: Any) -> None:
     cases: dict[str, tuple[dict[str, Any], int]] = {
-        "n": ({"n": 5}, 400),
-        "num_images=0": ({"n": 0}, 400),
+        "n=5 is more than": ({"n": 5}, 400),
+        "n=0 must be": ({"n": 0}, 400),
         "must be a whole number": ({"n": True}, 400),
         "steps=41 is more than 40": ({"steps": 41}, 400),
         "width=2048 is more than 64 pixels": ({"size": "2048x16"}, 400),
@@ -128,6 +135,8 @@ def test_what_cannot_be_drawn_is_refused_as_by_openai(app: Any) -> None:
         assert (answer.status_code, said in error["message"]) == (status, True), (said, error)
         assert error.keys() == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
+    for field, value in (("n", 0), ("size", "16x15")):
+        assert draw(app, **{field: value}).json()["error"]["param"] == field
     for body in (b"", b"[]", b"{", b"[" * 100_000, b'"a cat"', b"{}"):
         assert ask(app, "POST", GENERATIONS, content=body).status_code == 400
     assert ask(app, "GET", "/v1/images/edits").status_code == 404

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import latentdiff
 from latentdiff.cli import (
@@ -45,6 +45,7 @@ EXTRAS = {  # of pyproject.toml, where it is not "train"
     "uvicorn": "web",
 }
 WORDS = ("prompt", "negative_prompt")  # arguments that are no paths, whatever they begin with
+SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 USER_ERROR = 2  # argparse's exit code for a wrong command line
 
 
@@ -118,11 +119,35 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """A value in its type; says of a number in words which it must be."""
+        kind = {int: "a whole number", float: "a number"}.get(action.type)  # pyright: ignore[reportArgumentType] # any type
+        try:
+            return super()._get_value(action, arg_string)  # pyright: ignore[reportAttributeAccessIssue] # is there
+        except argparse.ArgumentError:
+            if kind is None:
+                raise
+            raise argparse.ArgumentError(action, f"{arg_string!r} must be {kind}") from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is no choice, naming the one that was perhaps meant."""
+        if action.choices is None or value in action.choices:
+            return
+        choices = list(map(str, action.choices))
+        meant = SHORT.get(value) or next(iter(difflib.get_close_matches(value, choices, n=1)), None)
+        said = f"; did you mean {meant}?" if meant in choices else ""
+        if isinstance(action, argparse._SubParsersAction) and " " in value:
+            said = f'; an image is drawn by: {self.prog} generate "{value}"'
+        raise argparse.ArgumentError(action, f"{value!r} must be one of {', '.join(choices)}{said}")
+
     def unknown(self, argument: str) -> NoReturn:
         """Refuse an argument, naming the option that was perhaps meant."""
         options = [name for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(argument.split("=")[0], options, n=1)
-        self.error(f"unknown argument {argument}" + (f"; did you mean {near[0]}?" if near else ""))
+        bare = {name.lstrip("-"): name for name in options}  # dashes would make all of them alike
+        given = argument.split("=")[0].lstrip("-")
+        near = difflib.get_close_matches(given, bare, n=1, cutoff=0.65)
+        said = f"; did you mean {bare[near[0]]}?" if near else ""
+        self.error(f"unknown argument {argument}{said}")
 
 
 def command_tree() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import argparse
 
 SHELLS = ("bash", "zsh", "fish")
+FILES = ("source", "model", "lora", "tokenizer", "config")  # which may be names too
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -10,8 +11,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "completion",
         help="let your shell complete",
-        epilog='examples: eval "$(latentdiff completion bash)" in ~/.bashrc; '
-        "latentdiff completion fish | source in config.fish",
+        epilog='examples: eval "$(latentdiff completion bash)" in ~/.bashrc, the same with zsh '
+        "after compinit in ~/.zshrc; latentdiff completion fish | source in config.fish",
         allow_abbrev=False,
     )
     parser.set_defaults(run=_completion, parser=parser)
@@ -27,7 +28,8 @@ def _completion(arguments: argparse.Namespace) -> None:
     parser = command_tree()
     for one in _parsers(parser):
         for action in one._actions:
-            if action.type is not None and getattr(action.type, "__name__", "") == "Path":
+            path = getattr(action.type, "__name__", "") == "Path"
+            if path or (action.dest in FILES and action.nargs != 0):
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue] # its way
             elif "--sampler" in action.option_strings:
                 action.choices = SAMPLERS  # others are allowed, and not completed

@@ -42,7 +42,8 @@ _OF_A_FILE = ("config", "tokenizer", "ema")  # options that are for a single fil
 _OF_A_FOLDER = ("revision", "variant")
 # Of a folder; all else, such as a licence or a safety checker, is not in OUT.
 _READ = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "unet", "vae"}
-_CARD = {"README.md", "preview.png"}  # of a folder, which go to OUT as they are
+# The card of a folder, and of a single file: beside it, where A1111 shows the preview.
+_CARD = {"README.md": ".md", "preview.png": ".preview.png"}
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -70,7 +71,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _check_out(out: Path) -> None:
     """Raise ValueError for a name that is taken, or that no model of ours has."""
-    written = [out] if out.suffix != ".safetensors" else [out, out.with_suffix(".yaml")]
+    beside = [".yaml", *_CARD.values()] if out.suffix == ".safetensors" else []
+    written = [out, *(out.with_suffix(suffix) for suffix in beside)]
     for path in written:
         if path.exists():
             raise ValueError(
@@ -145,6 +147,13 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
     if out.suffix == ".safetensors":
         for sentence in pipeline.save_single_file(out, dtype=dtype, metadata=metadata):
             print(sentence)
+        for (
+            name,
+            suffix,
+        ) in _CARD.items():  # a folder without one says no more than the file
+            if source.is_dir() and (source / name).is_file():
+                shutil.copyfile(source / name, out.with_suffix(suffix))
+                print(out.with_suffix(suffix))
     else:
         pipeline.save_pretrained(out, dtype=dtype)
         _write_card(source, arguments)
@@ -152,13 +161,17 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
 
 
 def _write_card(source: Path, arguments: argparse.Namespace) -> None:
-    """Give a folder the model card of the folder that it was made of, or a short one."""
+    """Give a folder the model card of the folder or file that it was made of, or a short one."""
     from latentdiff.formats.model_card import front_matter, public_name, usage
 
-    if (source / "README.md").is_file():
-        for name in _CARD:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, arguments.out / name)
+    cards = {
+        name: source.with_suffix(suffix) if source.is_file() else source / name
+        for name, suffix in _CARD.items()
+    }
+    if cards["README.md"].is_file():
+        for name, card in cards.items():
+            if card.is_file():
+                shutil.copyfile(card, arguments.out / name)
         return
     base = public_name(arguments.source)
     text = (
@@ -170,7 +183,7 @@ def _write_card(source: Path, arguments: argparse.Namespace) -> None:
 
 def _name_left_out(folder: Path) -> None:
     """Print what of a folder will not be in OUT."""
-    if left := sorted({path.name for path in folder.iterdir()} - _READ - _CARD):
+    if left := sorted({path.name for path in folder.iterdir()} - _READ - _CARD.keys()):
         print(f"Left out of what {folder.name} holds: {', '.join(left)}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import sys
 from pathlib import Path
 
 from latentdiff.cli.help import Help
@@ -117,6 +118,16 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"batch_size={arguments.batch_size} must be at least 1")
+    prompts = getattr(arguments, "prompt", [])
+    if arguments.again is None and not prompts:
+        raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from an image')
+    for prompt in prompts:
+        if Path(prompt.removeprefix("@")).suffix == ".txt":
+            print(
+                f"latentdiff: {prompt!r} is drawn as words, and no file is read; give each "
+                "prompt as an argument",
+                file=sys.stderr,
+            )
     if arguments.again is None:  # whose model is known when its record is read
         say_reading(getattr(arguments, "model", "emoji"), getattr(arguments, "dtype", "float32"))
     from latentdiff.cli.drawing import draw

@@ -8,14 +8,15 @@ from typing import Any
 class Help(argparse.Action):
     """`--help` shows the options `first`, `--help GROUP` those of a group, `--help all` all.
 
-    A group's name is what its title has before the colon.
+    A group's name is what its title has before the colon; options are named too, or a word of
+    theirs.
     """
 
     def __init__(
         self, option_strings: Sequence[str], dest: str, first: Sequence[str], default: str
     ) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, default=default, nargs="?")
-        self.metavar, self.help, self.first = "GROUP", "the options of a group, or all", first
+        self.metavar, self.help, self.first = "GROUP", "an option, those of a group, or all", first
 
     def __call__(
         self,
@@ -48,7 +49,20 @@ class Help(argparse.Action):
             formatter.start_section(titled[values].title)
             formatter.add_arguments(titled[values]._group_actions)
             formatter.end_section()
+        elif named := _named(values, parser):
+            formatter.add_arguments(named)
         else:
-            parser.error(f"--help {values}: the groups are {', '.join(titled)}, and all")
+            parser.error(
+                f"--help {values}: there is no such group or option; the groups are "
+                f"{', '.join(titled)}, and all"
+            )
         print(formatter.format_help(), end="")
         parser.exit()
+
+
+def _named(word: str, parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The option of that name, or those of whose name it is a word; none of another."""
+    names = {one: one.dest for one in parser._actions if one.help != argparse.SUPPRESS}
+    word = word.strip("-").lower()
+    exact = [one for one, name in names.items() if word == name]
+    return exact or [one for one, name in names.items() if word in name.split("_")]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.explaining.attention import AttentionMaps, recorded, words
+from latentdiff.formats.option_names import refuse_unknown
 from latentdiff.levels import NoiseLevels
-from latentdiff.pipeline import Pipeline
+from latentdiff.pipeline import OPTIONS, Pipeline
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
@@ -63,6 +64,7 @@ def explain(pipe: Pipeline, prompt: str, **options: Any) -> Explanation:
     that OpenVINO computes or that have no cross-attention, and for samplers that evaluate the
     network more or less often than once a step.
     """
+    refuse_unknown(options, OPTIONS)
     request = Request.of(pipe.diffusion, prompt, **options)
     _check(pipe, request)
     height, width = request.latent_size(

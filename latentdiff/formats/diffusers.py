@@ -97,6 +97,8 @@ def find_model(
     )
     if path.is_file() and path.suffix.lower() in PICKLE_SUFFIXES:
         raise ValueError(pickle_message(path))
+    if path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES) and not path.exists():
+        raise ValueError(f"model={str(path)!r}: no such file; {allowed}, or a .safetensors file")
     if isinstance(name_or_path, Path) or path.exists():
         raise ValueError(f"model={str(path)!r} is not a folder; {allowed}")
     try:

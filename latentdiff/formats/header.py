@@ -96,7 +96,7 @@ def parse_json(text: bytes) -> Any:
 
 def short_repr(value: object) -> str:
     """The repr of a value from a file, cut to a length that an error message can hold."""
-    return _REPR.repr(value)
+    return " ".join(_REPR.repr(value).split())  # an array has lines
 
 
 def name_repr(name: str) -> str:

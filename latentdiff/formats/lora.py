@@ -117,6 +117,8 @@ def _names_by_layer(
                 "same weight"
             )
         layers[layer][kind] = name
+    if any(name.startswith("first_stage_model.") for name in unknown):
+        raise ValueError(f"{path}: is a whole checkpoint and no LoRA; give it as the model")
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of its {len(names)} tensors, first {short_repr(unknown[0])}, "

@@ -23,6 +23,7 @@ DRAWING = {
     "prompt_embeds": f"prompt, {NO}prompts are texts",
     "negative_prompt_embeds": f"negative_prompt, {NO}prompts are texts",
     "cross_attention_kwargs": 'pipe.loras.load("style.safetensors", scale=0.8) before',
+    "clip_skip": "nothing: the text encoder's configuration says which layer is read",
     "callback": "callback_on_step_end",
     "callback_steps": "callback_on_step_end, which is called after each step",
     "return_dict": "nothing: the output always has .images and .seeds",

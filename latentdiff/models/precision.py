@@ -15,10 +15,12 @@ def choose_dtype(precision: Precision, device: str | torch.device | None) -> tor
 
     Without a device it is the CPU. Raises ValueError for another word.
     """
-    if not isinstance(precision, str):
+    if precision is None or isinstance(precision, torch.dtype):
         return precision
     if precision != "auto":
-        raise ValueError(f"dtype={short_repr(precision)} must be a torch.dtype, 'auto' or None")
+        raise ValueError(
+            f"dtype={short_repr(precision)} must be a dtype such as torch.float16, 'auto' or None"
+        )
     device = torch.device("cpu" if device is None else device)
     return torch.bfloat16 if computes_bf16(device) else torch.float32
 

@@ -37,13 +37,13 @@ def networks_from_single_file(
     if tokenizer is not None:
         folder = Path(tokenizer)
         folder = folder if folder.is_dir() else fetch_tokenizer(str(folder))
-        loaded = load_tokenizer(folder, tower.config)
+        loaded = load_tokenizer(_tokenizer_folder(folder), tower.config)
     elif file.tokenizer is None:
         # SD 2.x was trained with open_clip's padding, token 0.
         pad_token = END if differences(file.text_config, SD2_TOWER) else "!"
         length = tower.config.max_position_embeddings
         loaded = clip_tokenizer(length, pad_token=pad_token)
-        check_tokenizer(loaded, tower.config, where="CLIP's tokenizer, as the file holds none")
+        check_tokenizer(loaded, tower.config, where=CLIP_TOKENIZER)
     else:
         with tempfile.TemporaryDirectory() as temporary:
             for name, text in file.tokenizer.items():
@@ -51,6 +51,23 @@ def networks_from_single_file(
                     (Path(temporary) / name).write_text(text, encoding="utf-8")
             loaded = load_tokenizer(Path(temporary), tower.config)
     return unet, vae, TextEncoder(tower, loaded)
+
+
+CLIP_TOKENIZER = (
+    "CLIP's tokenizer, as the file holds none (give its own by tokenizer=, --tokenizer)"
+)
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """The folder of a tokenizer, or the one in a pipeline's; transformers reads any other as an
+    empty tokenizer, to which every prompt is the same. Raises ValueError for it."""
+    for place in (folder, folder / "tokenizer"):
+        if any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            return place
+    raise ValueError(
+        f"tokenizer={folder} holds none: give the folder of a vocab.json and a merges.txt, or a "
+        "pipeline's folder"
+    )
 
 
 def single_file_from_networks(

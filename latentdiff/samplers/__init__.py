@@ -89,7 +89,10 @@ class BuiltInSampler:
         """See `Sampler`."""
         name = self.function.__name__
         if diffusion.schedule == "flow" and not self.flow:
-            raise ValueError(f"sampler={name} is for beta schedules, not schedule=flow")
+            raise ValueError(
+                f"sampler={name} is for beta schedules, and this model is a "
+                "flow; choose another, such as ddim or dpmpp_2m"
+            )
         if spacing in get_args(LevelSpacing) and spacing not in self.spacings:
             fitting = ", ".join(self.spacings) or "its default: leave level_spacing out"
             raise ValueError(f"level_spacing={spacing} does not fit sampler={name}, only {fitting}")
@@ -139,7 +142,9 @@ def find_sampler(name: str, *, learned_variance: bool = False) -> Sampler:
         return replace(sampler, takes_v=True) if learned else sampler
     if name.endswith("Scheduler"):
         return find_scheduler(name)
+    meant = likely_meant(name, SAMPLERS)
+    asked = "" if meant is None else f"; did you mean {meant}?"
     raise ValueError(
-        f"sampler={name} is unknown; did you mean {likely_meant(name, SAMPLERS)}? "
-        f"(known: {', '.join(SAMPLERS)}, and diffusers' schedulers by their class names)"
+        f"sampler={name} is unknown{asked} (known: {', '.join(SAMPLERS)}, and diffusers' "
+        "schedulers by their class names)"
     )

@@ -189,7 +189,10 @@ class SchedulerSampler:
         known = inspect.signature(scheduler.__init__).parameters
         flow = diffusion.schedule == "flow"
         if flow and not (self.name.startswith("FlowMatch") or "use_flow_sigmas" in known):
-            raise ValueError(f"sampler={self.name} is for beta schedules, not schedule=flow")
+            raise ValueError(
+                f"sampler={self.name} is for beta schedules, and this model is a "
+                "flow; choose another, such as ddim or dpmpp_2m"
+            )
         if not flow and self.name.startswith("FlowMatch"):
             raise ValueError(f"sampler={self.name} is for schedule=flow, not {diffusion.schedule}")
         if diffusion.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in known:

@@ -9,7 +9,7 @@ from latentdiff.formats.a1111 import OTHER_TYPES, SAMPLERS, SCHEDULE_TYPES
 from latentdiff.levels import LevelSpacing
 
 # By their letters and digits alone; they name a family, of which this is the usual one.
-GUESSES = {"dpmpp": "dpmpp_2m", "dpmsolverpp": "dpmpp_2m", "dpmsolver": "dpmpp_2m"}
+GUESSES: dict[str, str] = dict.fromkeys(("dpm", "dpmpp", "dpmsolver", "dpmsolverpp"), "dpmpp_2m")
 
 
 def our_names(
@@ -31,11 +31,14 @@ def our_names(
     return ours, spacing if named is None else named
 
 
-def likely_meant(name: str, known: Collection[str]) -> str:
-    """The nearest sampler of `known`, in words, for a name that is no other program's either."""
+def likely_meant(name: str, known: Collection[str]) -> str | None:
+    """The sampler of `known` that a name is near to, if any is; no other program has the name."""
     if ours := GUESSES.get(_key(name)):
         return ours
-    return difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]
+    if near := difflib.get_close_matches(name.lower(), known, n=1):
+        return near[0]
+    keys = {_key(ours): ours for ours in known}
+    return next((keys[one] for one in difflib.get_close_matches(_key(name), keys, n=1)), None)
 
 
 def _found(name: str, known: Collection[str]) -> tuple[str, LevelSpacing | None] | None:

@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[str, Types, str]] = {
     "guidance_scale": ("guidance_scale", (int, float), "a number"),
     "sampler": ("sampler", str, "a text"),
     "level_spacing": ("level_spacing", str, "a text"),
+    "cache_interval": ("cache_interval", int, "a whole number"),
     "prompt_weighting": ("prompt_weighting", bool, "true or false"),
 }
 # OpenAI's own, with the only values that are true of what is answered.
@@ -65,6 +66,11 @@ def routes(drawings: Drawings) -> APIRouter:
         entry = {"object": "model", "created": 0, "owned_by": "latentdiff"}
         return {"object": "list", "data": [{"id": name, **entry} for name in names]}
 
+    @router.get("/models/{name:path}")
+    def model(name: str) -> Any:
+        found = [one for one in models()["data"] if one["id"] == name]
+        return found[0] if found else _no_model(name, drawings).answer
+
     @router.post("/images/generations")
     async def generations(request: Request) -> Response:
         try:
@@ -81,6 +87,12 @@ def routes(drawings: Drawings) -> APIRouter:
     return router
 
 
+def _no_model(name: Any, drawings: Drawings) -> RefusedError:
+    known = ", ".join(drawings.choices.models())
+    message = f"model={short_repr(name)} is unknown; known are {known}"
+    return RefusedError(message, status=404, param="model", code="model_not_found")
+
+
 def _submit(drawings: Drawings, body: bytes) -> Drawing:
     """Put the order of a request's body into the queue; raises RefusedError."""
     try:
@@ -94,16 +106,25 @@ def _submit(drawings: Drawings, body: bytes) -> Drawing:
     try:
         model = given.get("model")
         if model is not None and model not in drawings.choices.models():
-            known = ", ".join(drawings.choices.models())
-            message = f"model={short_repr(model)} is unknown; known are {known}"
-            raise RefusedError(message, status=404, param="model", code="model_not_found")
+            raise _no_model(model, drawings)
         return drawings.submit(options, model=model)
     except QueueFullError as error:
         refused = RefusedError(str(error), status=429, code="rate_limit_exceeded")
         refused.answer.headers["Retry-After"] = "10"
         raise refused from error
     except ValueError as error:
-        raise RefusedError(str(error)) from error
+        raise _in_their_words(str(error)) from error
+
+
+def _in_their_words(message: str) -> RefusedError:
+    """The refusal of an option by the name that the request has for it."""
+    ours = message.partition("=")[0]
+    theirs = {one[0]: name for name, one in OPTIONS.items()}
+    if ours in ("width", "height"):
+        return RefusedError(message, param="size")
+    if ours not in theirs:
+        return RefusedError(message)
+    return RefusedError(message.replace(ours, theirs[ours], 1), param=theirs[ours])
 
 
 def pipeline_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +167,10 @@ async def _answer(drawings: Drawings, drawing: Drawing, request: Request) -> Res
             await asyncio.sleep(WAIT)
     finally:
         drawings.stop(drawing)
+    if drawing.error and drawing.broken:
+        raise RefusedError(drawing.error, status=500)
     if drawing.error:
-        raise RefusedError(drawing.error, status=500 if drawing.broken else 400)
+        raise _in_their_words(drawing.error)
     if drawing.stopped:
         raise RefusedError("the server is closing", status=503)
     images = zip(drawing.images, drawing.seeds, strict=True)

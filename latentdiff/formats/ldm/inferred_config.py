@@ -193,7 +193,7 @@ def _unsure(
             f"it has not the shape of SD 1.x or 2.x; {unet['attention_head_dim']} heads, "
             f"norms in {GROUPS} groups and SD's noise schedule were assumed"
         )
-    return [*notes, "config= says otherwise"] if notes else []
+    return [*notes, "config= says otherwise, in `latentdiff convert --config` too"] if notes else []
 
 
 def _prediction_type(info: CheckpointInfo) -> tuple[str, bool]:
