@@ -30,6 +30,7 @@ from latentdiff.prepared import Batching, denoiser_of_all
 from latentdiff.request import Request
 from latentdiff.samplers import find_sampler
 
+PLAIN = "pil", None, ("latents",)
 OPTIONS = [field.name for field in fields(Request) if field.init]
 
 
@@ -91,15 +92,16 @@ class Pipeline(DiffusionModel):
         num_inference_steps, num_images_per_prompt, generator: diffusers' steps, num_images, seed.
         callback_on_step_end, callback_on_step_end_tensor_inputs: see `latentdiff.output.StepEnd`.
 
-        None is the default of `Request`, or a student's. Raises ValueError as `Request` does, which
-        says more of each, and TypeError for an option that there is not, naming ours.
+        None is the default of `Request`, which says more, or a student's. Raises ValueError as it
+        does, and TypeError, naming ours, for an option that there is not.
         """
         if unknown:
             refuse_unknown(unknown, OPTIONS)
         options = {name: value for name, value in locals().items() if name in OPTIONS}
         request = Request.of(self.diffusion, **options)
-        tensors = callback_on_step_end_tensor_inputs
-        output.check_output(output_type, callback_on_step_end, tensors)
+        asked = output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
+        if asked != PLAIN:
+            output.check_output(*asked)
         return self.draw(request, output_type=output_type, callback=callback_on_step_end)
 
     def draw(

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.tiny import tiny_pipeline
-from support.web import drawings_of, made_app, make_run, served, slowed
+from support.web import drawings_of, made_app, served, slowed
 
 from latentdiff.cli import main
 from latentdiff.formats.png import read_png
 from latentdiff.pipeline import Pipeline
 from latentdiff.web.choices import Choices, chosen
 from latentdiff.web.drawings import Drawings, QueueFullError
-from latentdiff.web.monitor import as_html, runs
 from latentdiff.web.settings import fill_fields, read_fields
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
@@ -374,23 +373,6 @@ def test_what_is_painted_is_the_mask() -> None:
         read_fields(fields, {"background": None, "layers": [layer]}, 0.5)
     with pytest.raises(ValueError, match=r"seed='1\.5' must be a whole number"):
         read_fields(fields | {"seed": "1.5"}, None, 0.5)
-
-
-def test_the_monitor_reads_a_run_that_is_being_written(tmp_path: Path) -> None:
-    make_run(tmp_path / "emoji" / "<b>unet")
-    assert list(runs(tmp_path)) == ["emoji/<b>unet"]
-    shown = as_html(runs(tmp_path)["emoji/<b>unet"])
-    assert "Step 30</strong>" in shown
-    assert "<b>" not in shown
-    assert 'src="data:image/png;base64,' in shown
-
-
-def test_the_monitor_says_of_how_many_steps(tmp_path: Path) -> None:
-    for number, text in enumerate(("max_steps: 1200", "max_steps: many", "- 1", "a: [")):
-        run = tmp_path / str(number)
-        make_run(run)
-        (run / "config.yaml").write_text(text)
-        assert ("Step 30 of 1,200<" if number == 0 else "Step 30<") in as_html(run)
 
 
 def test_the_command_line_says_what_is_wrong(
