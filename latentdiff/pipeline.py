@@ -92,8 +92,7 @@ class Pipeline(DiffusionModel):
         num_inference_steps, num_images_per_prompt, generator: diffusers' steps, num_images, seed.
         callback_on_step_end, callback_on_step_end_tensor_inputs: see `latentdiff.output.StepEnd`.
 
-        None is the default of `Request`, which says more, or a student's. Raises ValueError as it
-        does, and TypeError, naming ours, for an option that there is not.
+        None is `Request`'s default or a student's. Raises ValueError as it, TypeError for others.
         """
         if unknown:
             refuse_unknown(unknown, OPTIONS)
