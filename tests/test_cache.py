@@ -209,7 +209,7 @@ def test_finished_chunks_are_kept(tmp_path: Path, images: CaptionedImages) -> No
     write(tmp_path / "whole", images)
     with pytest.raises(Cut):
         write(tmp_path / "cut", Watched(images, 2))
-    with pytest.raises(ValueError, match=r"no finished latent cache .*train/cache_latents\.py"):
+    with pytest.raises(ValueError, match=r"no finished latent cache .*scripts\.cache_latents"):
         LatentCache(tmp_path / "cut")
     next((tmp_path / "cut").glob("moments-00000-*")).write_bytes(b"damaged")
     again = Watched(images)

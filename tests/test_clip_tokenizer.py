@@ -84,5 +84,7 @@ def test_a_single_file_without_a_tokenizer_is_read_without_a_hub(
     assert torch.equal(read(list(TEXTS)), pipe.text_encoder(list(TEXTS)))
     file.text_config["vocab_size"] = 1000
     file.text_encoder = CLIPTextModel(CLIPTextConfig(**file.text_config)).state_dict()
-    with pytest.raises(ValueError, match="CLIP's tokenizer, as the file holds none: token 49407"):
+    with pytest.raises(
+        ValueError, match=r"CLIP's tokenizer, as the file holds none .*: token 49407"
+    ):
         networks_from_single_file(file)
