@@ -17,7 +17,7 @@ pytest.importorskip("shtab")
     ("words", "last", "completed"),
     [
         ("latentdiff gen", 1, "generate"),
-        ("latentdiff generate --batch", 2, "--batch_size"),
+        ("latentdiff generate --batch_", 2, "--batch_size"),
         ("latentdiff generate --sampler dpmpp_2m", 3, "dpmpp_2m dpmpp_2m_sde"),
     ],
 )
