@@ -211,5 +211,5 @@ def parameters(network: Any) -> list[torch.Tensor]:
 def test_a_precision_that_is_no_dtype_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "model")
     wrong: Any = "bf16"
-    with pytest.raises(ValueError, match=r"dtype='bf16' must be a dtype such as torch\.float16, 'auto'"):
+    with pytest.raises(ValueError, match=r"dtype='bf16' must be a dtype such as .*, 'auto'"):
         Pipeline.from_pretrained(tmp_path / "model", dtype=wrong)

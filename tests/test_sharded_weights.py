@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from support.parity import same_weights
-from support.tiny import tiny_pipeline
+from support.tiny import tiny_pipeline, transformers_tower
 from torch import nn
 
 from latentdiff.formats.sharded_weights import load_weights
@@ -34,7 +34,7 @@ def references(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> 
     return {
         "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
         "vae": AutoencoderKL.from_pretrained(folder / "vae"),
-        "text_encoder": pipeline.text_encoder.model,
+        "text_encoder": transformers_tower(pipeline.text_encoder),
     }
 
 
