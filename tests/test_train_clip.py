@@ -255,7 +255,7 @@ def test_a_stream_has_no_validation_split_which_is_said(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(shapes, tmp_path / "run", *TINY.split(), "--max_steps=1", "--stream=true")
-    assert "a stream has no validation split" in capsys.readouterr().out
+    assert "a stream has no images to hold out" in capsys.readouterr().out
     assert found(tmp_path / "run") == []
     assert "num_val" not in json.loads((tmp_path / "run" / "data.json").read_text())
 
