@@ -287,8 +287,11 @@ def test_an_image_of_before_there_were_engines_is_torchs(
         ({"engine": "openvino", "device": "cuda"}, "device='cuda': OpenVINO computes on the CPU"),
         ({"engine": "openvino", "dtype": torch.float16}, "dtype=float16: OpenVINO computes in"),
         ({"engine": "openvino", "dtype": None}, "dtype=None: OpenVINO computes in float32"),
-        ({"engine": "openvino", "dtype": "bf16"}, "dtype='bf16' must be a torch.dtype, 'auto'"),
-        ({"dtype": "bf16"}, "dtype='bf16' must be a torch.dtype, 'auto'"),
+        (
+            {"engine": "openvino", "dtype": "bf16"},
+            "dtype='bf16' must be a dtype such as torch.float16, 'auto'",
+        ),
+        ({"dtype": "bf16"}, "dtype='bf16' must be a dtype such as torch.float16, 'auto'"),
     ],
 )
 def test_what_no_engine_does_is_refused_before_anything_is_read(
