@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig
 
+from latentdiff.models.layers import normal
+
 tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -91,11 +93,12 @@ class CLIPText(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
+        sizes = {
+            "token_embedding": config.vocab_size,
+            "position_embedding": config.max_position_embeddings,
+        }
         self.embeddings = nn.ModuleDict(
-            {
-                "token_embedding": nn.Embedding(config.vocab_size, width),
-                "position_embedding": nn.Embedding(config.max_position_embeddings, width),
-            }
+            {n: nn.Embedding(size, width, _weight=normal(size, width)) for n, size in sizes.items()}
         )
         layers = (CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})

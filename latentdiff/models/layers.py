@@ -27,6 +27,12 @@ def repeated(x: Tensor, rows: int) -> Tensor:
     return x if rows <= len(x) else torch.cat([x] * (rows // len(x)))
 
 
+def normal(*size: int, std: float = 1.0) -> Tensor:
+    """Normal numbers; on the meta device none: to draw them there torch imports its compiler."""
+    values = torch.empty(size)
+    return values if values.is_meta else values.normal_(std=std)
+
+
 def timestep_embedding(
     timestep: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0
 ) -> Tensor:
@@ -64,7 +70,7 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.heads = heads
         # Added to the query; name and initialisation are diffusers'.
-        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.positional_embedding = nn.Parameter(normal(1, dim, std=dim**-0.5))
         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
 
     def forward(self, context: Tensor) -> Tensor:
