@@ -147,10 +147,7 @@ def _write(source: Path, arguments: argparse.Namespace, dtype: "torch.dtype | No
     if out.suffix == ".safetensors":
         for sentence in pipeline.save_single_file(out, dtype=dtype, metadata=metadata):
             print(sentence)
-        for (
-            name,
-            suffix,
-        ) in _CARD.items():  # a folder without one says no more than the file
+        for name, suffix in _CARD.items():  # none is made of nothing
             if source.is_dir() and (source / name).is_file():
                 shutil.copyfile(source / name, out.with_suffix(suffix))
                 print(out.with_suffix(suffix))
