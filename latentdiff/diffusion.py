@@ -56,9 +56,9 @@ class Diffusion:
     `rescale_betas_zero_snr` stretches a beta schedule to end in pure noise (Algorithm 1 there).
     With `learned_variance`, for beta schedules, the network has twice the output channels, and the
     second half is the variance of p(x_{t-1} | x_t) (Nichol & Dhariwal 2021, arXiv:2102.09672).
-    With `distilled_steps` the network is a student of train/distill.py: its estimate of x0 is a
-    sample, not the mean of all x0 that x_t may come from, and it draws in that many steps of
-    `samplers.lcm` without guidance.
+    With `distilled_steps` the network is a student of train/distill.py: its estimate of x0 is not
+    the mean of all x0 that x_t may come from, but where a step of `samplers.ddim` must head for to
+    end where its teacher does. It draws in that many steps, without guidance.
     Everything is computed in float64; results have the dtype and device of x.
 
     Raises ValueError for a value out of range, and for `epsilon` or `score` where alpha is 0 at

@@ -122,13 +122,13 @@ class Request:
     def of(cls, diffusion: Diffusion, prompt: str | Sequence[str], **options: Any) -> Self:
         """A request to a model; an option that is not given, or None, has the model's default.
 
-        A student draws in its own steps of lcm without guidance, and any other model as by the
-        fields' defaults.
+        A student draws in its own steps without guidance, and any other model as by the fields'
+        defaults.
         """
         given = {name: value for name, value in options.items() if value is not None}
         steps = diffusion.distilled_steps
         if steps is not None:
-            given = {"guidance_scale": 1.0, "sampler": "lcm"} | given
+            given = {"guidance_scale": 1.0} | given
             if "num_inference_steps" not in given:
                 given.setdefault("steps", steps)
         return cls(prompt, **given)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.guidance import guided_denoiser
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.pipeline import Pipeline
-from latentdiff.tasks.distill.consistency import consistency_distance, noise_of
+from latentdiff.tasks.distill.start import student_diffusion
+from latentdiff.tasks.distill.trajectories import step_errors, trajectory
 from latentdiff.training.randomness import MicroBatch
 
 pytestmark = pytest.mark.training
@@ -70,7 +70,7 @@ def arguments(home: Path, out: Path, teacher: str = "flow", **options: Any) -> l
         "output_dir": out,
         "batch_size": 4,
         "max_steps": 4,
-        "stage_every": 1,
+        "teacher_steps": 8,
         "checkpoint_every": 2,
         "val_fraction": 0.3,
         "warmup_steps": 0,
@@ -84,7 +84,7 @@ def test_a_run_leaves_a_student(home: Path, tmp_path: Path, teacher: str) -> Non
     run_here("distill", *arguments(home, tmp_path / "run", teacher, ema_decay=0))
     before = Pipeline.from_pretrained(home / teacher)
     after = Pipeline.from_pretrained(tmp_path / "run/model")
-    assert after.diffusion == replace(before.diffusion, distilled_steps=4)
+    assert after.diffusion == student_diffusion(before.diffusion, 4)
     assert after.unet.config == before.unet.config
     moved = [
         name
@@ -93,8 +93,9 @@ def test_a_run_leaves_a_student(home: Path, tmp_path: Path, teacher: str) -> Non
     ]
     assert len(moved) > 0.9 * len(before.unet.state_dict())
     log = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8")
-    assert '"distance"' in log
     assert '"val_loss"' in log
+    assert '"val_loss_3"' in log  # one for each step
+    assert '"val_loss_4"' not in log
     assert list((tmp_path / "run/previews").glob("*.png"))
 
 
@@ -120,21 +121,10 @@ def test_the_target_of_a_run_is_of_the_guided_teacher(
     assert not any(torch.equal(one, null[0]) for one in context)
     task.denoiser.captions.states = task.denoiser.captions.states.double()
     guided = guided_denoiser(task.diffusion, task.teacher, context, null, 3.0)
-    mean, logvar = batch["moments"].chunk(2, dim=1)
-    x0 = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * batch["posterior"]
-    t, r = batch["t"], batch["r"]
+    states = trajectory(guided, batch["noise"], task.diffusion.levels(8), 4)
     with torch.no_grad():
-        distances = consistency_distance(
-            task.diffusion,
-            task.learner.model,
-            guided,
-            x0,
-            context,
-            noise=batch["noise"],
-            t=t,
-            r=r,
-        )
-    wanted = (distances / (noise_of(task.diffusion, t) - noise_of(task.diffusion, r))).mean()
+        network, levels = task.learner.model, task.diffusion.levels(4)
+        wanted = step_errors(task.diffusion, network, states, context, levels).mean()
     loss = task.step(batch, 0, MicroBatch())["loss"]
     assert abs(float(loss.detach() / wanted) - 1) < 1e-12
 

@@ -288,12 +288,13 @@ def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
 # --- students
 
 
-def test_a_student_is_evaluated_twice_and_its_teacher_guided(folder: Path) -> None:
-    """Of the three forward passes without a backward pass two are the teacher's: both halves."""
+def test_a_student_takes_all_its_steps_and_its_guided_teacher_finer_ones(folder: Path) -> None:
+    """Of each example: four passes forward and backward, and both halves of twenty."""
     tuned = make_plan(settings(folder), **GPU)
     student = make_plan(read_settings(None, distilling(folder)), **GPU)
-    assert student.forward_flop == tuned.forward_flop
-    assert student.training_flop == tuned.training_flop + 3 * tuned.forward_flop
+    text = tuned.training_flop - 3 * tuned.forward_flop
+    assert student.forward_flop == 4 * tuned.forward_flop
+    assert abs(student.training_flop / (52 * tuned.forward_flop + text) - 1) < 1e-3
     more = student.footprint.frozen - tuned.footprint.frozen
     assert more == tuned.footprint.weights
     assert student.checkpoint_bytes == tuned.checkpoint_bytes
@@ -318,6 +319,13 @@ def distilling(teacher: Path) -> dict[str, Any]:
 def test_a_student_has_its_teachers_networks(folder: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=emoji does not go with teacher="):
         read_settings(None, {**distilling(folder), name: "emoji"})
+
+
+def test_a_name_is_no_part_of_a_project(tmp_path: Path) -> None:
+    """ "emoji" in emoji.yaml is the embedded model, not a folder that the file would train."""
+    config = tmp_path / "emoji.yaml"
+    config.write_text("teacher: emoji\nbatch_size: 2\nimage_size: 64\n")
+    assert read_settings(config, {})["teacher"] == "emoji"
 
 
 def test_a_distillation_is_planned_from_its_configuration(

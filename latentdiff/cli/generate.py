@@ -71,7 +71,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("drawing: how to draw").add_argument
     add("--steps", type=int, help="more are finer and slower; default: 50, or a student's")
-    add("--sampler", help=f"default: ddim, or a student's lcm; of {', '.join(SAMPLERS)}")
+    add("--sampler", help=f"default: ddim; of {', '.join(SAMPLERS)}")
     add("--level_spacing", help="of the noise levels: karras, trailing, …; default: the model's")
     add("--guidance_scale", type=float, help="1 is off; default: 7.5, or 1 for a student")
     add("--guidance_rescale", type=float, help="0 to 1, takes back contrast; default: 0")

@@ -11,7 +11,7 @@ _TAG = "text-to-image"
 _LIBRARY = {"clip": "transformers"}
 _TAGS = {
     "pipeline": ["latent-diffusion"],
-    "student": ["latent-diffusion", "consistency-distillation"],
+    "student": ["latent-diffusion", "progressive-distillation"],
     "lora": ["latent-diffusion", "lora"],
     "clip": ["clip"],
     "vae": ["autoencoder"],

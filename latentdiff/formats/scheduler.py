@@ -115,11 +115,8 @@ _FLOW_SOLVER = {
 }
 
 
-_LCM = {"_class_name": "LCMScheduler", "timestep_scaling": 10.0}
-_LCM_TIMESTEPS = 50  # of which a run takes some, as in `levels`
-# Of its solvers for a flow the nearest to multistep consistency sampling: most of a step's noise is
-# fresh, and one step is the same.
-_FLOW_LCM = {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}
+# What a student draws with: DDIM, which is this solver's first order, on a flow too.
+_FLOW_STUDENT = {"solver_order": 1}
 
 
 def to_config(
@@ -142,8 +139,8 @@ def to_config(
     FlowMatchEulerDiscreteScheduler does not fit StableDiffusionPipeline), and where the variance is
     learned DDPMScheduler: it splits the network's output at the sample's own channels and draws
     with the variance, where diffusers' DPM-Solvers keep the first three channels, of whatever
-    latents, and DDIM splits nothing. A student, with `distilled_steps`, has LCMScheduler, and on a
-    flow, which that class does not know, the DPM-Solver nearest to it.
+    latents, and DDIM splits nothing. A student, with `distilled_steps`, has the solver's first
+    order on a flow, which is DDIM.
     Every key is written, since the classes' defaults are rarely what is meant. Three pairs have no
     name in diffusers: `score`, `flow_prediction` on beta schedules, `v_prediction` on `flow`. They
     are written under names of ours, at which diffusers stops in the first step rather than draw a
@@ -164,16 +161,13 @@ def to_config(
         "sample_max_value": 1.0,
         "rescale_betas_zero_snr": rescale_betas_zero_snr,
     }
-    student = {DISTILLED_STEPS: distilled_steps}
+    if distilled_steps is not None:
+        config[DISTILLED_STEPS] = distilled_steps
     if schedule == "flow":
         if prediction == "v_prediction":
             config["prediction_type"] = _FLOW_V_PREDICTION
-        config |= _FLOW_SOLVER
-        return config if distilled_steps is None else config | _FLOW_LCM | student
+        return config | _FLOW_SOLVER | ({} if distilled_steps is None else _FLOW_STUDENT)
     config |= {"clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": set_alpha_to_one}
-    if distilled_steps is not None:
-        timesteps = min(_LCM_TIMESTEPS, num_timesteps)
-        return config | _LCM | {"original_inference_steps": timesteps} | student
     return config | (_LEARNED_VARIANCE if learned_variance else {})
 
 

@@ -40,6 +40,9 @@ class Workload:
     """`loss(model, frozen, n)`: () for n examples, which it makes up."""
     frozen: Callable[[], Sequence[nn.Module]] = tuple
     """Networks beside the model that are not trained, as the text encoder beside the UNet."""
+    left_out: float = 0.0
+    """Forward passes without gradients that `loss` leaves out, being like others that it has; in
+    passes of the model, as `loss` evaluates it for n examples."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def footprint(
             forward_allocated=allocated,
             step_peak=tally.peak,
             forward_flop=forward.flop,
-            step_flop=tally.flop - flop,
+            step_flop=tally.flop - flop + round(workload.left_out * forward.flop),
         )
 
 
@@ -273,7 +276,7 @@ class _CountedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.tally.flop
         output = self.model(*args, **kwargs)
-        if torch.is_grad_enabled():  # not what makes a student's target
+        if torch.is_grad_enabled():  # not what a student's teacher does
             self.flop += self.tally.flop - before
         return output
 

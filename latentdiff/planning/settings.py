@@ -82,13 +82,13 @@ def _from_here(folders: Mapping[str, Any], path: Path) -> dict[str, str]:
         if not isinstance(value, str) or Path(value).exists():
             continue
         beside = path.parent / value
-        part = path.parent / Path(value).parts[0] if Path(value).parts else beside
+        part, *inside = Path(value).parts or ("",)
+        trained_by = path.parent / f"{part}.yaml"
         if beside.exists():
             found[name] = str(beside)
-        elif name != "cache" and part.with_suffix(".yaml").is_file():
+        elif name != "cache" and inside and trained_by.is_file():  # a word is a name, as "emoji"
             raise ValueError(
-                f"{name}={value} in {path} is not trained yet; train it first, by "
-                f"{part.with_suffix('.yaml')}"
+                f"{name}={value} in {path} is not trained yet; train it first, by {trained_by}"
             )
     return found
 

@@ -28,7 +28,8 @@ from latentdiff.planning.settings import lora_config, network_config, positive_i
 from latentdiff.planning.start import SD15, SD15_TEXT, read_start
 from latentdiff.tasks.denoiser.lora import with_lora
 from latentdiff.tasks.denoiser.text import MAX_KEPT
-from latentdiff.tasks.distill.consistency import consistency_distance
+from latentdiff.tasks.distill.config import Distill
+from latentdiff.tasks.distill.trajectories import step_errors, trajectory
 from latentdiff.tasks.vae.losses import vae_loss
 
 
@@ -121,6 +122,10 @@ def _denoiser(
     vae_dtype = torch.bfloat16 if frozen_dtype == torch.bfloat16 else torch.float32
     trains_text = lora is not None and lora.text_encoder
     distils = settings.get("teacher") is not None
+    steps = positive_int(settings, "distilled_steps", Distill.distilled_steps)
+    teacher_steps = positive_int(settings, "teacher_steps", Distill.teacher_steps)
+    # A pass on fake tensors takes a second of a large network.
+    left_out = 2 * (teacher_steps - steps) / steps if distils else 0.0
 
     def tower() -> nn.Module:
         with _default_dtype(frozen_dtype):
@@ -158,30 +163,29 @@ def _denoiser(
         t = torch.rand(B) * diffusion.num_timesteps
         noise = torch.randn(B, C, side, side)
         if distils:
-            return _distance(model, frozen[-1], x0, context, noise=noise, t=t, dtype=half).mean()
+            return _student_loss(model, frozen[-1], noise, context, steps, half).mean()
         return diffusion.loss(denoise, x0, context, noise=noise, t=t).mean()
 
-    return Workload(network, loss, frozen)
+    return Workload(network, loss, frozen, left_out)
 
 
-def _distance(
+def _student_loss(
     student: Model,
     teacher: Model,
-    x0: Tensor,
-    context: Tensor,
-    *,
     noise: Tensor,
-    t: Tensor,
+    context: Tensor,
+    steps: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A student's loss (B,): the guided teacher, in `dtype`, and the student twice."""
+    """A student's loss (N, B), at N steps; its guided teacher, in `dtype`, has as many here."""
 
     def evaluated(x: Tensor, timestep: Tensor, both: Tensor) -> Tensor:
         return teacher(x.to(dtype), timestep, both.to(dtype)).to(x.dtype)
 
     flow = Diffusion("flow", "flow_prediction")
     guided = guided_denoiser(flow, evaluated, context, torch.zeros_like(context), 4.0)
-    return consistency_distance(flow, student, guided, x0, context, noise=noise, t=t, r=t / 2)
+    levels = flow.levels(steps)
+    return step_errors(flow, student, trajectory(guided, noise, levels, steps), context, levels)
 
 
 def _fitted(

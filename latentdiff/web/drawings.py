@@ -22,7 +22,7 @@ from latentdiff.web.choices import Choices, chosen
 
 PREVIEWS = 0.2
 """The share of a drawing's time that its previews may take: a decode can cost more than a step."""
-STUDENT = "this model is a student, for {} steps of LCM with guidance 1, and guided already"
+STUDENT = "this model is a student, for {} steps of ddim with guidance 1, and guided already"
 BROKEN = "something in the server went wrong; what it prints says more"
 
 

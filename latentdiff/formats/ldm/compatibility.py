@@ -121,8 +121,8 @@ def describe_compatibility(
         sentences.append(f"A1111 loads it with {yaml_name}, which must stay beside it.")
     if (steps := scheduler.get(DISTILLED_STEPS)) is not None:
         sentences.append(
-            f"It is a student: other tools have to be told the sampler LCM, {steps} steps and a "
-            "CFG scale of 1."
+            f"It is a student: other tools have to be told the sampler Euler, the schedule SGM "
+            f"Uniform, {steps} steps and a CFG scale of 1."
         )
     return sentences
 

@@ -3,11 +3,11 @@
 Shapes: B images of a global batch, C latent channels, H/W latent size, L tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from latentdiff.data.cache import LatentCache, collate_moments, split_masked
 from latentdiff.data.joined import JoinedLatents
 from latentdiff.data.summary import cache_summary
-from latentdiff.diffusion import Network
 from latentdiff.images import image_grid
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
@@ -44,14 +43,7 @@ PREVIEW = {"steps": 20, "guidance_scale": 4.0}
 """How previews are drawn; a student draws in its own way."""
 
 
-class Loss(Protocol):
-    """What is wrong with a network's output, for each of x0 (B, C, H, W) at times t (B,)."""
-
-    def __call__(
-        self, network: Network, x0: Tensor, context: Tensor, *, noise: Tensor, t: Tensor
-    ) -> Tensor:
-        """(B,)."""
-        ...
+Randn = Callable[..., Tensor]  # a shape -> N(0, I) of it for each example
 
 
 class DenoiserTask:
@@ -66,17 +58,14 @@ class DenoiserTask:
         val: np.ndarray,
         model: Components,
         prior: JoinedLatents | None = None,
-        loss: Loss | None = None,
     ) -> None:
         """`val` (n,): the indices of the validation split; `model`: what is trained, and what it is
-        trained beside; `prior`: the cache with that of class images; `loss`: of the validation
-        split, by default `Diffusion.loss`. Raises ValueError for a cache with a size that the
-        network cannot take, and for a LoRA that does not fit the network.
+        trained beside; `prior`: the cache with that of class images. Raises ValueError for a cache
+        with a size that the network cannot take, and for a LoRA that does not fit the network.
         """
         self.config, self.run, self.cache, self.val = config, run, cache, val
         self.prior, joined = prior, cache if prior is None else prior
         self.diffusion, self.channels = model.diffusion, model.vae.config.latent_channels
-        self.val_loss = self.diffusion.loss if loss is None else loss
         check_sizes(cache, model.vae, model.unet)
         # Of the weights as they are given, which a LoRA's training converts.
         self.fingerprints = {
@@ -183,23 +172,26 @@ class DenoiserTask:
             total = total + loss_config.vlb_weight * (of_example * vlb).mean()
         return metrics | {"grad_norm": self.learner.update(total, micro_batch)}
 
-    def validate(self) -> Metrics:
-        """The EMA network's loss on the validation split, in bins of t."""
+    def validate(self, errors: Callable[[Sequence[int]], Tensor] | None = None) -> Metrics:
+        """The mean of `errors` on the validation split: by default the EMA network's, in bins of t.
+
+        `errors(rows)` gives those of validation rows of one size, a column for each bin.
+        """
         if len(self.val) == 0:
             return {}
         loop, parallel = self.config.loop, self.config.parallel
         count = self.run.processes.count * parallel.gradient_accumulation_steps
         return validation_loss(
-            self._validation_errors,
+            self._validation_errors if errors is None else errors,
             self.cache.buckets[self.val].repeat(self.draws).tolist(),
             batch_size=max(1, loop.batch_size // count // BINS),
             processes=self.run.processes,
             draws=self.draws,
         )
 
-    @torch.no_grad()
-    def _validation_errors(self, rows: Sequence[int]) -> Tensor:
-        """Losses of validation rows of one size, (B, BINS); each has a generator of its own."""
+    def held_out(self, rows: Sequence[int]) -> tuple[Tensor, list[str], Randn]:
+        """Of validation rows of one size the moments (B, ...), on the device, a caption each, and
+        `randn(*shape)`: N(0, I) of (B, *shape). Each row has a generator of its own."""
         seed, indices = self.config.loop.seed, [int(self.val[row // self.draws]) for row in rows]
         draws = [row % self.draws for row in rows]
         purposes = [f"held out noise {draw}" if draw else "held out noise" for draw in draws]
@@ -207,13 +199,17 @@ class DenoiserTask:
         rngs = [generator(seed, index, purpose) for index, purpose in pairs]
 
         def randn(*shape: int) -> Tensor:
-            """N(0, I) of shape (B, *shape), from the examples' generators."""
             noise = [torch.randn(*shape, generator=rng) for rng in rngs]
             return torch.stack(noise).to(self.run.device)
 
         batch = collate_moments([self.cache[index] for index in indices])
         captions = choose(batch["captions"], [float(torch.rand((), generator=rng)) for rng in rngs])
-        moments, network = batch["moments"].to(self.run.device), self.ema
+        return batch["moments"].to(self.run.device), captions, randn
+
+    @torch.no_grad()
+    def _validation_errors(self, rows: Sequence[int]) -> Tensor:
+        """Losses of validation rows of one size, (B, BINS)."""
+        (moments, captions, randn), network = self.held_out(rows), self.ema
         size = moments.shape[2:]
         if self.config.inpainting:
             moments, mask, masked = split_masked(moments)
@@ -228,7 +224,7 @@ class DenoiserTask:
             else:
                 context = self.text_encoder(captions)
             x0, context = (x.repeat_interleave(BINS, 0) for x in (x0, context))
-            errors = self.val_loss(network, x0, context, noise=noise, t=t)
+            errors = self.diffusion.loss(network, x0, context, noise=noise, t=t)
         return errors.unflatten(0, (-1, BINS))
 
     def preview(self, path: Path) -> None:

@@ -9,7 +9,6 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
 from latentdiff.options import group, option
 from latentdiff.tasks.denoiser.config import OF_THE_CACHE, TrainUNet
-from latentdiff.tasks.distill.consistency import ConsistencyConfig
 from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
 from latentdiff.training.ema import EMAConfig
 from latentdiff.training.optimizer import OptimizerConfig
@@ -21,7 +20,7 @@ OF_A_CHECK = ("check_latents", "min_psnr", "max_colour_error")
 
 @dataclass(frozen=True)
 class Distill:
-    """Distil a model into a student that draws in one to four steps; leaves a pipeline folder."""
+    """Distil a model into a student that draws in few steps; leaves a pipeline folder."""
 
     FIRST: ClassVar[Sequence[str]] = (
         "teacher",
@@ -29,6 +28,7 @@ class Distill:
         "output_dir",
         "distilled_steps",
         "guidance_scale",
+        "teacher_steps",
         "max_steps",
         "batch_size",
         "learning_rate",
@@ -49,7 +49,10 @@ class Distill:
     guidance_scale: float = 4.0
     """The teacher's guidance scale, at least 1, which becomes part of the student."""
     distilled_steps: int = 4
-    """Steps that the student draws in unless it is told otherwise; it is trained for any number."""
+    """Steps that the student draws in; each example teaches it all of them."""
+    teacher_steps: int = 20
+    """Steps of DPM-Solver++(2M) in which the teacher draws each example, a multiple of
+    `distilled_steps`."""
     cache: Path | None = None
     """Folder of a latent cache of the teacher's VAE, that cache_latents.py wrote; without it `data`
     is encoded first, into the run folder."""
@@ -57,7 +60,6 @@ class Distill:
     """Fraction of the examples in the validation split, which has 256 at most."""
     preview_prompts: Sequence[str] = option((), may_change=True)
     """Prompts of the preview grid; by default up to eight captions of the training data."""
-    consistency: ConsistencyConfig = group(ConsistencyConfig)
     data: DataConfig = group(DataConfig)
     crop_flip: CropFlip = group(CropFlip)
     optimizer: OptimizerConfig = group(OptimizerConfig, beta2=0.999, weight_decay=0.0)
@@ -70,6 +72,15 @@ class Distill:
         if not 1 <= self.guidance_scale < float("inf"):
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} must be at least 1, which is no guidance"
+            )
+        for name in ("distilled_steps", "teacher_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.teacher_steps % self.distilled_steps:
+            nearest = -(-self.teacher_steps // self.distilled_steps) * self.distilled_steps
+            raise ValueError(
+                f"teacher_steps={self.teacher_steps} must be a multiple of distilled_steps="
+                f"{self.distilled_steps}, such as {nearest}"
             )
         self.denoiser()  # whose checks are those of the shared options
 

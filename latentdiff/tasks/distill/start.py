@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from latentdiff.diffusion import Diffusion
 from latentdiff.formats.weights import check_tensors
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
@@ -54,8 +55,16 @@ def load_teacher(config: Distill, say: Callable[[str], object]) -> Components:
 
 def make_student(teacher: Components, config: Distill) -> Components:
     """A copy of the teacher's network beside its other networks, as a student."""
-    diffusion = replace(teacher.diffusion, distilled_steps=config.distilled_steps)
+    diffusion = student_diffusion(teacher.diffusion, config.distilled_steps)
     return teacher._replace(unet=copy.deepcopy(teacher.unet), diffusion=diffusion)
+
+
+def student_diffusion(teacher: Diffusion, steps: int) -> Diffusion:
+    """The teacher's diffusion for a student of `steps` steps, which begin at pure noise and end on
+    data, whatever levels the teacher draws on."""
+    return replace(
+        teacher, distilled_steps=steps, timestep_spacing="trailing", set_alpha_to_one=True
+    )
 
 
 def frozen(network: UNet | DiT, *, precision: str, device: torch.device) -> UNet | DiT:
