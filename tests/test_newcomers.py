@@ -38,6 +38,7 @@ def folder(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate", "a cat", "--strength", "x"], "--strength: 'x' must be a number"),
         (["generate", "a cat", "--dtype", "fp16"], "did you mean float16?"),
         (["generate", "a cat", "--stpes", "5"], "did you mean --steps?"),
+        (["generate", "--prompts_file", "x.txt"], "did you mean --prompts?"),
         (["generate"], "nothing to draw; give a PROMPT"),
     ],
 )
@@ -53,7 +54,7 @@ def test_a_mistyped_command_line_is_answered(
 def test_an_option_that_is_near_to_none_is_given_no_other(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run("generate", "--prompts_file", "x.txt") == 2
+    assert run("generate", "--wildcards", "x.txt") == 2
     assert "did you mean" not in capsys.readouterr().err
 
 

@@ -372,6 +372,26 @@ def test_a_projects_parts_are_found_from_another_folder(
     assert read_settings(Path("unet.yaml"), {})["vae"] == "vae/model"
 
 
+def test_a_project_is_planned_part_by_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untrained = unet(32, 2, 16) | {"vae": "vae/model"}
+    parts = {"vae": vae(32, 2, 16), "clip": clip(2), "cache": {}, "unet": untrained}
+    for part, settings in parts.items():
+        (tmp_path / f"{part}.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["plan", str(tmp_path), "--device", "t4"]) == 2
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines() if "micro-batches" in line] == [
+        "vae",
+        "clip",
+    ]
+    assert "is not trained yet; train it first" in said.err
+    assert main(["plan", str(tmp_path), "--batch_size", "2"]) == 2
+    assert "--batch_size is for one training" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "nowhere")]) == 2
+    assert "is no project" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for text, sentence in (

@@ -23,7 +23,7 @@ from latentdiff.data.config import DataConfig
 from latentdiff.data.shapes import build_shapes
 from latentdiff.pipeline import Pipeline
 from latentdiff.projects import measure as measuring
-from latentdiff.projects.folder import MODULES, check_free, check_project, read_prompts
+from latentdiff.projects.folder import MODULES, check_free, check_project, project_prompts
 from latentdiff.projects.look import Look, find_columns, look_at, script
 from latentdiff.projects.measure import measure
 from latentdiff.projects.new import describe, in_words
@@ -242,11 +242,11 @@ def test_prompts_are_read_before_hours_of_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without the file a trained project ended in "[Errno 2] No such file or directory"."""
-    assert read_prompts(tmp_path) == []
+    assert project_prompts(tmp_path) == []
     for name in MODULES:
         (tmp_path / f"{name}.yaml").write_text(f"output_dir: {name}\nmax_steps: 1\n")
     (tmp_path / "prompts.txt").write_text("a cat\n\n猫\n", encoding="utf-8")
-    assert read_prompts(tmp_path) == ["a cat", "猫"]
+    assert project_prompts(tmp_path) == ["a cat", "猫"]
     (tmp_path / "prompts.txt").write_bytes("für".encode("latin-1"))
     assert run("train", str(tmp_path)) == 2
     said = capsys.readouterr()

@@ -8,6 +8,7 @@ from pathlib import Path
 from latentdiff.cli.help import Help
 from latentdiff.cli.reading import say_reading
 from latentdiff.engines import ENGINES
+from latentdiff.formats.prompts import read_prompts
 
 DTYPES = ("float32", "float16", "bfloat16")
 SAMPLERS = (  # of latentdiff.samplers, which takes seconds to import
@@ -46,6 +47,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add = parser.add_argument
     add("-h", "--help", action=Help, first=FIRST)
     add("prompt", nargs="*", metavar="PROMPT", help='such as "a cat" "a dog"')
+    add("--prompts", type=Path, metavar="FILE", default=None, help="more prompts, one a line")
     add = parser.add_argument_group("model: what to draw with, and where to").add_argument
     add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
     add("--revision", default=None, help="branch, tag or commit of a hub id")
@@ -119,15 +121,19 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"batch_size={arguments.batch_size} must be at least 1")
     prompts = getattr(arguments, "prompt", [])
-    if arguments.again is None and not prompts:
-        raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from an image')
     for prompt in prompts:
         if Path(prompt.removeprefix("@")).suffix == ".txt":
             print(
-                f"latentdiff: {prompt!r} is drawn as words, and no file is read; give each "
-                "prompt as an argument",
+                f"latentdiff: {prompt!r} is drawn as words, and no file is read; give a file of "
+                "prompts as --prompts",
                 file=sys.stderr,
             )
+    if arguments.prompts is not None:
+        if not (more := read_prompts(arguments.prompts)):
+            raise ValueError(f"--prompts: {arguments.prompts} has no prompts, one a line")
+        arguments.prompt = prompts = [*prompts, *more]
+    if arguments.again is None and not prompts:
+        raise ValueError('nothing to draw; give a PROMPT such as "a cat", or --from an image')
     if arguments.again is None:  # whose model is known when its record is read
         say_reading(getattr(arguments, "model", "emoji"), getattr(arguments, "dtype", "float32"))
     from latentdiff.cli.drawing import draw

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentdiff.planning.devices import Device
     from latentdiff.planning.fitting import Fitting
     from latentdiff.planning.footprint import Execution
     from latentdiff.planning.plan import Plan
@@ -27,10 +28,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.set_defaults(run=_plan, parser=parser)
     add = parser.add_argument
+    add("project", nargs="?", type=Path, metavar="PROJECT", help="of `new`: all its trainings")
     add(
         "--config",
         type=Path,
-        help="of a training script or distill; or give --init",
+        help="of a training script or distill; or give PROJECT or --init",
     )
     add("--device", default="cpu", help="a GPU's name, such as a100-80gb; default: this CPU")
     add("--device_memory", type=float, metavar="GIB", help="of each process; default: the GPU's")
@@ -82,18 +84,47 @@ def _renamed(name: str) -> Callable[[str], str]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from latentdiff.planning.devices import DEVICES, measure_cpu
-    from latentdiff.planning.plan import find_fitting_options, make_plan
-    from latentdiff.planning.settings import num_cached, read_settings
 
     _check_numbers(arguments)
-    if arguments.config is None and arguments.init is None:
-        raise ValueError("give --config, the configuration of a run, or --init, a model")
-    overrides = {name: getattr(arguments, name) for name in arguments.overrides}
-    settings = read_settings(arguments.config, overrides)
+    configs = _configs(arguments)
     name: str = arguments.device
     if name != "cpu" and name not in DEVICES:
         raise ValueError(f"device={name!r} must be one of cpu, {', '.join(DEVICES)}")
     device = measure_cpu() if name == "cpu" else DEVICES[name]
+    for number, config in enumerate(configs):
+        if number:
+            print()
+        _plan_run(arguments, config, device)
+
+
+def _configs(arguments: argparse.Namespace) -> list[Path | None]:
+    """The configuration of each training to plan; None is that of --init alone."""
+    if arguments.project is None:
+        if arguments.config is None and arguments.init is None:
+            raise ValueError(
+                "give PROJECT, a folder of `latentdiff new`, --config, the configuration of a run, "
+                "or --init, a model"
+            )
+        return [arguments.config]
+    from latentdiff.projects.folder import MODULES, check_project
+
+    for other in ("config", *arguments.overrides):
+        if getattr(arguments, other) is not None:
+            raise ValueError(
+                f"--{other} is for one training; give --config {arguments.project}/unet.yaml, say, "
+                "in place of PROJECT"
+            )
+    check_project(arguments.project)
+    return [arguments.project / f"{module}.yaml" for module in MODULES if module != "cache"]
+
+
+def _plan_run(arguments: argparse.Namespace, config: Path | None, device: "Device") -> None:
+    from latentdiff.planning.plan import find_fitting_options, make_plan
+    from latentdiff.planning.settings import num_cached, read_settings
+
+    name = arguments.device
+    overrides = {name: getattr(arguments, name) for name in arguments.overrides}
+    settings = read_settings(config, overrides)
     memory = None if arguments.device_memory is None else arguments.device_memory * GIB
     images = arguments.images or num_cached(settings) or MANY
     run: dict[str, Any] = {"device": device, "gpu": name != "cpu"}

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from latentdiff.formats.prompts import read_prompts
 from latentdiff.formats.yaml_text import parse_yaml
 
 MODULES = ("vae", "clip", "cache", "unet")
@@ -73,16 +74,10 @@ def read_module(project: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def read_prompts(project: Path) -> list[str]:
+def project_prompts(project: Path) -> list[str]:
     """What is drawn in the end; nothing without the file. Raises ValueError if it is no UTF-8."""
     path = project / PROMPTS
-    if not path.is_file():
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text; save it as such") from error
-    return [line for line in lines if line.strip()]
+    return read_prompts(path) if path.is_file() else []
 
 
 def _near(project: Path) -> Path | None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentdiff.projects.folder import MODULES, PROMPTS, check_project, read_module, read_prompts
+from latentdiff.projects.folder import MODULES, PROMPTS, check_project, project_prompts, read_module
 from latentdiff.training.checkpoint_files import checkpoints
 from latentdiff.training.launch import launch
 
@@ -26,7 +26,7 @@ def train_project(project: Path, module: str | None = None) -> int:
     """
     check_project(project)
     settings = {name: read_module(project, name) for name in MODULES}
-    read_prompts(project)  # it is needed in the end, too late to learn that it cannot be read
+    project_prompts(project)  # it is needed in the end, too late to learn that it cannot be read
     ran = False
     print(f"cd {project}", flush=True)  # the paths that are printed below are from there
     with contextlib.chdir(project):
@@ -59,10 +59,10 @@ def is_done(name: str, settings: dict[str, Any]) -> bool:
 
 def _draw(model: Path) -> int:
     """Draw the project's prompts, as its owner would."""
-    if not (prompts := read_prompts(Path())):
+    if not project_prompts(Path()):
         print(f"nothing is drawn, since {PROMPTS} has no prompts", flush=True)
         return 0
     options = ["--model", str(model), "--out", IMAGES, "--seed", "0"]
     print(f"drawing the prompts of {PROMPTS} into {IMAGES}/", flush=True)
-    command = [sys.executable, "-m", "latentdiff.cli", "generate", *options, "--", *prompts]
+    command = [sys.executable, "-m", "latentdiff.cli", "generate", "--prompts", PROMPTS, *options]
     return subprocess.run(command, check=False).returncode
