@@ -1,6 +1,9 @@
 """`latentdiff completion`: the shell itself completes; and `generate --help` in short and long."""
 
+import os
+import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -31,6 +34,47 @@ def test_bash_completes(words: str, last: int, completed: str) -> None:
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == completed.split()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_zsh_completes_before_the_first_prompt() -> None:
+    """It listed what fitted, with the prompt's help, and inserted nothing."""
+    command = f"{sys.executable} -m latentdiff.cli completion zsh"
+    shell, terminal = pty.openpty()
+    options = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "close_fds": True}
+    process = subprocess.Popen(["zsh", "-f"], start_new_session=True, **options)
+    os.close(terminal)
+    said = ""
+
+    def until(words: str) -> None:
+        nonlocal said
+        while words not in said:
+            assert select.select([shell], [], [], 30)[0], said
+            said += os.read(shell, 4096).decode(errors="replace")
+
+    try:
+        ready = f"autoload -U compinit && compinit -u -D; eval \"$({command})\"; echo rea''dy\n"
+        os.write(shell, b"latentdiff() { echo got $2; }; " + ready.encode())
+        until("ready")
+        os.write(shell, b"latentdiff generate --sampl\t\n")
+        until("got --sampler")
+    finally:
+        process.kill()
+        process.wait()
+        os.close(shell)
+
+
+@pytest.mark.processes
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m latentdiff.cli completion zsh | head -1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("#compdef")
+    assert not done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

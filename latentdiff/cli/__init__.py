@@ -8,6 +8,7 @@ once.
 import argparse
 import difflib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ EXTRAS = {  # of pyproject.toml, where it is not "train"
 WORDS = ("prompt", "negative_prompt")  # arguments that are no paths, whatever they begin with
 SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 USER_ERROR = 2  # argparse's exit code for a wrong command line
+PIPE_CLOSED = 141  # what shells report for SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _one_line_warnings():
             _check_texts(parsed, arguments)
             parsed.run(parsed)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed at the end
+        return PIPE_CLOSED
     except (ValueError, OSError) as error:
         print(f"{parsed.parser.prog}: {error}", file=sys.stderr)
         return USER_ERROR

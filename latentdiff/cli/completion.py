@@ -33,6 +33,8 @@ def _completion(arguments: argparse.Namespace) -> None:
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue] # its way
             elif "--sampler" in action.option_strings:
                 action.choices = SAMPLERS  # others are allowed, and not completed
+            elif action.dest == "prompt":  # zsh would show the word's help in place of completing
+                action.complete = {"zsh": "{:}"}  # pyright: ignore[reportAttributeAccessIssue] # its way
     print(shtab.complete(parser, shell=arguments.shell))
 
 
