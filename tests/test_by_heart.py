@@ -122,11 +122,11 @@ def test_a_split_that_cannot_warn_says_which_can() -> None:
         "--val_fraction 0.15 for 3"
     )
     assert words(2, 20, 9, 0.1).endswith(
-        "2 of 20 images, each with 9 noises and times in each of 8 bins of t; to say whether the "
+        "2 of 20 images, each with 9 noises; to say whether the "
         "network learns by heart needs 3 of them: --val_fraction 0.15 for 3"
     )
     assert words(0, 1, 1) == "no validation: val_fraction=0.01 of 1 images is not one"
-    assert words(5, 20, 9).endswith("each with 9 noises and times in each of 8 bins of t")
+    assert words(5, 20, 9).endswith("each with 9 noises")
     assert words(256, 10_000, 1) == words(0, 20, 1, 0) == ""
 
 

@@ -18,6 +18,7 @@ from support.students import DIFFUSIONS, student_of
 from support.tiny import CONTEXT_DIM, tiny_pipeline
 from test_cache import write_images
 from test_fine_tuning import tensors
+from torch import nn
 
 from latentdiff.diffusion import Diffusion
 from latentdiff.guidance import guided_denoiser
@@ -50,6 +51,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             cross_attention_dim=CONTEXT_DIM,
         )
     )
+    for parameter in dit.parameters():  # those that begin at zero draw nothing
+        nn.init.normal_(parameter, std=0.1)
     Pipeline(
         unet=dit, vae=pipeline.vae, text_encoder=pipeline.text_encoder, diffusion=diffusion
     ).save_pretrained(home / "dit")

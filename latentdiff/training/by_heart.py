@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from latentdiff.training.logging.log import Log
-from latentdiff.training.validation import BINS, VAL_ERRORS
+from latentdiff.training.validation import VAL_ERRORS
 
 ERRORS_FILE = f"{VAL_ERRORS}.jsonl"
 LEAST_EXAMPLES = 3
@@ -105,7 +105,7 @@ def split_in_words(
         return ""
     sentence = (
         f"validation every {validate_every} steps: {num_val} of {num_samples} images, each with "
-        f"{draws} noises and times in each of {BINS} bins of t"
+        f"{draws} noises"
     )
     if wanted:
         sentence += (

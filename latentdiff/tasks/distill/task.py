@@ -65,18 +65,18 @@ class DistillTask:
         return {"loss": loss, "grad_norm": self.learner.update(loss, micro_batch)}
 
     def validate(self) -> Metrics:
-        """The EMA student's loss on the validation split; `val_loss_0` is its first step's."""
+        """The EMA student's loss on the validation split; `val_loss_0` is its last step's."""
         return self.denoiser.validate(self._validation_errors)
 
     @torch.no_grad()
     def _validation_errors(self, rows: Sequence[int]) -> Tensor:
-        """Losses of validation rows of one size, (b, N)."""
+        """Losses of validation rows of one size, (b, N), from little noise to much."""
         denoiser = self.denoiser
         moments, captions, randn = denoiser.held_out(rows)
         noise = randn(denoiser.channels, *moments.shape[2:])
         with self.run.accelerator.autocast():
             context = denoiser.text_encoder(captions)
-            return self._errors(denoiser.ema, noise, context).T
+            return self._errors(denoiser.ema, noise, context).flip(0).T
 
     def _errors(self, student: Network, noise: Tensor, context: Tensor) -> Tensor:
         """How far each of the student's steps ends from the guided teacher's, (N, b).
