@@ -128,7 +128,7 @@ class Request:
         given = {name: value for name, value in options.items() if value is not None}
         steps = diffusion.distilled_steps
         if steps is not None:
-            given = {"guidance_scale": 1.0} | given
+            given.setdefault("guidance_scale", 1.0)
             if "num_inference_steps" not in given:
                 given.setdefault("steps", steps)
         return cls(prompt, **given)
