@@ -12,6 +12,7 @@ import numpy as np
 import peers
 import torch
 from speed_tables import Table, Variant
+from timing import native
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +31,8 @@ SD15 = UNetConfig(
     use_linear_projection=False,
 )
 NOT_INSTALLED = "{} is not installed"
+OPENVINO = {"bf16": "bf16", "float32": "f32"}
+"""Its words for the precisions."""
 
 
 def images_tables(
@@ -79,28 +82,30 @@ def images_table(folder: Path, batch: int, *, steps: int, device: torch.device) 
 
         return Variant(call)
 
-    bf16 = torch.bfloat16
+    precision, dtype = native(device)
     together = "" if batch == 1 else ", batched"
     variants = {
         "ours, float32": replace(ours(reference), reference=True),
-        "ours": ours(Pipeline.from_pretrained(folder, dtype=bf16, device=device)),
         "diffusers, float32": theirs(peers.pipeline(folder, torch.float32, device)),
-        "diffusers, bf16": theirs(peers.pipeline(folder, bf16, device)),
-        "diffusers, compiled": theirs(peers.best_pipeline(folder, bf16, device)),
-        # After diffusers': what torch compiles after frozen weights is slower (docs/speed.md).
-        f"ours, compiled{together}": ours(
-            Pipeline.from_pretrained(folder, dtype=bf16, device=device), compiled=True, batched=True
-        ),
     }
-    table = Table(f"images of {steps} steps, {batch} at once", variants, "ours", error=_far)
+    if precision != "float32":
+        variants["ours"] = ours(Pipeline.from_pretrained(folder, dtype=dtype, device=device))
+        variants[f"diffusers, {precision}"] = theirs(peers.pipeline(folder, dtype, device))
+    variants["diffusers, compiled"] = theirs(peers.best_pipeline(folder, dtype, device))
+    # After diffusers': what torch compiles after frozen weights is slower (docs/speed.md).
+    variants[f"ours, compiled{together}"] = ours(
+        Pipeline.from_pretrained(folder, dtype=dtype, device=device), compiled=True, batched=True
+    )
+    name = "ours, float32" if precision == "float32" else "ours"
+    table = Table(f"images of {steps} steps, {batch} at once", variants, name, error=_far)
     table.images = batch
     if device.type != "cpu":
         return table
     if peers.installed("openvino"):
-        in_openvino = Pipeline.from_pretrained(folder, dtype=bf16, engine="openvino")
+        in_openvino = Pipeline.from_pretrained(folder, dtype=dtype, engine="openvino")
         variants[f"ours, OpenVINO{together}"] = ours(in_openvino, batched=True)
         variants["diffusers, OpenVINO"] = theirs(
-            peers.openvino_pipeline(folder, batch=batch, precision="bf16")
+            peers.openvino_pipeline(folder, batch=batch, precision=OPENVINO[precision])
         )
     else:
         table.notes["OpenVINO"] = NOT_INSTALLED.format("openvino")
@@ -136,24 +141,28 @@ def unet_table(size: str, *, batch: int, device: torch.device) -> Table:
         torch.full((2 * batch,), 500.0, device=device),
         torch.randn(2 * batch, tokens, config.cross_attention_dim, device=device),
     )
-    halves = tuple(one.bfloat16() if one.ndim > 1 else one for one in examples)
+    precision, dtype = native(device)
+    halves = tuple(one.to(dtype) if one.ndim > 1 else one for one in examples)
     unet = unet.to(device).eval().requires_grad_(False)
     variants = {
-        "float32": Variant(_call(unet, examples), reference=True),
+        "ours, float32": Variant(_call(unet, examples), reference=True),
         "diffusers, float32": Variant(_call(peers.eager(_theirs(unet)), examples)),
     }
     with FlopCounterMode(display=False) as counter:
         unet(*examples)
-    bf16 = torch.bfloat16
-    variants["ours"] = Variant(_call(_ours(unet), halves))
-    variants["diffusers, bf16"] = Variant(_call(peers.eager(_theirs(unet).to(bf16)), halves))
-    variants["diffusers, compiled"] = Variant(_call(peers.best(_theirs(unet).to(bf16)), halves))
-    table = Table(f"forward pass of {size}, {2 * batch} rows", variants, "ours", error=_relative)
+    name = "ours, float32"
+    if precision != "float32":
+        name = "ours"
+        variants[name] = Variant(_call(_ours(unet, dtype), halves))
+        in_half = peers.eager(_theirs(unet).to(dtype))
+        variants[f"diffusers, {precision}"] = Variant(_call(in_half, halves))
+    variants["diffusers, compiled"] = Variant(_call(peers.best(_theirs(unet).to(dtype)), halves))
+    table = Table(f"forward pass of {size}, {2 * batch} rows", variants, name, error=_relative)
     table.flop, table.images = counter.get_total_flops(), batch
     if device.type != "cpu":
         return table
     if peers.installed("openvino"):
-        in_openvino = peers.unet_in_openvino(_theirs(unet), examples, precision="bf16")
+        in_openvino = peers.unet_in_openvino(_theirs(unet), examples, precision=OPENVINO[precision])
         variants["diffusers, OpenVINO"] = Variant(_call(in_openvino, examples))
     else:
         table.notes["diffusers, OpenVINO"] = NOT_INSTALLED.format("openvino")
@@ -176,9 +185,9 @@ def _theirs(unet: UNet) -> Any:
     return peers.unet_as_theirs(unet).to(next(unet.parameters()).device)
 
 
-def _ours(unet: UNet) -> UNet:
+def _ours(unet: UNet, dtype: torch.dtype) -> UNet:
     """A copy as the pipeline computes with it."""
-    copy = UNet(unet.config).to(next(unet.parameters()).device, torch.bfloat16)
+    copy = UNet(unet.config).to(next(unet.parameters()).device, dtype)
     copy.load_state_dict(unet.state_dict())
     return copy.eval().requires_grad_(False)
 

@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from speed_tables import Table, Variant
+from timing import native
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -22,6 +23,7 @@ from torchvision import transforms
 from latentdiff.data.cache_writer import write_cache
 from latentdiff.data.config import DataConfig
 from latentdiff.data.opening import open_images
+from latentdiff.models.precision import computes_bf16
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE
 from latentdiff.models.vae_config import VAEConfig
@@ -90,14 +92,17 @@ def _table(
     def their(**options: Any) -> Variant:
         return Variant(_their_step(theirs().to(device), inputs, target, **options))
 
+    precision, _ = native(device)
+    half = precision != "float32"
     variants = {
         "ours, compiled": our(compiled=True),
         "ours": our(),
         "ours, compiled, Muon": our(compiled=True, optimizer="muon"),
         "diffusers' script": their(),
-        "diffusers, bf16": their(bf16=True),
-        "diffusers, bf16, compiled, fused": their(bf16=True, best=True),
+        f"diffusers, {precision}, compiled, fused": their(bf16=half, best=True),
     }
+    if half:
+        variants[f"diffusers, {precision}"] = their(bf16=True)
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         ours().to(device)(*inputs).square().mean().backward()
     table = Table(f"training step, {name}", variants, "ours, compiled", images=len(target))
@@ -115,7 +120,10 @@ def _our_step(
 ) -> Callable[[], None]:
     learner = Learner(
         network,
-        Accelerator(cpu=target.device.type == "cpu", mixed_precision="bf16"),
+        Accelerator(
+            cpu=target.device.type == "cpu",
+            mixed_precision="bf16" if computes_bf16(target.device) else "no",
+        ),
         optimizer=OptimizerConfig(optimizer=optimizer),
         max_steps=10_000,
         ema=EMAConfig(),

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from latentdiff.models.precision import choose_dtype
+
 RESAMPLES = 2000
 WARMUPS = 2
 
@@ -23,20 +25,25 @@ class Ceiling:
     product: float
     convolution: float
     copied: float
+    precision: str
 
     def __str__(self) -> str:
         return (
             f"ceiling: products {self.product:.0f}, 3x3 convolutions {self.convolution:.0f} "
-            f"GFLOP/s in bf16, {self.copied:.0f} GB/s copied"
+            f"GFLOP/s in {self.precision}, {self.copied:.0f} GB/s copied"
         )
 
 
 def measure_ceiling(device: torch.device) -> Ceiling:
-    """The rates of large bf16 products, of channels_last 3×3 convolutions, and of copies."""
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16, device=device)
-    x = torch.randn(64, 256, 16, 16, dtype=torch.bfloat16, device=device)
+    """The rates of large products, of channels_last 3×3 convolutions, and of copies.
+
+    In bf16, or in float32 where the device does not compute in that.
+    """
+    name, dtype = native(device)
+    a = torch.randn(2048, 2048, dtype=dtype, device=device)
+    x = torch.randn(64, 256, 16, 16, dtype=dtype, device=device)
     x = x.to(memory_format=torch.channels_last)
-    weight = torch.randn(256, 256, 3, 3, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(256, 256, 3, 3, dtype=dtype, device=device)
     weight = weight.to(memory_format=torch.channels_last)
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -49,7 +56,14 @@ def measure_ceiling(device: torch.device) -> Ceiling:
         / _best(lambda: F.conv2d(x, weight, padding=1), device)
         / 1e9,
         copied=source.numel() / _best(lambda: target.copy_(source), device) / 1e9,
+        precision=name,
     )
+
+
+def native(device: torch.device) -> tuple[str, torch.dtype]:
+    """The precision that is fast on the device, and its name in the tables' rows."""
+    dtype = choose_dtype("auto", device)
+    return ("bf16", torch.bfloat16) if dtype == torch.bfloat16 else ("float32", torch.float32)
 
 
 def _best(call: Callable[[], Any], device: torch.device) -> float:

@@ -43,26 +43,6 @@ def test_images_are_named_by_index_and_seed_and_never_by_prompt(
     assert all(str(path) in printed for path in tmp_path.iterdir())
 
 
-def test_a_file_of_prompts_is_drawn_after_the_prompts(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeffa dog\n\n  \n猫\r\n", encoding="utf-8")
-    options = ("--prompts", str(file), "--seed", "0", "--no-grid")
-    assert generate(model, tmp_path / "images", "a cat", *options) == 0
-    drawn = []
-    for path in sorted((tmp_path / "images").iterdir()):
-        with Image.open(path) as image:
-            drawn.append(image.info["parameters"].splitlines()[0])
-    assert drawn == ["a cat", "a dog", "猫"]
-    for content, sentence in ((b"\n\n", "has no prompts, one a line"), (b"\xff", "is not UTF-8")):
-        file.write_bytes(content)
-        assert generate(model, tmp_path / "images", *options) == 2
-        assert sentence in capsys.readouterr().err
-    assert generate(model, tmp_path / "images", "--prompts", "nowhere.txt") == 2
-    assert "nowhere.txt" in capsys.readouterr().err
-
-
 def test_a_tilde_is_the_users_home_but_in_a_prompt(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

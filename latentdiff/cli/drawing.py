@@ -19,6 +19,7 @@ from latentdiff.engines.choice import check_engine
 from latentdiff.formats.diffusers import EMBEDDED_MODELS, find_model
 from latentdiff.formats.png import LoraRecord, Record, save_png
 from latentdiff.images import MASK_WITH_TRANSPARENCY, image_grid
+from latentdiff.models.precision import SLOW_BF16, computes_bf16
 from latentdiff.pipeline import Pipeline
 from latentdiff.record import (
     file_record,
@@ -248,6 +249,11 @@ def load_pipeline(
         source = find_model(model, variant=variant, revision=revision)  # shows a download's bar
         revision = None  # the folder has it
     _quiet_transformers()
+    if precision == torch.bfloat16 and engine == "torch" and not computes_bf16(device):
+        print(
+            f"latentdiff: {SLOW_BF16.format(f'--dtype {dtype}', '--dtype float32')}",
+            file=sys.stderr,
+        )
     if tokenizer is not None:
         if not source.is_file():
             raise ValueError(f"--tokenizer is for a single file; {model} has a tokenizer")

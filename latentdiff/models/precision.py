@@ -9,6 +9,8 @@ from latentdiff.formats.header import short_repr
 Precision = torch.dtype | Literal["auto"] | None
 """What weights become: a dtype, `choose_dtype`'s with "auto", or with None what they are."""
 
+SLOW_BF16 = "{}: this device does not compute in bfloat16 and takes many times as long; {} does not"
+
 
 def choose_dtype(precision: Precision, device: str | torch.device | None) -> torch.dtype | None:
     """The dtype of a precision; "auto" is bfloat16 where the device computes in it, else float32.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from latentdiff.models.precision import SLOW_BF16, computes_bf16
 from latentdiff.options import changeable, option
 from latentdiff.training.accelerator import (
     ComputeConfig,
@@ -137,6 +138,9 @@ class Run:
             max_steps=self.config.loop.max_steps,
             num_sizes=num_sizes,
         )
+        if precision == "bf16" and not computes_bf16(self.device):
+            given, instead = "--mixed_precision bf16", "--mixed_precision no"
+            self.accelerator.print(SLOW_BF16.format(given, instead))
         if "auto" in (compute.mixed_precision, compute.compile):
             self.accelerator.print(
                 f"chosen: --mixed_precision {precision} --compile {str(way).lower()}"
