@@ -59,7 +59,7 @@ def test_a_card_has_what_was_trained_on_and_no_path(tmp_path: Path) -> None:
         (LORA, {"init": "some/model"}, "lora", "--model some/model --lora"),
         ("clip/config.json", {}, "clip", "--text_encoder"),
         ("config.json", {}, "autoencoder", "latentdiff.scripts.cache_latents --vae"),
-        ("model_index.json", {"teacher": "some/model"}, "consistency-distillation", "few steps"),
+        ("model_index.json", {"teacher": "some/model"}, "progressive-distillation", "few steps"),
     ],
 )
 def test_each_kind_of_model_has_its_card(
