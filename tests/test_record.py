@@ -97,7 +97,9 @@ def test_an_image_is_drawn_again_bit_for_bit(
         (drawn,) = again.iterdir()
         assert pixels(drawn) == pixels(path)
         assert read_png(drawn) == read_png(path)
-    assert "latentdiff:" not in capsys.readouterr().err  # no warning
+    said = capsys.readouterr().err.splitlines()
+    slow = "does not compute in bfloat16"  # which is true of some machines that run this
+    assert not [line for line in said if line.startswith("latentdiff:") and slow not in line]
 
 
 def test_what_is_given_besides_replaces_what_the_image_says(model: str, tmp_path: Path) -> None:
