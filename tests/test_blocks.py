@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from support.runs import make_learner
 from support.runs import options as compose_options
-from support.tiny import UNET, randomise
+from support.tiny import ONE_WIDTH, UNET, randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
@@ -182,7 +182,7 @@ def test_compiled_blocks_give_the_same_numbers_up_to_rounding(
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by dynamo
 def test_a_network_compiled_as_a_whole_trains_as_it_does_uncompiled() -> None:
     """Under accelerate's autocast, which wraps what is compiled."""
-    network = unet().train()
+    network = UNet(ONE_WIDTH).train()
     randomise(network)
     torch.use_deterministic_algorithms(False)  # which fill new memory, and compiled code with it
 

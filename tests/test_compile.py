@@ -12,12 +12,21 @@ import numpy as np
 import pytest
 import torch
 from support.loras import kohya_file
-from support.tiny import CONTEXT_DIM, randomise, tiny_pipeline
+from support.tiny import CONTEXT_DIM, ONE_WIDTH, randomise, tiny_pipeline
 
 from latentdiff.models.dit import DiT, DiTConfig
+from latentdiff.models.unet import UNet
+from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.pipeline import Pipeline
 
 CALL: dict[str, Any] = {"steps": 3, "seed": 0, "guidance_scale": 3.0, "progress": False}
+VAE_OF_ONE_WIDTH = VAEConfig(
+    block_out_channels=(8, 8),
+    layers_per_block=1,
+    norm_num_groups=4,
+    sample_size=16,
+    mid_block_add_attention=False,
+)
 NEW_SHAPE = r"compiling the (denoiser|VAE's decoder) for latents of"
 
 
@@ -36,6 +45,15 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+def small_pipeline(folder: Path) -> Pipeline:
+    whole = tiny_pipeline(folder)
+    torch.manual_seed(0)
+    unet, vae = UNet(ONE_WIDTH).eval(), VAE(VAE_OF_ONE_WIDTH).eval()
+    for network in (unet, vae):
+        randomise(network)
+    return Pipeline(unet=unet, vae=vae, text_encoder=whole.text_encoder, diffusion=whole.diffusion)
+
+
 def pixels(pipe: Pipeline, prompt: str | list[str] = "a cat", **options: Any) -> np.ndarray:
     return np.stack([np.asarray(image) for image in pipe(prompt, **CALL | options).images])
 
@@ -48,7 +66,7 @@ def decibels(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.processes
 def test_compiled_images_are_the_plain_ones_through_every_change(tmp_path: Path) -> None:
     """Of weights, LoRAs and precision, each of which the networks themselves keep as they were."""
-    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    pipe = small_pipeline(tmp_path / "tokenizer")
     plain, state = pixels(pipe), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     assert pipe.compile(guidance_scale=3.0) is pipe
     with warnings.catch_warnings(action="error"):  # the shape is compiled
@@ -58,7 +76,7 @@ def test_compiled_images_are_the_plain_ones_through_every_change(tmp_path: Path)
     with pytest.warns(UserWarning, match=NEW_SHAPE):
         styled = with_lora(pipe, tmp_path)
     pipe.loras.unload()
-    fresh = tiny_pipeline(tmp_path / "other")
+    fresh = small_pipeline(tmp_path / "other")
     assert decibels(styled, with_lora(fresh, tmp_path)) >= 40
     assert decibels(styled, plain) < 35
     with pytest.warns(UserWarning, match=NEW_SHAPE):
@@ -72,9 +90,9 @@ def with_lora(pipe: Pipeline, folder: Path) -> np.ndarray:
 
 @pytest.mark.processes
 def test_a_compiled_bfloat16_is_as_close_to_float32_as_a_plain_one(tmp_path: Path) -> None:
-    exact = pixels(tiny_pipeline(tmp_path / "a"))
-    plain = pixels(tiny_pipeline(tmp_path / "b").to(torch.bfloat16))
-    pipe = tiny_pipeline(tmp_path / "c").compile(guidance_scale=3.0)
+    exact = pixels(small_pipeline(tmp_path / "a"))
+    plain = pixels(small_pipeline(tmp_path / "b").to(torch.bfloat16))
+    pipe = small_pipeline(tmp_path / "c").compile(guidance_scale=3.0)
     with pytest.warns(UserWarning, match=NEW_SHAPE):  # what was compiled is float32
         found = pixels(pipe.to(torch.bfloat16))
     assert decibels(found, exact) >= decibels(plain, exact) - 3
@@ -82,14 +100,14 @@ def test_a_compiled_bfloat16_is_as_close_to_float32_as_a_plain_one(tmp_path: Pat
 
 @pytest.mark.processes
 def test_images_beside_others_have_the_bytes_that_they_have_alone(tmp_path: Path) -> None:
-    pipe = tiny_pipeline(tmp_path).to(torch.bfloat16).compile(guidance_scale=3.0, num_images=2)
+    pipe = small_pipeline(tmp_path).to(torch.bfloat16).compile(guidance_scale=3.0, num_images=2)
     together = pixels(pipe, ["a cat", "a dog"])
     assert (together[1:] == pixels(pipe, "a dog", seed=1)).all()
 
 
 @pytest.mark.processes
 def test_another_size_without_guidance_of_a_dit_is_said_and_compiled(tmp_path: Path) -> None:
-    pipe = tiny_pipeline(tmp_path)
+    pipe = small_pipeline(tmp_path)
     config = DiTConfig(
         sample_size=8,
         num_layers=2,
@@ -113,7 +131,7 @@ def test_another_size_without_guidance_of_a_dit_is_said_and_compiled(tmp_path: P
 def test_what_is_no_option_of_a_call_and_a_missing_compiler_are_refused(
     tmp_path: Path,
 ) -> None:
-    pipe = tiny_pipeline(tmp_path)
+    pipe = small_pipeline(tmp_path)
     with pytest.raises(TypeError, match="there is no option 'heigth'; give height"):
         pipe.compile(heigth=64)
     with pytest.raises(ValueError, match="height=0 must be"):

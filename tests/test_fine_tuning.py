@@ -19,6 +19,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from support.scripts import ROOT, TWO, launch, run_here, script
+from support.settings import HALF
 from support.tiny import CONTEXT_DIM, UNET, Recording, randomise, tiny_pipeline
 from test_cache import write_images
 from test_interchange import decibels, first_noise
@@ -210,7 +211,7 @@ RUNS = {"unet": {}, "lora": LORA}
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_killed_goes_on_bit_for_bit(home: Path, tmp_path: Path, name: str) -> None:
     """SIGKILL after the first checkpoint, and the same command again; dropout is on."""
-    options = RUNS[name] | {"max_steps": 6, "ema_decay": 0.5, "mixed_precision": "bf16"}
+    options = RUNS[name] | {"max_steps": 6, "ema_decay": 0.5, "mixed_precision": HALF}
     run_here("train_unet", *arguments(home, tmp_path / "whole", **options))
     args = arguments(home, tmp_path / "killed", **options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

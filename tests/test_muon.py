@@ -10,6 +10,7 @@ from support.tiny import UNET
 from torch import Tensor, nn
 
 from latentdiff.models.discriminator import Discriminator
+from latentdiff.models.precision import computes_bf16
 from latentdiff.models.unet import UNet
 from latentdiff.training import muon
 from latentdiff.training.learner import Learner
@@ -170,7 +171,8 @@ def test_a_learner_steps_each_part_at_its_own_rate() -> None:
     chosen = hidden_matrices(reference)
     assert len(chosen) == 2
     others = [p for p in reference.parameters() if not any(p is one for one in chosen)]
-    optimizer = Muon(chosen, others, lr=1.0, weight_decay=0.1)
+    dtype = torch.bfloat16 if computes_bf16(torch.device("cpu")) else torch.float32
+    optimizer = Muon(chosen, others, lr=1.0, weight_decay=0.1, dtype=dtype)
     config = subject.config
     for step in range(20):
         subject.update(loss_of(subject.forward_model, step))

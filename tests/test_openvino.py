@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from support.loras import kohya_file
+from support.settings import WITH_BF16
 from support.tiny import CONTEXT_DIM, randomise, tiny_pipeline
 
 from latentdiff.models.dit import DiT, DiTConfig
@@ -103,6 +104,7 @@ def test_images_are_those_of_torch(
     assert agreement(exact, reference, options.pop("prompt", "a cat"), **options) >= 60
 
 
+@WITH_BF16
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_images_in_bfloat16_are_those_of_torch_but_for_its_rounding(
     model: Path, reference: Pipeline, sampler: str
@@ -111,6 +113,7 @@ def test_images_in_bfloat16_are_those_of_torch_but_for_its_rounding(
     assert agreement(pipe, reference, sampler=sampler, guidance_scale=2.0) >= 40
 
 
+@WITH_BF16
 def test_timesteps_are_not_rounded_to_bfloat16(model: Path, reference: Pipeline) -> None:
     """990 and 991 gave one output: OpenVINO rounds inputs as well, and these angles."""
     pipe = Pipeline.from_pretrained(model, engine="openvino", dtype=torch.bfloat16)

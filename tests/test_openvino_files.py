@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from support.command import generate, run
+from support.settings import WITH_BF16
 from support.tiny import tiny_pipeline
 
 from latentdiff.engines import converted, openvino_network
@@ -146,6 +147,7 @@ def test_networks_that_are_deleted_meanwhile_are_converted_anew(
     assert sorted(conversions) == ["unet", "vae_decoder"]
 
 
+@WITH_BF16
 @converts
 def test_a_compiled_network_is_for_one_precision(model: Path) -> None:
     """OpenVINO's own cache read for bfloat16 what it had compiled for float32, and gave NaN."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.settings import ANY, unet, vae
+from support.settings import ANY, HALF, unet, vae
 
 from latentdiff.planning.plan import make_plan
 
@@ -20,16 +20,16 @@ AVERAGES = {"ema_lengths": [0.05, 0.1]}
 SIZES = [
     unet(64, 16, 64, stages=3),
     unet(64, 64, 64, stages=3),
-    unet(64, 16, 128, "bf16", stages=3),
+    unet(64, 16, 128, HALF, stages=3),
     vae(32, 8, 64, stages=3),
     vae(32, 16, 64, stages=3),
-    vae(32, 8, 128, "bf16", stages=3),
+    vae(32, 8, 128, HALF, stages=3),
     {**unet(64, 16, 64, stages=3), **CHECKPOINTING, **AVERAGES},
     {**unet(64, 16, 64, stages=3), **AVERAGES, "gradient_accumulation_steps": 2},
 ]
 SD15 = {
     **{"init": "sd15", "lora": {"rank": 16}, "batch_size": 1, "image_size": 512},
-    **{"mixed_precision": "bf16", "steps": 2},
+    **{"mixed_precision": HALF, "steps": 2},
 }
 SHARED = [
     {**unet(64, 16, 64, stages=3), "sharding": "full"},

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from latentdiff.planning.tally import Tally
@@ -247,7 +248,8 @@ def _optimizer_state(network: nn.Module, optimizer: str) -> int:
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
     """What this process holds of the tensors."""
-    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+    held = (local(one) if isinstance(one, DTensor) else one for one in tensors)
+    return sum(one.numel() * one.element_size() for one in held)
 
 
 @contextmanager

@@ -231,15 +231,20 @@ def _largest(peak_of: Callable[[int], float], n: int, peak: float, limit: float)
     peaks = {n: peak, other: peak_of(other)}
     if peaks[1] > limit:
         return 0
+
+    def crossing(a: int, b: int) -> int:
+        """Where the line through two points comes to the limit."""
+        return a + int((limit - peaks[a]) * (b - a) / (peaks[b] - peaks[a]))
+
     while max(peaks.values()) <= limit:
-        a, b = sorted(peaks)[-2:]
-        more = (limit - peaks[b]) * (b - a) / (peaks[b] - peaks[a])
-        peaks[b + int(more) + 1] = peak_of(b + int(more) + 1)
+        more = 1 + crossing(*sorted(peaks)[-2:])
+        peaks[more] = peak_of(more)
     while True:
-        a = max(n for n in peaks if peaks[n] <= limit)
-        b = min(n for n in peaks if peaks[n] > limit)
+        fit = sorted(n for n in peaks if peaks[n] <= limit)
+        a, b = fit[-1], min(n for n in peaks if peaks[n] > limit)
         if b == a + 1:
             return a
-        between = a + int((limit - peaks[a]) * (b - a) / (peaks[b] - peaks[a]))
-        n = min(max(between, a + 1), b - 1)
+        # Each of the lines moves one end alone, and little where the peak is far from a line.
+        tries = [crossing(a, b), (a + b) // 2, *(1 + crossing(c, a) for c in fit[-2:-1])]
+        n = min(max(tries[len(peaks) % len(tries)], a + 1), b - 1)
         peaks[n] = peak_of(n)

@@ -2,10 +2,20 @@
 
 from typing import Any
 
+import pytest
+import torch
+
+from latentdiff.models.precision import computes_bf16
 from latentdiff.planning.devices import Device
 
 ANY = Device({"no": 1e12, "bf16": 2e12})
 """A device that no test depends on."""
+
+WITH_BF16 = pytest.mark.skipif(
+    not computes_bf16(torch.device("cpu")), reason="the processor does not compute in bfloat16"
+)
+HALF = "bf16" if computes_bf16(torch.device("cpu")) else "no"
+"""Half precision where the processor computes in it; others take up to a hundred times as long."""
 
 
 def unet(

@@ -29,6 +29,14 @@ UNET = UNetConfig(
     norm_num_groups=8,
 )
 
+ONE_WIDTH = replace(
+    UNET,
+    block_out_channels=(16, 16),
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
+)
+"""With fewer sizes of layers, of each of which torch's compiler makes C++ that takes seconds."""
+
 
 def tiny_tokenizer(folder: Path, *, length: int = TOKENS) -> CLIPTokenizer:
     """CLIP's byte pairs without a single merge: a token a byte, so that every text has tokens."""
