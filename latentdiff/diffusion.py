@@ -8,7 +8,7 @@ x_t = alpha x0 + sigma eps with eps ~ N(0, I); t = 0 is data and t = T is (nearl
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Self, get_args
 
@@ -127,6 +127,16 @@ class Diffusion:
                 "raise num_timesteps or beta_end",
                 stacklevel=3,
             )
+
+    def student(self, steps: int) -> "Diffusion":
+        """The process of a student of `steps` steps, which begin at pure noise and end on data,
+        whatever levels this one draws on.
+
+        Raises ValueError for a number out of range, and with a learned variance.
+        """
+        return replace(
+            self, distilled_steps=steps, timestep_spacing="trailing", set_alpha_to_one=True
+        )
 
     # Buffers of the beta schedules, (T,) float64, t = 1 first: index t - 1 belongs to t.
 

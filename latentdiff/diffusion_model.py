@@ -38,8 +38,7 @@ class DiffusionModel:
         """The denoising network. It may be a DiT; "the UNet" here is either."""
         self.vae = vae
         self.text_encoder = text_encoder
-        self.diffusion = diffusion
-        self.loras = LoRAs(unet, text_encoder.model)
+        self.loras = LoRAs(unet, text_encoder.model, diffusion)
         """LoRAs on the UNet and the text encoder: `pipe.loras.load("style.safetensors")`."""
         self.compiled: Compiled | None = None
         """What computes the networks as torch compiled them, once `compile` was called."""
@@ -79,6 +78,11 @@ class DiffusionModel:
     def precision(self) -> torch.dtype:
         """The dtype that the UNet is computed in: `dtype`, or OpenVINO's."""
         return self.dtype if self.openvino is None else self.openvino.dtype
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """The diffusion process; with a student's LoRA the student's."""
+        return self.loras.diffusion
 
     @property
     def inpaints(self) -> bool:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,24 @@ import datasets
 import pytest
 import torch
 from support.scripts import ROOT, TWO, launch, run_here, script
+from support.settings import HALF
 from support.students import DIFFUSIONS, student_of
 from support.tiny import CONTEXT_DIM, tiny_pipeline
 from test_cache import write_images
 from test_fine_tuning import tensors
 from torch import nn
 
+from latentdiff.cli import main
 from latentdiff.diffusion import Diffusion
 from latentdiff.guidance import guided_denoiser
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.pipeline import Pipeline
-from latentdiff.tasks.distill.start import student_diffusion
 from latentdiff.tasks.distill.trajectories import step_errors, trajectory
+from latentdiff.training.loop import fit
 from latentdiff.training.randomness import MicroBatch
 
 pytestmark = pytest.mark.training
+LORA: dict[str, Any] = {"lora.rank": 4, "learning_rate": 1e-2, "ema_decay": 0}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,7 @@ def arguments(home: Path, out: Path, teacher: str = "flow", **options: Any) -> l
         "teacher_steps": 8,
         "checkpoint_every": 2,
         "val_fraction": 0.3,
+        "validate_every": 4,
         "warmup_steps": 0,
         "mixed_precision": "no",
     } | options
@@ -87,7 +91,7 @@ def test_a_run_leaves_a_student(home: Path, tmp_path: Path, teacher: str) -> Non
     run_here("distill", *arguments(home, tmp_path / "run", teacher, ema_decay=0))
     before = Pipeline.from_pretrained(home / teacher)
     after = Pipeline.from_pretrained(tmp_path / "run/model")
-    assert after.diffusion == student_diffusion(before.diffusion, 4)
+    assert after.diffusion == before.diffusion.student(4)
     assert after.unet.config == before.unet.config
     moved = [
         name
@@ -132,9 +136,97 @@ def test_the_target_of_a_run_is_of_the_guided_teacher(
     assert abs(float(loss.detach() / wanted) - 1) < 1e-12
 
 
+def test_as_a_lora_a_student_draws_as_it_did_in_training(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On its teacher, and merged into a model of its own."""
+    tasks: list[Any] = []
+    monkeypatch.setattr(script("distill"), "fit", keeping(tasks))
+    run_here("distill", *arguments(home, tmp_path / "run", "sd", **LORA))
+    [file] = (tmp_path / "run/model").glob("*.safetensors")
+    student = tasks[0].denoiser.pipeline
+    call = {"seed": 3, "progress": False, "output_type": "latent"}
+    wanted = student("a cat", **call).images
+    pipe = Pipeline.from_pretrained(home / "sd")
+    teacher, plain = pipe.diffusion, pipe("a cat", **call).images
+    pipe.loras.load(file)
+    assert pipe.diffusion == teacher.student(4)
+    drawn = pipe("a cat", **call).images
+    assert torch.allclose(drawn, wanted, atol=5e-3)  # the file has float16
+    assert not torch.allclose(drawn, plain, atol=0.1)
+    main(["convert", str(home / "sd"), str(tmp_path / "merged"), "--lora", str(file)])
+    merged = Pipeline.from_pretrained(tmp_path / "merged")
+    assert merged.diffusion == teacher.student(4)
+    assert torch.allclose(merged("a cat", **call).images, drawn, atol=1e-4)
+    named = str(tmp_path / "named.safetensors")
+    main(["convert", str(file), named, "--lora_names", "diffusers", "--lora_rank", "3"])
+    made_of = ["--lora_of", str(home / "sd"), "--lora_rank", "4"]
+    main(["convert", str(tmp_path / "merged"), str(tmp_path / "again.safetensors"), *made_of])
+    pipe.loras.set_scales({})
+    assert pipe.diffusion == teacher
+    pipe.loras.unload()
+    assert torch.equal(pipe("a cat", **call).images, plain)
+    pipe.loras.load(named)
+    assert pipe.diffusion == teacher.student(4)
+    pipe.loras.unload()
+    pipe.loras.load(tmp_path / "again.safetensors")
+    assert pipe.diffusion == teacher.student(4)
+    assert torch.allclose(pipe("a cat", **call).images, drawn, atol=2e-2)
+    with pytest.raises(ValueError, match="a student of 4 steps, and this is one already"):
+        pipe.loras.load(file)
+    with pytest.raises(ValueError, match="a student of 4 steps, and this is one already"):
+        merged.loras.load(file)
+    card = (tmp_path / "run/model/README.md").read_text(encoding="utf-8")
+    assert "in the student's steps" in card
+
+
+def keeping(tasks: list[Any]) -> Callable[..., None]:
+    """The training loop, which leaves its task in a list."""
+
+    def keep(task: Any, loader: Any, run: Any) -> None:
+        tasks.append(task)
+        fit(task, loader, run)
+
+    return keep
+
+
+def test_the_command_line_draws_with_a_students_lora_as_the_student(
+    home: Path, tmp_path: Path
+) -> None:
+    run_here("distill", *arguments(home, tmp_path / "run", **LORA, max_steps=1))
+    drawn = ["--model", str(home / "flow"), "--lora", str(tmp_path / "run/model"), "--seed", "1"]
+    main(["generate", *drawn, "--device", "cpu", "a cat", "--out", str(tmp_path / "own")])
+    options = ["--steps", "4", "--guidance_scale", "1", "--sampler", "ddim"]
+    main(["generate", *drawn, "--device", "cpu", "a cat", *options, "--out", str(tmp_path)])
+    assert (tmp_path / "own/0000-1.png").read_bytes() == (tmp_path / "0000-1.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options", "sentence"),
+    [
+        ("dit", {}, "is a DiT, and a LoRA needs a UNet: leave lora out"),
+        ("sd", {"lora.text_encoder": "true"}, "lora.text_encoder=.* has no effect"),
+        ("sd", {"lora.rank": 99}, "lora.rank=99 must be at most"),
+    ],
+)
+def test_what_is_no_student_as_a_lora_is_one_sentence(
+    home: Path,
+    tmp_path: Path,
+    teacher: str,
+    options: dict[str, Any],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run_here("distill", *arguments(home, tmp_path, teacher, **LORA | options))
+    assert re.search(sentence, capsys.readouterr().err)
+
+
 @pytest.mark.processes
-def test_what_is_killed_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 6, "ema_decay": 0.5, "mixed_precision": "bf16"}
+@pytest.mark.parametrize("lora", [False, True], ids=["network", "lora"])
+def test_what_is_killed_goes_on_bit_for_bit(home: Path, tmp_path: Path, lora: bool) -> None:
+    options: dict[str, Any] = {"max_steps": 6, "ema_decay": 0.5, "mixed_precision": HALF}
+    options |= LORA | {"lora.dropout": 0.2} if lora else {}
     run_here("distill", *arguments(home, tmp_path / "whole", **options))
     args = arguments(home, tmp_path / "killed", **options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -157,7 +249,7 @@ def test_what_is_killed_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_two_processes_train_the_same_student(home: Path, tmp_path: Path) -> None:
     """And so do micro-batches; up to rounding, which AdamW's first steps make more of."""
-    options = {"ema_decay": 0, "learning_rate": 1e-5, "val_fraction": 0}
+    options = {"ema_decay": 0, "learning_rate": 1e-5}
     run_here("distill", *arguments(home, tmp_path / "one", **options))
     launch(TWO, "distill", *arguments(home, tmp_path / "two", **options))
     run_here(

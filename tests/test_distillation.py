@@ -15,7 +15,6 @@ from latentdiff.guidance import guided_denoiser
 from latentdiff.levels import Denoise, NoiseLevel, NoiseLevels
 from latentdiff.samplers import ddim, dpmpp_2m
 from latentdiff.tasks.distill.config import Distill
-from latentdiff.tasks.distill.start import student_diffusion
 from latentdiff.tasks.distill.trajectories import step_errors, trajectory
 
 SHAPE = (4, 3, 2, 2)
@@ -89,7 +88,7 @@ def test_a_students_levels_are_among_its_teachers(name: str, steps: int) -> None
 
 def test_a_student_draws_from_pure_noise_to_data_whatever_its_teachers_levels() -> None:
     sd = Diffusion("scaled_linear", "epsilon", timestep_spacing="leading", set_alpha_to_one=False)
-    levels = student_diffusion(sd, 4).levels(4)
+    levels = sd.student(4).levels(4)
     assert levels.timestep.tolist() == [999, 749, 499, 249, -1]
     assert levels.sigma[-1] == 0
 

@@ -42,7 +42,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 @pytest.fixture
 def loras(pipeline: Pipeline) -> LoRAs:
-    return LoRAs(pipeline.unet, pipeline.text_encoder.model)
+    return LoRAs(pipeline.unet, pipeline.text_encoder.model, pipeline.diffusion)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 @pytest.fixture
 def loras(pipeline: Pipeline) -> LoRAs:
-    return LoRAs(pipeline.unet, pipeline.text_encoder.model)
+    return LoRAs(pipeline.unet, pipeline.text_encoder.model, pipeline.diffusion)
 
 
 @pytest.mark.parametrize("config", [UNetConfig(), SD2], ids=["SD 1.5", "SD 2.1"])

@@ -30,7 +30,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 @pytest.fixture
 def loras(pipeline: Pipeline) -> LoRAs:
-    return LoRAs(pipeline.unet, pipeline.text_encoder.model)
+    return LoRAs(pipeline.unet, pipeline.text_encoder.model, pipeline.diffusion)
 
 
 def by_diffusers(pipeline: Pipeline, folder: Path) -> Any:

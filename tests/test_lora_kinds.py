@@ -29,7 +29,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 @pytest.fixture
 def loras(pipeline: Pipeline) -> LoRAs:
-    return LoRAs(pipeline.unet, pipeline.text_encoder.model)
+    return LoRAs(pipeline.unet, pipeline.text_encoder.model, pipeline.diffusion)
 
 
 def layers(pipeline: Pipeline) -> Iterator[tuple[int, str, nn.Linear | nn.Conv2d]]:

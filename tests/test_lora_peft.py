@@ -46,7 +46,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 @pytest.fixture
 def loras(pipeline: Pipeline) -> LoRAs:
-    return LoRAs(pipeline.unet, pipeline.text_encoder.model)
+    return LoRAs(pipeline.unet, pipeline.text_encoder.model, pipeline.diffusion)
 
 
 def by_peft(network: Any, folder: Path, **options: Any) -> PeftModel:

@@ -71,10 +71,10 @@ def draw(arguments: argparse.Namespace) -> None:
     digest = pipeline.fingerprint() if records else ""
     if record is not None:
         warn_of_changes(record, pipeline, digest)
-    if pipeline.diffusion.distilled_steps is not None:  # which has defaults of its own
-        request = Request.of(pipeline.diffusion, **options)
     for lora in loras:  # peft's files are all named adapter_model
         pipeline.loras.load(lora["name"], name=lora["name"], scale=lora["scale"])
+    if pipeline.diffusion.distilled_steps is not None:  # which has defaults of its own
+        request = Request.of(pipeline.diffusion, **options)
     if arguments.compile:
         _compile(pipeline, options)
     paths = _free_paths(arguments.out, request.seeds)

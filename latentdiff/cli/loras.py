@@ -107,7 +107,8 @@ def rewrite(arguments: argparse.Namespace, dtype: "torch.dtype | None") -> None:
     parts = plain_layers(file, source)
     if rank is not None:
         file = LoRAFile(
-            *({n: resized(one, rank) for n, one in part.items()} for part in parts.values())
+            *({n: resized(one, rank) for n, one in part.items()} for part in parts.values()),
+            distilled_steps=file.distilled_steps,
         )
     kept = {
         name: text
@@ -141,8 +142,10 @@ def extract(
     }
     unet, text = (part.layers for part in parts.values())
     text = {name.removeprefix("text_model."): layer for name, layer in text.items()}
+    steps = pipeline.diffusion.distilled_steps
+    steps = None if steps == base.diffusion.distilled_steps else steps
     write_lora(
-        LoRAFile(unet, text),
+        LoRAFile(unet, text, steps),
         arguments.out,
         names=arguments.lora_names or "kohya",
         dtype=torch.float16 if dtype is None else dtype,

@@ -23,6 +23,8 @@ from latentdiff.formats.lora_scale import (
 )
 from latentdiff.formats.weights import load_safetensors
 
+DISTILLED_STEPS = "latentdiff.distilled_steps"
+"""In the metadata of a LoRA that makes a model a student: the steps that this draws in."""
 _MARK = re.compile(
     r"[._]lora[._](?:A|B|down|up)\b|\.lora_(?:down|up)\.weight$|\.(?:hada_w1|lokr_w1)(?:_a)?$"
 )
@@ -34,6 +36,8 @@ class LoRAFile:
 
     unet: Mapping[str, AdapterLayer]
     text_encoder: Mapping[str, AdapterLayer]
+    distilled_steps: int | None = None
+    """The steps that a model draws in with a student's LoRA."""
 
 
 def read_lora(path: Path, *, layers_per_block: int) -> LoRAFile:
@@ -71,7 +75,10 @@ def read_lora(path: Path, *, layers_per_block: int) -> LoRAFile:
             layers[component][layer] = _layer(layer, weights, component, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return LoRAFile(unet=layers["unet"], text_encoder=layers["text_encoder"])
+    steps = header.metadata.get(DISTILLED_STEPS)
+    if steps is not None and not steps.isdecimal():
+        raise ValueError(f"{path}: {DISTILLED_STEPS}={short_repr(steps)} must be a whole number")
+    return LoRAFile(layers["unet"], layers["text_encoder"], None if steps is None else int(steps))
 
 
 def is_lora(path: Path) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.formats.ldm.keys import TEXT_MODEL
-from latentdiff.formats.lora import LoRAFile
+from latentdiff.formats.lora import DISTILLED_STEPS, LoRAFile
 from latentdiff.formats.lora_layers import LoRALayer, kind
 from latentdiff.formats.weights import save_safetensors, to_write
 
@@ -46,7 +46,10 @@ def write_lora(
                 tensors |= _kohya(f"{prefix}_{inner}{name}".replace(".", "_"), layer)
             else:
                 tensors |= _diffusers(f"{component}.{inner}{name}", layer)
-    save_safetensors(to_write(tensors, path, dtype), path, {**_entries(layers), **(metadata or {})})
+    entries = _entries(layers)
+    if file.distilled_steps is not None:
+        entries[DISTILLED_STEPS] = str(file.distilled_steps)
+    save_safetensors(to_write(tensors, path, dtype), path, entries | dict(metadata or {}))
 
 
 def plain_layers(file: LoRAFile, path: Path) -> dict[str, dict[str, LoRALayer]]:

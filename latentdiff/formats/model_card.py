@@ -13,6 +13,7 @@ _TAGS = {
     "pipeline": ["latent-diffusion"],
     "student": ["latent-diffusion", "progressive-distillation"],
     "lora": ["latent-diffusion", "lora"],
+    "student_lora": ["latent-diffusion", "lora", "progressive-distillation"],
     "clip": ["clip"],
     "vae": ["autoencoder"],
 }
@@ -32,6 +33,14 @@ latentdiff generate "a prompt" --model BASE --lora "THIS FOLDER"
 
 In diffusers: `pipeline.load_lora_weights("THIS FOLDER")`.
 """,
+    "student_lora": """```
+latentdiff generate "a prompt" --model BASE --lora "THIS FOLDER"
+```
+
+draws in the student's steps, without guidance, which is in it. In diffusers, load it with
+`pipeline.load_lora_weights("THIS FOLDER")` and draw with DDIM in the same steps (trailing spacing)
+and `guidance_scale=1`; of a flow DDIM is DPM-Solver++ of first order.
+""",
     "clip": """`accelerate launch -m latentdiff.scripts.train_unet --text_encoder "THIS FOLDER"`
 trains beside its text tower; \
 `transformers.CLIPModel.from_pretrained("THIS FOLDER", subfolder="clip")` has both towers.
@@ -45,9 +54,9 @@ latents of images, and `train_unet` in its place trains on them;
 
 
 def front_matter(kind: str, *, license: str = "unknown", base_model: str | None = None) -> str:
-    """The YAML head of a card of a "pipeline", "student", "lora", "clip" or "vae"."""
+    """The YAML head of a card of a model of a kind: see `usage`."""
     lines = [f"license: {license}", f"library_name: {_LIBRARY.get(kind, 'diffusers')}"]
-    if kind in ("pipeline", "student", "lora"):
+    if kind not in ("clip", "vae"):
         lines.append(f"pipeline_tag: {_TAG}")
     if base_model is not None and "/" in base_model:  # the hub knows no embedded model
         lines.append(f"base_model: {base_model}")
@@ -56,9 +65,12 @@ def front_matter(kind: str, *, license: str = "unknown", base_model: str | None 
 
 
 def usage(kind: str, base: str | None = None) -> str:
-    """How a model of a kind is used: `base` is what a LoRA is for, or the name of another kind."""
+    """How a "pipeline", "student", "lora", "student_lora", "clip" or "vae" is used.
+
+    `base` is what a LoRA is for, or the name of another kind.
+    """
     text = _USAGE["pipeline" if kind == "student" else kind]
-    name = "BASE" if kind == "lora" else "THIS FOLDER"
+    name = "BASE" if kind.endswith("lora") else "THIS FOLDER"
     return text if base is None else text.replace(name, base)
 
 

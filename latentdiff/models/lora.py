@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from latentdiff.diffusion import Diffusion
 from latentdiff.formats.header import short_repr
 from latentdiff.formats.lora import read_lora
 from latentdiff.formats.lora_layers import AdapterLayer, LoRALayer, kind, shape_of
@@ -29,10 +30,12 @@ class LoRAs:
     (`pip install "latentdiff[lora]"`); without them `load` raises ModuleNotFoundError.
     """
 
-    def __init__(self, unet: UNet | DiT, text_encoder: nn.Module) -> None:
+    def __init__(self, unet: UNet | DiT, text_encoder: nn.Module, diffusion: Diffusion) -> None:
         self.unet = unet
         self.text_encoder = text_encoder
+        self._diffusion = diffusion
         self._scales: dict[str, float] = {}
+        self._students: dict[str, Diffusion] = {}
         self.revision = 0
         """How often they were changed: what was computed of another is of other weights."""
 
@@ -41,13 +44,19 @@ class LoRAs:
         """Scale of each loaded LoRA, in the order of loading."""
         return dict(self._scales)
 
+    @property
+    def diffusion(self) -> Diffusion:
+        """The model's own, or with a student's LoRA that is on, the student's."""
+        on = (student for name, student in self._students.items() if self._scales[name] != 0)
+        return next(on, self._diffusion)
+
     def load(self, path: Path | str, *, name: str | None = None, scale: float = 1.0) -> str:
         """Load a LoRA file into the networks, in addition to others; returns its name.
 
         name: for `set_scales`; by default the file's name without extension.
         scale: multiplies the change; 1 is as trained, 0 is off, any finite number is allowed.
-        Raises ValueError if the file is not a LoRA, or one for other networks, or if the name is
-        taken; nothing has changed then.
+        Raises ValueError if the file is not a LoRA, or one for other networks, if the name is
+        taken, and for a student's LoRA on a student; nothing has changed then.
         """
         import peft  # noqa: F401 - before anything is changed
 
@@ -61,6 +70,14 @@ class LoRAs:
         file = read_lora(path, layers_per_block=self.unet.config.layers_per_block)
         check_layers(path, "UNet", self.unet, file.unet)
         check_layers(path, "text encoder", self.text_encoder, file.text_encoder)
+        student, steps = None, file.distilled_steps
+        if steps is not None:
+            if self._students or self._diffusion.distilled_steps is not None:
+                raise ValueError(
+                    f"{path} makes a model a student of {steps} steps, and this is one already: "
+                    "load it into the model that it was distilled from"
+                )
+            student = self._diffusion.student(steps)
         parts = (
             (self.unet, *_split(path, self.unet, file.unet)),
             (self.text_encoder, *_split(path, self.text_encoder, file.text_encoder)),
@@ -68,6 +85,8 @@ class LoRAs:
         for network, layers, gains in parts:
             adapters.add(network, layers, gains, _adapter(len(self._scales)))
         self._scales[name] = float(scale)
+        if student is not None:
+            self._students[name] = student
         self._apply()
         return name
 
@@ -91,7 +110,7 @@ class LoRAs:
         self._check_any("unload")
         for network in (self.unet, self.text_encoder):
             adapters.take_off(network)
-        self._scales = {}
+        self._scales, self._students = {}, {}
         self.revision += 1
 
     @torch.no_grad()
@@ -114,7 +133,8 @@ class LoRAs:
                     )
         for network in (self.unet, self.text_encoder):
             adapters.fuse(network, active)
-        self._scales = {}
+        self._diffusion = self.diffusion  # which the weights are of from now on
+        self._scales, self._students = {}, {}
         self.revision += 1
 
     @contextmanager

@@ -88,8 +88,6 @@ def _takes_lora(settings: Mapping[str, Any]) -> bool:
     config = network_config(settings)[1]
     if settings.get("init") is None or not isinstance(config, UNetConfig):
         return False
-    if settings.get("teacher") is not None:
-        return False  # a student is a whole network
     if settings.get("inpainting") and config.in_channels <= config.out_channels:
         return False  # nor can it add the channels of masks
     return min(config.cross_attention_dim, *config.block_out_channels) >= RANK

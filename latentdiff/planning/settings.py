@@ -123,7 +123,7 @@ def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _of_teacher(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A student's network, VAE and text encoder, which are those of the model that it is of."""
     teacher = settings.get("teacher")
-    for name in ("init", "vae", "text_encoder", "lora") if teacher is not None else ():
+    for name in ("init", "vae", "text_encoder") if teacher is not None else ():
         if settings.get(name) is not None:
             raise ValueError(
                 f"{name}={settings[name]} does not go with teacher={teacher}, whose networks a "

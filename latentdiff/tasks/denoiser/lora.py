@@ -131,18 +131,21 @@ def drawing_networks(network: Any, text_encoder: TextEncoder) -> tuple[UNet, Tex
 
 
 def save_lora(
-    network: nn.Module, folder: Path, config: LoRAConfig, metadata: dict[str, str]
+    network: nn.Module,
+    folder: Path,
+    config: LoRAConfig,
+    metadata: dict[str, str],
+    distilled_steps: int | None,
 ) -> None:
-    """Write the trained LoRA of a network as one file."""
+    """Write the trained LoRA of a network as one file; `distilled_steps` are a student's."""
     text: dict[str, Any] = {}
     unet = network
     if isinstance(network, UNetWithText):
         unet, tower = network.unet, network.text_encoder
         text = trained_lora(tower)
     folder.mkdir(parents=True, exist_ok=True)
-    write_lora(
-        LoRAFile(trained_lora(unet), text), folder / LORA, names=config.names, metadata=metadata
-    )
+    file = LoRAFile(trained_lora(unet), text, distilled_steps)
+    write_lora(file, folder / LORA, names=config.names, metadata=metadata)
 
 
 def lora_metadata(

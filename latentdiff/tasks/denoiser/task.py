@@ -152,8 +152,7 @@ class DenoiserTask:
         if not self.trains_text:  # the network itself reads the token ids otherwise
             with self.run.accelerator.autocast():
                 context = self.captions.context(context)
-        if self.config.lora is not None and self.config.lora.dropout > 0:
-            torch.manual_seed(seed_of(self.config.loop.seed, step, f"dropout {micro_batch.index}"))
+        self.seed_dropout(step, micro_batch)
         t, noise = batch["t"], batch["noise"]
         # Algorithm 1 (Ho et al. 2020): take a gradient step on the error of the prediction.
         errors, vlb = diffusion.losses(network, x0, context, noise=noise, t=t)
@@ -172,10 +171,18 @@ class DenoiserTask:
             total = total + loss_config.vlb_weight * (of_example * vlb).mean()
         return metrics | {"grad_norm": self.learner.update(total, micro_batch)}
 
-    def validate(self, errors: Callable[[Sequence[int]], Tensor] | None = None) -> Metrics:
+    def seed_dropout(self, step: int, micro_batch: MicroBatch) -> None:
+        """Have what a LoRA's dropout leaves out follow from the step alone."""
+        if self.config.lora is not None and self.config.lora.dropout > 0:
+            torch.manual_seed(seed_of(self.config.loop.seed, step, f"dropout {micro_batch.index}"))
+
+    def validate(
+        self, errors: Callable[[Sequence[int]], Tensor] | None = None, *, passes: int = BINS
+    ) -> Metrics:
         """The mean of `errors` on the validation split: by default the EMA network's, in bins of t.
 
-        `errors(rows)` gives those of validation rows of one size, a column for each bin.
+        `errors(rows)` gives those of validation rows of one size, a column for each bin, and takes
+        a network through `passes` rows at once for each of them.
         """
         if len(self.val) == 0:
             return {}
@@ -184,7 +191,7 @@ class DenoiserTask:
         return validation_loss(
             self._validation_errors if errors is None else errors,
             self.cache.buckets[self.val].repeat(self.draws).tolist(),
-            batch_size=max(1, loop.batch_size // count // BINS),
+            batch_size=max(1, loop.batch_size // count // passes),
             processes=self.run.processes,
             draws=self.draws,
         )
@@ -261,7 +268,8 @@ class DenoiserTask:
         if self.config.lora is None:
             self.pipeline.save_pretrained(folder)
         else:
-            save_lora(self.ema, folder, self.config.lora, self.lora_metadata)
+            steps = self.diffusion.distilled_steps
+            save_lora(self.ema, folder, self.config.lora, self.lora_metadata, steps)
 
     @cached_property
     def lora_metadata(self) -> dict[str, str]:

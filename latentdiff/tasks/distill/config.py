@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from latentdiff.data.config import DataConfig
 from latentdiff.data.crop_flip import CropFlip
+from latentdiff.models.lora_training import LoRAConfig
 from latentdiff.options import group, option
-from latentdiff.tasks.denoiser.config import OF_THE_CACHE, TrainUNet
+from latentdiff.tasks.denoiser.config import OF_THE_CACHE, OF_THE_FILE, TrainUNet
 from latentdiff.training.accelerator import ComputeConfig, ParallelConfig
 from latentdiff.training.ema import EMAConfig
 from latentdiff.training.optimizer import OptimizerConfig
@@ -20,7 +21,7 @@ OF_A_CHECK = ("check_latents", "min_psnr", "max_colour_error")
 
 @dataclass(frozen=True)
 class Distill:
-    """Distil a model into a student that draws in few steps; leaves a pipeline folder."""
+    """Distil a model into a student that draws in few steps; leaves a pipeline folder or a LoRA."""
 
     FIRST: ClassVar[Sequence[str]] = (
         "teacher",
@@ -39,6 +40,8 @@ class Distill:
         **dict.fromkeys((one for one in OF_THE_CACHE if one not in OF_A_CHECK), "cache=null"),
         "num_workers": "cache=null or in_memory=false",
         "masks": "",
+        **{f"lora.{name}": "lora.weights=null" for name in OF_THE_FILE},
+        "lora.text_encoder": "",  # the teacher reads the same states of a text
         "shuffle_buffer": "",  # a stream is encoded in its order
         "validate_every": "val_fraction",
     }
@@ -53,6 +56,8 @@ class Distill:
     teacher_steps: int = 20
     """Steps of DPM-Solver++(2M) in which the teacher draws each example, a multiple of
     `distilled_steps`."""
+    lora: LoRAConfig | None = None
+    """Make the student as a LoRA of the teacher, a file of a few MB, in place of a whole model."""
     cache: Path | None = None
     """Folder of a latent cache of the teacher's VAE, that cache_latents.py wrote; without it `data`
     is encoded first, into the run folder."""
@@ -91,6 +96,7 @@ class Distill:
         """
         return TrainUNet(
             init=self.teacher,
+            lora=self.lora,
             cache=self.cache,
             caption_dropout=0.0,
             val_fraction=self.val_fraction,

@@ -2,12 +2,10 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from latentdiff.diffusion import Diffusion
 from latentdiff.formats.weights import check_tensors
 from latentdiff.loading import Components
 from latentdiff.models.dit import DiT
@@ -22,7 +20,7 @@ def load_teacher(config: Distill, say: Callable[[str], object]) -> Components:
     """The model that `teacher` names, in float32.
 
     Raises ValueError where there is none, and for one that cannot be distilled: a student, an
-    inpainting model, or one that has learned its variance.
+    inpainting model, one that has learned its variance, or a DiT into a LoRA.
     """
     name = config.teacher
     if name is None:
@@ -41,6 +39,8 @@ def load_teacher(config: Distill, say: Callable[[str], object]) -> Components:
         reason = "an inpainting model, which is not distilled here: give one that draws from text"
     elif diffusion.learned_variance:
         reason = "a model with a learned variance, which a student has no use for: give another"
+    elif config.lora is not None and not isinstance(pipeline.unet, UNet):
+        reason = "a DiT, and a LoRA needs a UNet: leave lora out"
     if reason is not None:
         raise ValueError(f"teacher={name} is {reason}")
     kind = type(pipeline.unet).__name__
@@ -55,15 +55,9 @@ def load_teacher(config: Distill, say: Callable[[str], object]) -> Components:
 
 def make_student(teacher: Components, config: Distill) -> Components:
     """A copy of the teacher's network beside its other networks, as a student."""
-    diffusion = student_diffusion(teacher.diffusion, config.distilled_steps)
-    return teacher._replace(unet=copy.deepcopy(teacher.unet), diffusion=diffusion)
-
-
-def student_diffusion(teacher: Diffusion, steps: int) -> Diffusion:
-    """The teacher's diffusion for a student of `steps` steps, which begin at pure noise and end on
-    data, whatever levels the teacher draws on."""
-    return replace(
-        teacher, distilled_steps=steps, timestep_spacing="trailing", set_alpha_to_one=True
+    return teacher._replace(
+        unet=copy.deepcopy(teacher.unet),
+        diffusion=teacher.diffusion.student(config.distilled_steps),
     )
 
 

@@ -60,13 +60,15 @@ class DistillTask:
         """One micro-batch of what `prepare` made, on the device; the host reads none of it."""
         with self.run.accelerator.autocast():
             context = self.denoiser.captions.context(batch["caption"])
+        self.denoiser.seed_dropout(step, micro_batch)
         errors = self._errors(self.learner.forward_model, batch["noise"], context)
         loss = errors.mean()
         return {"loss": loss, "grad_norm": self.learner.update(loss, micro_batch)}
 
     def validate(self) -> Metrics:
         """The EMA student's loss on the validation split; `val_loss_0` is its last step's."""
-        return self.denoiser.validate(self._validation_errors)
+        # As many trajectories at once as in a step; the student's own passes save nothing here.
+        return self.denoiser.validate(self._validation_errors, passes=1)
 
     @torch.no_grad()
     def _validation_errors(self, rows: Sequence[int]) -> Tensor:

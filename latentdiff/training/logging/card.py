@@ -57,7 +57,7 @@ def _card(
         f"saved on {datetime.now(UTC):%Y-%m-%d}.\n\n{preview}## Training\n\n| | |\n|---|---|\n"
         f"{rows}\nNothing was measured but these losses: look at what it makes before you use it. "
         "It knows what its training data shows, and its licence must suit theirs.\n\n"
-        f"## Use\n\n{usage(kind, base if kind == 'lora' else None)}"
+        f"## Use\n\n{usage(kind, base if kind.endswith('lora') else None)}"
     )
 
 
@@ -65,6 +65,7 @@ _WHAT = {
     "pipeline": "A text-to-image latent diffusion model",
     "student": "A text-to-image latent diffusion model that draws in few steps",
     "lora": "A LoRA of a text-to-image model",
+    "student_lora": "A LoRA with which a text-to-image model draws in few steps",
     "clip": "A CLIP: text and image tower and tokenizer",
     "vae": "The autoencoder of a latent diffusion model",
 }
@@ -74,7 +75,7 @@ def _kind(model: Path, settings: Mapping[str, Any]) -> str:
     if (model / "model_index.json").is_file():
         return "student" if "teacher" in settings else "pipeline"
     if (model / LORA).is_file():
-        return "lora"
+        return "student_lora" if "teacher" in settings else "lora"
     return "clip" if (model / "clip").is_dir() else "vae"
 
 
@@ -99,6 +100,8 @@ def _facts(
         ("learning rate", str(settings.get("learning_rate"))),
         ("seed", str(settings.get("seed"))),
     ]
+    if drawn_in := settings.get("distilled_steps"):
+        facts.append(("draws in", f"{drawn_in} steps, guided by {settings['guidance_scale']:g}"))
     objective = settings.get("diffusion")
     if isinstance(objective, Mapping):
         facts.append(("objective", f"{objective['schedule']}, {objective['prediction']}"))
