@@ -123,6 +123,32 @@ def test_own_images_take_two_commands(
 
 @pytest.mark.training
 @pytest.mark.processes
+@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU"])
+def test_a_refused_part_ends_with_its_own_code_and_no_traceback(
+    images: Path, tmp_path: Path, kind: str
+) -> None:
+    """Whether accelerate starts one process or torchrun's two: it was 1, and torchrun's report."""
+    project, accelerate = tmp_path / "mine", tmp_path / "home/accelerate/default_config.yaml"
+    assert run("new", str(project), "--data", str(images), "--no-measure") == 0
+    vae = yaml.safe_load((project / "vae.yaml").read_text())
+    (project / "vae.yaml").write_text(yaml.safe_dump(vae | {"learning_rate": -1.0}))
+    accelerate.parent.mkdir(parents=True)
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "use_cpu": False}
+    accelerate.write_text(yaml.safe_dump(config | {"num_processes": 1 if kind == "NO" else 2}))
+    done = subprocess.run(
+        [sys.executable, "-m", "latentdiff.cli", "train", str(project)],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: learning_rate=-1.0 must be" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.training
+@pytest.mark.processes
 def test_control_c_stops_a_project_with_a_checkpoint_and_one_sentence(
     images: Path, tmp_path: Path
 ) -> None:

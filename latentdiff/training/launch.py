@@ -2,10 +2,12 @@
 
 import logging
 import signal
+import subprocess
 from collections.abc import Sequence
 from types import FrameType
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 INTERRUPTED = 130
 
@@ -17,8 +19,7 @@ def launch(module: str, arguments: Sequence[str]) -> int:
     a checkpoint; this process waits for it, and returns 130.
     """
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # a list of defaults
-    # --quiet: the script has said what is wrong, and a traceback of its launcher says nothing.
-    options = launch_command_parser().parse_args(["--quiet", "--module", module, *arguments])
+    options = launch_command_parser().parse_args(["--module", module, *arguments])
     interrupted = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -28,8 +29,14 @@ def launch(module: str, arguments: Sequence[str]) -> int:
     previous = signal.signal(signal.SIGINT, note)
     try:
         launch_command(options)
-    except SystemExit as ended:
-        return INTERRUPTED if interrupted else int(ended.code or 0)
+        code = 0
+    # Whose tracebacks say less than the script has said; accelerate's --quiet makes 1 of each code.
+    except subprocess.CalledProcessError as ended:
+        code = ended.returncode
+    except ChildFailedError as ended:
+        code = ended.get_first_failure()[1].exitcode
     finally:
         signal.signal(signal.SIGINT, previous)
-    return 0
+    if interrupted:
+        return INTERRUPTED
+    return code if code >= 0 else 128 - code  # a shell's number where a signal ended it
