@@ -33,7 +33,6 @@ class Distill:
         "max_steps",
         "batch_size",
         "learning_rate",
-        "mixed_precision",
     )
     EXAMPLES: ClassVar[Sequence[str]] = ("--teacher runs/mine/unet/model --cache runs/mine/cache",)
     NEEDS: ClassVar[Mapping[str, str]] = {
