@@ -149,8 +149,8 @@ import sys, warnings
 warnings.simplefilter("ignore")
 sys.path.append("tests")
 from pathlib import Path
-from support.tiny import tiny_pipeline
-tiny_pipeline(Path(sys.argv[1])).compile(guidance_scale=3.0)
+from test_compile import small_pipeline
+small_pipeline(Path(sys.argv[1])).compile(guidance_scale=3.0)
 """
 
 

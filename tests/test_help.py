@@ -76,3 +76,14 @@ def test_help_imports_nothing_heavy(name: str) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith(f"usage: accelerate launch train/{name}.py ")
+
+
+def test_help_that_is_read_in_part_ends_without_a_traceback() -> None:
+    """As `--help all | head -1` reads it."""
+    command = [sys.executable, "-m", "latentdiff.scripts.train_unet", "--help", "all"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

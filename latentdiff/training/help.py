@@ -5,6 +5,7 @@ The options that `FIRST` of the class names come first, the others by group.
 
 import ast
 import difflib
+import os
 import shutil
 import sys
 import textwrap
@@ -82,7 +83,10 @@ def show(path: Path, name: str, topic: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    print(said)
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # whoever read it, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed at the end
     sys.exit(0)
 
 
