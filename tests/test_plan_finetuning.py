@@ -318,10 +318,17 @@ def test_a_teacher_is_in_the_precision_of_the_run(folder: Path) -> None:
     given = read_settings(None, {**distilling(folder), "mixed_precision": "bf16"})
     student = make_plan(given, **GPU)
     assert student.footprint.frozen - tuned.footprint.frozen == tuned.footprint.weights // 2
-    tight = make_plan(given, **GPU, memory=student.peak / 2)
-    fitting = find_fitting_options(given, tight, **GPU)
-    assert fitting is not None
-    assert "lora.rank" not in fitting.options
+
+
+def test_a_student_as_a_lora_has_the_moments_of_a_lora(folder: Path) -> None:
+    tuned, student = (
+        make_plan(read_settings(None, {**given, **lora(rank=4)}), **GPU)
+        for given in (settings(folder), distilling(folder))
+    )
+    assert student.checkpoint_bytes == tuned.checkpoint_bytes
+    assert student.footprint.num_parameters == tuned.footprint.num_parameters
+    more = student.footprint.frozen - tuned.footprint.frozen
+    assert more == tuned.footprint.weights - 4 * tuned.footprint.num_parameters  # the teacher
 
 
 def distilling(teacher: Path) -> dict[str, Any]:

@@ -37,7 +37,15 @@ def new_clip(
             f"image_size={image_size} must be divisible by patch_size={size.patch_size}"
         )
     if text is None:
-        text = _text_config(size, tokenizer)
+        ids = tokenizer.get_vocab()
+        text = text_config(
+            size,
+            vocab_size=len(tokenizer),
+            max_tokens=tokenizer.model_max_length,
+            bos_token_id=ids[str(tokenizer.bos_token)],
+            eos_token_id=ids[str(tokenizer.eos_token)],
+            pad_token_id=ids[str(tokenizer.pad_token)],
+        )
     vision = CLIPVisionConfig(
         hidden_size=size.image_width,
         intermediate_size=4 * size.image_width,
@@ -55,17 +63,17 @@ def new_clip(
     return CLIPModel(config)
 
 
-def _text_config(size: CLIPSize, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    ids = tokenizer.get_vocab()
+def text_config(
+    size: CLIPSize, *, vocab_size: int, max_tokens: int, **special_ids: int
+) -> CLIPTextConfig:
+    """The text tower's configuration, for a vocabulary and captions of so many tokens."""
     return CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=size.text_width,
         intermediate_size=4 * size.text_width,
         projection_dim=size.projection_dim,
         num_hidden_layers=size.text_layers,
         num_attention_heads=size.text_heads,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=ids[str(tokenizer.bos_token)],
-        eos_token_id=ids[str(tokenizer.eos_token)],
-        pad_token_id=ids[str(tokenizer.pad_token)],
+        max_position_embeddings=max_tokens,
+        **special_ids,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from latentdiff.data.cache import LatentCache
+from latentdiff.data.crop_flip import CropFlip
 from latentdiff.formats.yaml_text import parse_yaml
 from latentdiff.models.clip import CLIPSize
 from latentdiff.models.dit import DiTConfig
@@ -46,12 +47,13 @@ RENAMED = {old: new for script in SCRIPTS for old, new in former_names(script).i
 def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a configuration file, with what is not None of `overrides` in their place.
 
-    Folders that are not here but beside the file, such as those of a project, are found there.
+    Folders that are not here but beside the file, such as those of a project, are found there; for
+    a VAE, text encoder or cache that is yet to be made there is the configuration that makes it.
     Raises ValueError for a file that is no configuration, or has the former name of an option, and
-    for a project's part of which another one must be trained first.
+    for an `init` or `teacher` that must be trained first.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
-    settings = {} if path is None else _read_yaml(path)
+    settings = {} if path is None else read_yaml(path)
     if path is not None:
         folders = {name: settings.get(name) for name in FOLDERS if name not in given}
         settings |= _from_here(folders, path)
@@ -60,7 +62,11 @@ def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> dict[str, 
     return _of_cache(settings) | settings | _of_teacher(settings)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a configuration file.
+
+    Raises ValueError for what is none, and for the former name of an option.
+    """
     try:
         settings = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -76,7 +82,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _from_here(folders: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Those that are only beside the file, named from the current folder."""
+    """Those that are only beside the file, or will be, by the file there that makes them; named
+    from the current folder."""
     found = dict[str, str]()
     for name, value in folders.items():
         if not isinstance(value, str) or Path(value).exists():
@@ -86,11 +93,19 @@ def _from_here(folders: Mapping[str, Any], path: Path) -> dict[str, str]:
         trained_by = path.parent / f"{part}.yaml"
         if beside.exists():
             found[name] = str(beside)
-        elif name != "cache" and inside and trained_by.is_file():  # a word is a name, as "emoji"
-            raise ValueError(
-                f"{name}={value} in {path} is not trained yet; train it first, by {trained_by}"
-            )
+        elif (inside or name == "cache") and trained_by.is_file():  # a word is a name, as "emoji"
+            if name in ("init", "teacher"):
+                raise ValueError(
+                    f"{name}={value} in {path} is not trained yet; train it first, by {trained_by}"
+                )
+            found[name] = str(trained_by)
     return found
+
+
+def to_be_made(name: str | Path | None) -> Path | None:
+    """The configuration by which a part of a project will be made, if that is what is named."""
+    path = None if name is None else Path(name)
+    return path if path is not None and path.suffix == ".yaml" and path.is_file() else None
 
 
 def with_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +128,10 @@ def num_cached(settings: Mapping[str, Any]) -> int | None:
 
 
 def _of_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run takes from its latent cache, if there is one yet: size, crops, flips, masks."""
+    """What a run takes from its latent cache, made or not: size, crops, flips, masks."""
+    if (config := to_be_made(settings.get("cache"))) is not None:
+        names = ("image_size", *(field.name for field in fields(CropFlip)))
+        return {name: value for name, value in read_yaml(config).items() if name in names}
     if settings.get("cache") is None or not Path(settings["cache"]).is_dir():
         return {}
     cache = LatentCache(Path(settings["cache"]))

@@ -17,14 +17,20 @@ from latentdiff.diffusion import Diffusion
 from latentdiff.formats.diffusers import find_component
 from latentdiff.formats.weights import load_json
 from latentdiff.guidance import guided_denoiser
-from latentdiff.models.clip import CLIPSize, new_clip
+from latentdiff.models.clip import CLIPSize, new_clip, text_config
 from latentdiff.models.clip_text import CLIPText
 from latentdiff.models.dit import DiT, DiTConfig
 from latentdiff.models.text_config import tower_config
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, Posterior, VAEConfig
 from latentdiff.planning.footprint import Model, Workload
-from latentdiff.planning.settings import lora_config, network_config, positive_int
+from latentdiff.planning.settings import (
+    lora_config,
+    network_config,
+    positive_int,
+    read_yaml,
+    to_be_made,
+)
 from latentdiff.planning.start import SD15, SD15_TEXT, read_start
 from latentdiff.tasks.denoiser.lora import with_lora
 from latentdiff.tasks.denoiser.text import MAX_KEPT
@@ -92,6 +98,10 @@ def _vae_config(settings: Mapping[str, Any]) -> VAEConfig:
     vae = vae or "emoji"
     if vae == SD15:
         return VAEConfig()
+    if (path := to_be_made(vae)) is not None:
+        _, config = network_config(read_yaml(path))
+        assert isinstance(config, VAEConfig)
+        return config
     return VAEConfig.from_dict(load_json(find_component(vae, "vae") / "config.json"))
 
 
@@ -103,6 +113,12 @@ def _text_config(settings: Mapping[str, Any]) -> CLIPTextConfig:
     text = text or "emoji"
     if text == SD15:
         return tower_config(SD15_TEXT)
+    if (path := to_be_made(text)) is not None:
+        settings = read_yaml(path)
+        _, size = network_config(settings)
+        assert isinstance(size, CLIPSize)
+        vocab_size, max_tokens = (positive_int(settings, n) for n in ("vocab_size", "max_tokens"))
+        return text_config(size, vocab_size=vocab_size, max_tokens=max_tokens)
     folder = find_component(text, "text_encoder") / "text_encoder"
     return tower_config(load_json(folder / "config.json"))
 

@@ -164,9 +164,8 @@ def _readme(
         f"Together about {in_words(sum(seconds.values()))} on this machine: its time for a few "
         "steps of each network, times their number. Reading, previews and saving come to that."
         if seconds
-        else "What it takes was not measured (--no-measure); `latentdiff plan --config "
-        f"{project}/vae.yaml` estimates it, and so for the other parts, the UNet's once "
-        "those before it are done."
+        else "What it takes was not measured (--no-measure); `latentdiff plan "
+        f"{project}` estimates it."
     )
     return README.format(
         name=project.name,
