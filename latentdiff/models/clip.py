@@ -1,6 +1,7 @@
 """New CLIPs to train from scratch (Radford et al. 2021), as transformers' `CLIPModel`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
@@ -64,7 +65,7 @@ def new_clip(
 
 
 def text_config(
-    size: CLIPSize, *, vocab_size: int, max_tokens: int, **special_ids: int
+    size: CLIPSize, *, vocab_size: int, max_tokens: int, **special_ids: Any
 ) -> CLIPTextConfig:
     """The text tower's configuration, for a vocabulary and captions of so many tokens."""
     return CLIPTextConfig(
