@@ -50,9 +50,9 @@ def test_a_new_project_is_planned_whole_as_a_trained_one_is(
     said = capsys.readouterr().out
     titles = [line.split(":")[0] for line in said.splitlines() if "micro-batches" in line]
     assert titles == ["vae", "clip", "unet"]
-    # Mean and variance of 4 channels in float16, as they are and mirrored.
     assert "disk, latents of 1,000 images" in said
     found = make_plan(read_settings(tmp_path / "unet.yaml", {}), device=ANY, gpu=True)
+    # Mean and variance of 4 channels in float16, as they are and mirrored.
     assert found.cache_bytes_per_image == 2 * 2 * 2 * 4 * 16 * 16
     VAE(VAEConfig(**parts["vae"]["vae"])).save_pretrained(tmp_path / "vae/model/vae")
     tower = CLIPTextConfig(
